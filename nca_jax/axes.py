@@ -1,0 +1,65 @@
+"""Mesh axes, and where every parameter and activation lives: one table each.
+
+Mesh axes: "data" copies parameters, "fsdp" splits them, "tensor" splits heads, MLP and vocabulary.
+"""
+
+import re
+
+import jax
+from jax.sharding import PartitionSpec as P
+
+MESH_AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")  # rows of a micro-batch are split over both
+
+# The first pattern found in the "/"-joined path wins. An optimizer moment's path ends in that of
+# its parameter, so one row serves both. No catch-all: a new parameter must say where it lives.
+PARAM_RULES = (
+    (r"embed/table$", P("tensor", "fsdp")),  # V D
+    (r"head/kernel$", P("fsdp", "tensor")),  # D V
+    (r"attn/(q|k|v)/kernel$", P(None, "fsdp", "tensor", None)),  # L D N H (k, v: L D G H)
+    (r"attn/(q|k|v)/bias$", P(None, "tensor", None)),  # L N H
+    (r"attn/o/kernel$", P(None, "tensor", None, "fsdp")),  # L N H D
+    (r"mlp/(gate|up)/kernel$", P(None, "fsdp", "tensor")),  # L D F
+    (r"mlp/down/kernel$", P(None, "tensor", "fsdp")),  # L F D
+    (r"moe/router/kernel$", P(None, "fsdp", None)),  # L D E
+    (r"moe/(gate|up)/kernel$", P(None, None, "fsdp", "tensor")),  # L E D F
+    (r"moe/down/kernel$", P(None, None, "tensor", "fsdp")),  # L E F D
+    (r"(q_norm|k_norm|norm)/scale$", P()),  # small: copied
+)
+
+# Logical names of activation axes; what is not named here is not split.
+ACTIVATION_RULES = {
+    "rows": ROWS,
+    "heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+}
+
+
+def param_spec(path: str, shape: tuple[int, ...]) -> P:
+    """Returns the PartitionSpec of one array of parameters or optimizer state by its "/" path."""
+    if shape == ():  # step counters
+        return P()
+    for pattern, spec in PARAM_RULES:
+        if re.search(pattern, path):
+            if len(spec) not in (0, len(shape)):
+                raise ValueError(
+                    f"{path!r} has shape {shape}, but the rule {pattern!r} gives {spec}."
+                )
+            return spec
+    raise ValueError(f"No rule for {path!r} of shape {shape}; add a row to PARAM_RULES.")
+
+
+def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
+    """Pins the sharding of an activation by logical axis names; outside a mesh it does nothing."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(
+        x, P(*(ACTIVATION_RULES.get(name) if name else None for name in logical))
+    )
+
+
+def flatten_paths(tree: dict) -> dict[str, object]:
+    """Returns {"a/b/c": leaf} of any pytree, in the order of its leaves."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}

@@ -1,0 +1,40 @@
+"""Errors for people, and how a command reports them.
+
+A `UserError` says what was wanted, what came and what to do. It is raised at three borders only:
+config, data to batch, and checkpoint or Hugging Face to params. Every other exception is a bug in
+this project and keeps its traceback.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+
+
+class UserError(ValueError):
+    """Something the user can mend; commands print it as one line and exit with status 2."""
+
+
+def check_same_shape(**arrays) -> None:
+    """Raises ValueError, naming the arguments, unless all shapes are equal (no silent broadcast).
+
+    An argument that is None is left out.
+    """
+    shapes = {name: tuple(x.shape) for name, x in arrays.items() if x is not None}
+    if len(set(shapes.values())) > 1:
+        raise ValueError(
+            "Wanted equal shapes, got " + ", ".join(f"{k} {v}" for k, v in shapes.items())
+        )
+
+
+def run_main(main: Callable[[list[str]], int | None]) -> None:
+    """Runs `main(argv)` as a command: a UserError becomes one line on stderr and exit status 2."""
+    try:
+        status = main(sys.argv)
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        status = 2
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Reader threads and asynchronous writers are closed by then; a plain exit would wait for
+    # worker threads that a failed run has left behind.
+    os._exit(status or 0)
