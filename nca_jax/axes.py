@@ -25,6 +25,7 @@ PARAM_RULES = (
     (r"moe/(gate|up)/kernel$", P(None, None, "fsdp", "tensor")),  # L E D F
     (r"moe/down/kernel$", P(None, None, "tensor", "fsdp")),  # L E F D
     (r"(q_norm|k_norm|norm)/scale$", P()),  # small: copied
+    (r"^key$", P()),  # the run's random key, in a TrainState
 )
 
 # Logical names of activation axes; what is not named here is not split.

@@ -3,13 +3,12 @@
 Axes:   B prompts in a step, K responses a prompt, M micro-batches, R rows in a micro-batch,
         T tokens in a row, P pairs of attention blocks in a row, V vocabulary.
 
-One row holds prompts, each followed by all of its responses; a prompt is computed once, not K
-times:
+One row holds prompts, each followed by all its responses: a prompt is computed once, not K times.
 
-    tokens     [ prompt a ....... | response 1 .. | response 2 .... | prompt b .... | resp. 1 | pad ]
-    positions    0 ........ n-1     n ..            n ....            0 ...           m ...     0
-    prompt_ids   1 ........ 1       1 ..            1 ....            2 ...           2 ...        0
-    segments     1 ........ 1       2 ..            3 ....            1 ...           2 ...     0
+    tokens      [ prompt a ..... | response 1 . | response 2 ... | prompt b .. | response 1 | pad ]
+    positions     0 ...... n-1     n ..           n ...            0 ...         m ...        0
+    prompt_ids    1 ...... 1       1 ..           1 ...            2 ...         2 ...        0
+    segments      1 ...... 1       2 ..           3 ...            1 ...         2 ...        0
 
 Token q attends to token k when k <= q in the row, their prompt ids agree, k's segment is 1 (the
 prompt) or q's own, and k's key is on. What is padding is known from lengths, never from token ids.

@@ -1,0 +1,167 @@
+"""From a config to the parts of a run: every command goes through here, so all mean the same.
+
+config -> mesh, model, tokenizer -> parameters, optimizer, shardings -> input.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from nca_jax.checks import UserError
+from nca_jax.data.pipeline import Data, load_data
+from nca_jax.mesh import check_divides, make_mesh, param_shardings, place
+from nca_jax.model_config import MODELS, ModelConfig
+from nca_jax.models.decoder import Model
+from nca_jax.models.pretrained import load_tokenizer, open_pretrained
+from nca_jax.optim import make_optimizer, make_schedule
+from nca_jax.train_step import TrainState
+
+
+class Run(NamedTuple):
+    """What a config stands for, before anything large is in memory."""
+
+    config: object  # ConfigDict
+    mesh: Mesh
+    model: Model
+    tokenizer: object | None  # None: rows are token ids
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Every id that ends a turn: the model's and the tokenizer's."""
+        ids = set(self.model.config.eos_ids)
+        if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
+            ids.add(self.tokenizer.eos_token_id)
+        return tuple(sorted(ids))
+
+
+def build(config) -> Run:
+    """Opens the mesh, the model's sizes and the tokenizer; reads no weights yet.
+
+    Raises:
+      UserError: a part of the config does not exist or does not fit the others.
+    """
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    if config.model.dtype == "float32":  # throughout: TPU matmuls would otherwise be bfloat16
+        jax.config.update("jax_default_matmul_precision", "highest")
+    model_config = _model_config(config.model)
+    mesh = make_mesh(config.mesh)
+    check_divides(mesh, model_config, config.data.rows)
+    model = Model(
+        model_config,
+        dtype=jnp.dtype(config.model.dtype),
+        remat=config.model.remat,
+        scan_layers=config.model.scan_layers,
+    )
+    return Run(config, mesh, model, _tokenizer(config, model_config))
+
+
+def _model_config(model) -> ModelConfig:
+    """The sizes of `model.init_from`; with `model.name` too, both must say the same."""
+    if not model.init_from:
+        return MODELS[model.name]
+    found, _ = open_pretrained(model.init_from)
+    if model.name:
+        sizes = ("vocab_size", "num_layers", "width", "num_heads", "num_kv_heads", "head_dim")
+        named = MODELS[model.name]
+        differs = [
+            f"{name} {getattr(found, name)} there, {getattr(named, name)} in {model.name}"
+            for name in (*sizes, "mlp_width", "tied_head", "num_experts", "sliding_window")
+            if getattr(found, name) != getattr(named, name)
+        ]
+        if differs:
+            raise UserError(
+                f"config.model.init_from={model.init_from!r} is not a {model.name}: "
+                f"{'; '.join(differs)}. Set config.model.name='' to take what is there."
+            )
+    return found
+
+
+def _tokenizer(config, model_config: ModelConfig):
+    where = config.data.tokenizer or config.model.init_from
+    if where in ("", "none"):  # rows of token ids need none; text rows will say so
+        return None
+    tokenizer = load_tokenizer(where)
+    if len(tokenizer) > model_config.vocab_size:
+        raise UserError(
+            f"The tokenizer {where!r} has {len(tokenizer)} ids, but the model's vocabulary is "
+            f"{model_config.vocab_size}; set config.data.tokenizer to that of the model."
+        )
+    return tokenizer
+
+
+def start_params(run: Run, init_from: str) -> dict:
+    """Returns sharded float32 parameters: of `init_from`, or random ones from the seed for ""."""
+    abstract = run.model.abstract_params()
+    shardings = param_shardings(run.mesh, abstract)
+    if not init_from:
+        init = jax.jit(run.model.init, out_shardings=shardings)
+        return init(jax.random.key(run.config.seed))
+    found, weights = open_pretrained(init_from)
+    if found != run.model.config:
+        raise UserError(
+            f"{init_from!r} is not of the policy's architecture: {found} there, "
+            f"{run.model.config} here."
+        )
+    return place(abstract, shardings, {path: weight.read for path, weight in weights.items()})
+
+
+def reference_init_from(config) -> str:
+    """Where the frozen reference first came from; the policy's start unless the config says."""
+    return config.reference.init_from or config.model.init_from
+
+
+def starts_at_reference(config) -> bool:
+    """Whether the untrained policy is the reference."""
+    return reference_init_from(config) == config.model.init_from
+
+
+def read_data(run: Run) -> Data:
+    """Reads, checks and encodes all rows of the config."""
+    return load_data(
+        run.config.data,
+        tokenizer=run.tokenizer,
+        vocab_size=run.model.config.vocab_size,
+        eos_ids=run.eos_ids,
+    )
+
+
+def num_steps(config, num_examples: int) -> int:
+    """Returns the updates of a run: `steps`, or `epochs` passes over the training rows."""
+    steps = config.steps or int(config.epochs * num_examples / config.data.batch_size)
+    if steps < 1:
+        raise UserError(
+            f"config.epochs={config.epochs} of {num_examples} training rows is less than one step "
+            f"of config.data.batch_size={config.data.batch_size} prompts; lower the batch size."
+        )
+    return steps
+
+
+class Optimizer(NamedTuple):
+    tx: optax.GradientTransformation
+    schedule: Callable
+
+
+def build_optimizer(config, steps: int) -> Optimizer:
+    schedule = make_schedule(config.optim, steps)
+    return Optimizer(make_optimizer(config.optim, schedule), schedule)
+
+
+def abstract_state(run: Run, tx: optax.GradientTransformation) -> tuple[TrainState, TrainState]:
+    """Returns the shapes of a TrainState, and their shardings."""
+    params = run.model.abstract_params()
+
+    def make(params):
+        return new_state(run, tx, params)
+
+    shapes = jax.eval_shape(make, params)
+    return shapes, param_shardings(run.mesh, shapes)
+
+
+def new_state(run: Run, tx: optax.GradientTransformation, params: dict) -> TrainState:
+    """The state before the first update; pure, so that it can be jitted or only shaped."""
+    key = jax.random.key_data(jax.random.key(run.config.seed))
+    return TrainState(jnp.int32(0), key, params, tx.init(params))

@@ -1,0 +1,167 @@
+"""From text to token ids: one road for training, evaluation and generation.
+
+Formats:  "chat"   the tokenizer's chat template; a prompt is a text (one user turn) or messages.
+          "plain"  [bos] + prompt and response + [eos]; bos only if the tokenizer itself adds one.
+A message is {"role": str, "content": str}. Prompt and response are tokenised apart, so that all
+responses of a prompt share exactly the same prompt ids, and generation starts from them too.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from nca_jax.checks import UserError
+from nca_jax.data.sources import RowError
+
+FORMATS = ("chat", "plain")
+
+
+def encode_prompt(prompt: str | list[dict], tokenizer, format: str) -> list[int]:
+    """Returns the ids of a prompt, up to where the response begins.
+
+    Raises:
+      RowError: the prompt is not a text or messages, or the template refuses it.
+      UserError: the tokenizer has no chat template.
+    """
+    if format == "chat":
+        return _ids(_apply_template(_messages(prompt), tokenizer, generate=True), tokenizer)
+    if not isinstance(prompt, str):
+        raise RowError(
+            f"plain format wants a prompt of text, got a {type(prompt).__name__}; messages want "
+            "data.format=chat",
+            reason="prompt",
+        )
+    return _added_bos(tokenizer) + _ids(_text(prompt), tokenizer)
+
+
+def encode_responses(
+    prompt: str | list[dict],
+    responses: Sequence[str | list[dict]],
+    tokenizer,
+    format: str,
+    eos_ids: Sequence[int],
+) -> list[list[int]]:
+    """Returns the ids of each response, each ended by its end-of-turn token.
+
+    Args:
+      responses: texts, or conversations of which the last assistant message counts.
+      eos_ids: ids that end a turn; empty: the tokenizer's eos.
+    Raises:
+      RowError: a response is empty or malformed.
+      UserError: the tokenizer has no eos, or its template is not prefix-stable.
+    """
+    texts = [_response_content(response) for response in responses]
+    if format == "chat":
+        _, rendered = render(prompt, texts, tokenizer, eos_ids)
+        ids = [_ids(text, tokenizer) for text in rendered]
+    else:
+        if tokenizer.eos_token_id is None:
+            raise UserError("The tokenizer has no eos token; plain format needs one to end with.")
+        ids = [[*_ids(text, tokenizer), tokenizer.eos_token_id] for text in texts]
+    for k, (text, response) in enumerate(zip(texts, ids, strict=True)):
+        if not text or len(response) < 2:  # the end-of-turn token alone is no response
+            raise RowError(f"response {k} is empty; leave it out", reason="response")
+    return ids
+
+
+def render(
+    prompt: str | list[dict], responses: Sequence[str], tokenizer, eos_ids: Sequence[int]
+) -> tuple[str, list[str]]:
+    """Returns the prompt's text by the chat template, and what each response adds to it.
+
+    What a template writes after the last end-of-turn token (often a line break) is dropped, as
+    generation stops before it; a template that writes no such token gets the eos appended.
+
+    Raises:
+      RowError: the template refuses the messages.
+      UserError: no template, or the text with a response does not start with the prompt's text.
+    """
+    messages = _messages(prompt)
+    prompt_text = _apply_template(messages, tokenizer, generate=True)
+    ends = _end_texts(tokenizer, eos_ids)
+    added = []
+    for response in responses:
+        turn = {"role": "assistant", "content": response}
+        full = _apply_template([*messages, turn], tokenizer, generate=False)
+        if not full.startswith(prompt_text):
+            raise UserError(
+                "The chat template is not prefix-stable: with a response it no longer starts with "
+                f"the prompt's text ({prompt_text[-40:]!r}); use another template or "
+                "data.format=plain."
+            )
+        added.append(_cut_after_turn(full[len(prompt_text) :], ends))
+    return prompt_text, added
+
+
+def _cut_after_turn(text: str, ends: list[str]) -> str:
+    """Returns the text up to and with its last end-of-turn token, which is appended if absent."""
+    stop = max((text.rfind(end) + len(end) for end in ends if end in text), default=0)
+    return text[:stop] if stop else text + ends[0]
+
+
+def _end_texts(tokenizer, eos_ids: Sequence[int]) -> list[str]:
+    """Returns the texts of the end-of-turn tokens, the tokenizer's eos first."""
+    texts = [tokenizer.convert_ids_to_tokens(int(i)) for i in eos_ids]
+    if tokenizer.eos_token in texts or not texts:
+        texts.insert(0, tokenizer.eos_token)
+    texts = [text for text in texts if text]
+    if not texts:
+        raise UserError("The tokenizer has no eos token; give one that has an end-of-turn token.")
+    return texts
+
+
+def _apply_template(messages: list[dict], tokenizer, *, generate: bool) -> str:
+    """Returns the messages as text; with `generate`, up to where the assistant would speak."""
+    if not tokenizer.chat_template:
+        raise UserError("The tokenizer has no chat template; set data.format=plain.")
+    from jinja2 import TemplateError  # an optional part of transformers, for templates alone
+
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=generate
+        )
+    except TemplateError as error:
+        raise RowError(f"the chat template refuses it ({error})", reason="template") from None
+
+
+def _messages(prompt: str | list[dict]) -> list[dict]:
+    """Returns the prompt as checked messages."""
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": _text(prompt)}]
+    if not isinstance(prompt, list) or not prompt:
+        raise RowError("wanted a prompt of text or messages", reason="prompt")
+    for message in prompt:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise RowError("wanted messages of a role and a content", reason="prompt")
+        _text(message.get("content"))
+    return prompt
+
+
+def _response_content(response: str | list[dict]) -> str:
+    """Returns the response's text: itself, or its last assistant message."""
+    if isinstance(response, list):
+        contents = [m["content"] for m in _messages(response) if m["role"] == "assistant"]
+        if not contents:
+            raise RowError("a response holds no assistant message", reason="response")
+        return contents[-1]
+    return _text(response)
+
+
+def _text(text: Any) -> str:
+    """Returns the text. Raises RowError if it is none, or half a character (a lone surrogate)."""
+    if not isinstance(text, str):
+        raise RowError(f"wanted text, got {type(text).__name__}", reason="text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RowError(f"text is not Unicode ({error})", reason="text") from None
+    return text
+
+
+def _ids(text: str, tokenizer) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _added_bos(tokenizer) -> list[int]:
+    """Returns [bos] if the tokenizer puts one before a text, else []."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []

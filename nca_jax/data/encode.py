@@ -1,0 +1,232 @@
+"""From rows of JSON to checked examples of token ids.
+
+A row has one of these forms; other keys are ignored:
+    {"prompt": text or messages, "responses": [text or messages, ..], "scores": [number, ..]}
+    {"prompt": text or messages, "chosen": text or messages, "rejected": text or messages}
+    {"prompt_ids": [id, ..], "response_ids": [[id, ..], ..], "scores": [number, ..]}
+A pair has the scores 1 and 0. Ids are used as they are: nothing is appended.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+
+from nca_jax.checks import UserError
+from nca_jax.data import chat
+from nca_jax.data.sources import JsonlSource, RowError, split_globs
+
+FORMS = (
+    ("prompt_ids", "response_ids", "scores"),
+    ("prompt", "responses", "scores"),
+    ("prompt", "chosen", "rejected"),
+)
+READ_THREADS, READ_AHEAD = 2, 64  # rows
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """A prompt and all responses of its row, encoded and cut to length."""
+
+    where: str  # "path:line"
+    prompt: np.ndarray  # [P] int32
+    responses: tuple[np.ndarray, ...]  # each [its length] int32
+    scores: np.ndarray  # [n] float32, in the data's unit
+    prompt_text: str | list[dict] | None  # as the row has it, for generation; None: it has ids
+    prompt_hash: float  # in [0, 1), of the whole prompt: what is held out goes by it
+    num_tokens: int  # of prompt and responses, before cutting
+    num_cut: int  # how many of these were cut off
+
+
+class Examples(NamedTuple):
+    """What files gave: one list of examples a glob, and how many rows were skipped by reason."""
+
+    sources: list[list[Example]]
+    skipped: dict[str, int]
+
+
+def load_examples(
+    files: str, *, tokenizer, config, vocab_size: int, eos_ids: Sequence[int]
+) -> Examples:
+    """Reads and encodes every row of comma-separated globs, all of it into memory.
+
+    Args:
+      tokenizer: None will do where all rows are ids.
+      config: the `data` section; `bad_rows` and `too_long` say which rows stop or are skipped.
+      eos_ids: ids that end a turn; empty: the tokenizer's eos.
+    Raises:
+      UserError: no glob is named, a file or a row is unusable, or no row of a glob is left.
+    """
+    patterns = split_globs(files)
+    if not patterns:
+        raise UserError("No data is named; set data.files to one or more globs.")
+    skipped: Counter[str] = Counter()
+    sources = []
+    for pattern in patterns:
+        examples = []
+        for item in _read(pattern, tokenizer, config, vocab_size, eos_ids):
+            if isinstance(item, Example):
+                examples.append(item)
+                continue
+            if (config.too_long if item.reason == "too_long" else config.bad_rows) == "stop":
+                raise item
+            skipped[item.reason] += 1
+        if not examples:
+            raise UserError(f"No row of {pattern!r} is left; skipped so far: {dict(skipped)}.")
+        sources.append(examples)
+    return Examples(sources, dict(skipped))
+
+
+def _read(pattern: str, tokenizer, config, vocab_size: int, eos_ids: Sequence[int]):
+    """Iterates over one glob in order: an Example or, for a row that is at fault, its RowError."""
+    source = JsonlSource(pattern)
+
+    def read(index: int) -> Example | RowError:
+        try:
+            return encode_row(
+                *source[index],
+                tokenizer=tokenizer,
+                config=config,
+                vocab_size=vocab_size,
+                eos_ids=eos_ids,
+            )
+        except RowError as error:
+            return error
+
+    options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=READ_AHEAD)
+    return grain.MapDataset.range(len(source)).map(read).to_iter_dataset(options)
+
+
+def encode_row(
+    where: str,
+    row: dict[str, Any],
+    *,
+    tokenizer,
+    config,
+    vocab_size: int,
+    eos_ids: Sequence[int],
+) -> Example:
+    """Encodes, checks and cuts one row.
+
+    Raises:
+      RowError: "path:line: what is wrong; what to do", also for a row that is too long unless
+        `config.too_long` is truncate.
+      UserError: what is wrong is not the row but the tokenizer.
+    """
+    try:
+        return _encode(where, row, tokenizer, config, vocab_size, eos_ids)
+    except RowError as error:
+        raise error.at(where) from None
+
+
+def _encode(where, row, tokenizer, config, vocab_size, eos_ids) -> Example:
+    prompt, responses, scores, is_ids = _normalise(row)
+    scores = _check_scores(scores, responses)
+    if is_ids:
+        prompt_ids, response_ids = prompt, responses
+    elif tokenizer is None:
+        raise UserError(f"{where}: the rows hold text; set data.tokenizer.")
+    else:
+        prompt_ids = chat.encode_prompt(prompt, tokenizer, config.format)
+        response_ids = chat.encode_responses(prompt, responses, tokenizer, config.format, eos_ids)
+    whole_prompt = _as_ids(prompt_ids, "the prompt", vocab_size)
+    whole_responses = [
+        _as_ids(ids, f"response {k}", vocab_size) for k, ids in enumerate(response_ids)
+    ]
+    cut_prompt, cut_responses = _cut(whole_prompt, whole_responses, config)
+    num_tokens = len(whole_prompt) + sum(map(len, whole_responses))
+    return Example(
+        where=where,
+        prompt=cut_prompt,
+        responses=cut_responses,
+        scores=scores,
+        prompt_text=None if is_ids else prompt,
+        prompt_hash=hash_prompt(prompt),
+        num_tokens=num_tokens,
+        num_cut=num_tokens - len(cut_prompt) - sum(map(len, cut_responses)),
+    )
+
+
+def hash_prompt(prompt: Any) -> float:
+    """Returns sha256 of the prompt's canonical JSON as a number in [0, 1)."""
+    text = json.dumps(prompt, sort_keys=True, separators=(",", ":"))
+    digest = hashlib.sha256(text.encode()).digest()
+    return (int.from_bytes(digest[:8], "big") >> 11) / 2**53  # 53 bits: exact in a float64
+
+
+def _normalise(row: dict[str, Any]) -> tuple[Any, list, list, bool]:
+    """Returns (prompt, responses, scores, whether they are ids) of a row of any form."""
+    form = next((keys for keys in FORMS if all(key in row for key in keys)), None)
+    if form is None:
+        wanted = " or ".join(f"({', '.join(keys)})" for keys in FORMS)
+        raise RowError(f"wanted keys {wanted}, got ({', '.join(row)})", reason="keys")
+    prompt, second, third = (row[key] for key in form)
+    if "chosen" in form:
+        return prompt, [second, third], [1.0, 0.0], False
+    for key, values in zip(form[1:], (second, third), strict=True):
+        if not isinstance(values, list):
+            raise RowError(f"{key} is not a list, but {type(values).__name__}", reason=key)
+    return prompt, second, third, "prompt_ids" in form
+
+
+def _check_scores(scores: list, responses: list) -> np.ndarray:
+    """Returns the scores as [n] float32. Raises RowError unless n >= 2 responses have one each."""
+    if len(responses) < 2:
+        raise RowError(
+            f"has {len(responses)} response(s), which teach nothing; give two or more, or set "
+            "data.bad_rows=skip",
+            reason="responses",
+        )
+    if len(scores) != len(responses):
+        raise RowError(
+            f"has {len(responses)} responses but {len(scores)} scores; give each response one",
+            reason="scores",
+        )
+    largest = float(np.finfo(np.float32).max)
+    for k, score in enumerate(scores):
+        # The comparison is False for NaN, and exact for integers too large for any float.
+        if type(score) not in (int, float) or not -largest <= score <= largest:
+            raise RowError(f"score {k} is {str(score)[:40]}; give a finite number", reason="scores")
+    return np.asarray(scores, np.float32)
+
+
+def _as_ids(ids: Any, who: str, vocab_size: int) -> np.ndarray:
+    """Returns ids as int32. Raises RowError unless they are one or more ints in [0, vocab_size)."""
+    if not isinstance(ids, list) or not all(type(i) is int for i in ids):
+        raise RowError(f"{who} is not a list of token ids", reason="ids")
+    if not ids:
+        raise RowError(f"{who} has no tokens; write something or leave it out", reason="empty")
+    if not 0 <= min(ids) <= max(ids) < vocab_size:
+        raise RowError(
+            f"{who} has ids from {min(ids)} to {max(ids)}, wanted [0, {vocab_size}); use the "
+            "model's own tokenizer",
+            reason="ids",
+        )
+    return np.asarray(ids, np.int32)
+
+
+def _cut(
+    prompt: np.ndarray, responses: list[np.ndarray], config
+) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+    """Returns prompt and responses cut to their limits; raises RowError where that is not wanted.
+
+    A response keeps its first tokens, so a cut one has no end-of-turn token to learn from.
+    """
+    limits = {"max_prompt_len": [prompt], "max_response_len": responses}
+    for name, segments in limits.items():
+        longest = max(map(len, segments))
+        if longest > config[name] and config.too_long != "truncate":
+            raise RowError(
+                f"has {longest} tokens where data.{name} is {config[name]}; raise it, or set "
+                "data.too_long to truncate or skip",
+                reason="too_long",
+            )
+    start = max(0, len(prompt) - config.max_prompt_len) if config.prompt_keep == "end" else 0
+    # Copies, so that what was cut off does not stay in memory.
+    cut_prompt = prompt[start : start + config.max_prompt_len].copy()
+    return cut_prompt, tuple(ids[: config.max_response_len].copy() for ids in responses)

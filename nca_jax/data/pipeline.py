@@ -1,0 +1,267 @@
+"""Which examples step s is made of, and the packed batch that they make.
+
+A batch is a pure function of (data, config, seed, step): no state, so a resume is a step number.
+Axes: B prompts in a step, K responses a prompt.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import grain
+import numpy as np
+
+from nca_jax.batch import Batch
+from nca_jax.checks import UserError
+from nca_jax.data import plan
+from nca_jax.data.encode import Example, load_examples
+from nca_jax.data.pack import Group, RowLayout, check_fits, pack, segment_spans
+from nca_jax.data.sources import split_globs
+
+EVAL_SEED = 0  # of the choice of responses, so that every evaluation of every run sees the same
+
+
+class HostBatch(NamedTuple):
+    """A batch on the host, where its prompts are from ("path:line"), and numbers to log."""
+
+    batch: Batch
+    examples: list[str]
+    stats: dict[str, float]
+
+
+class Data(NamedTuple):
+    """Training examples, one list a source; held-out ones; rows skipped by reason."""
+
+    sources: list[list[Example]]
+    heldout: list[Example]
+    skipped: dict[str, int]
+
+
+class _Pick(NamedTuple):
+    """An example, the indices of its responses that were chosen, ascending, and their ref_logps."""
+
+    example: Example
+    chosen: np.ndarray  # [n] with n <= K
+    ref_logps: np.ndarray | None  # [all its responses] float32 nats
+
+
+class Dataset:
+    """The infinite sequence of training batches; its `len` is the number of examples.
+
+    Args:
+      sources: one list of examples a glob of `config.files`.
+      config: the `data` section.
+      seed: of the order and of the choice of responses.
+      ref_logps: for each example of the concatenated sources, [its responses] float32 nats;
+        None: the batches hold zeros.
+    Raises:
+      UserError: an example, or the number of sources, does not fit the config.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Sequence[Example]],
+        config,
+        *,
+        seed: int,
+        ref_logps: Sequence[np.ndarray] | None = None,
+    ):
+        self.examples = [example for source in sources for example in source]
+        _check_num_responses(self.examples, config.num_responses)
+        check_examples(self.examples, config)
+        self._config, self._ref_logps = config, ref_logps
+        self._picks = _order(sources, config, seed).random_map(self._pick)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def batch_at(self, step: int) -> HostBatch:
+        """Returns the batch of a step: prompts step * B to step * B + B - 1 of the order."""
+        first = int(step) * self._config.batch_size
+        picks = [self._picks[i] for i in range(first, first + self._config.batch_size)]
+        return _make_batch(picks, self._config)
+
+    def iterate(self, start: int, stop: int) -> Iterator[HostBatch]:
+        """Iterates over the batches of steps [start, stop), made ahead by `config.prefetch`."""
+        ahead = self._config.prefetch
+        options = grain.ReadOptions(num_threads=min(ahead, 1), prefetch_buffer_size=ahead)
+        return iter(grain.MapDataset.range(start, stop).map(self.batch_at).to_iter_dataset(options))
+
+    def _pick(self, index: int, rng: np.random.Generator) -> _Pick:
+        example = self.examples[index]
+        chosen = choose(example.scores, self._config.num_responses, self._config.choose, rng)
+        return _Pick(example, chosen, None if self._ref_logps is None else self._ref_logps[index])
+
+
+def eval_batches(
+    examples: Sequence[Example], config, *, ref_logps: Sequence[np.ndarray] | None = None
+) -> list[HostBatch]:
+    """Returns batches that hold each example once, in order; the last one may have empty prompts.
+
+    Raises:
+      UserError: an example does not fit the config.
+    """
+    check_examples(examples, config)
+    picks = []
+    for i, example in enumerate(examples):
+        rng = np.random.default_rng((EVAL_SEED, i))
+        chosen = choose(example.scores, config.num_responses, config.choose, rng)
+        picks.append(_Pick(example, chosen, None if ref_logps is None else ref_logps[i]))
+    starts = range(0, len(picks), config.batch_size)
+    return [_make_batch(picks[i : i + config.batch_size], config) for i in starts]
+
+
+def load_data(config, *, tokenizer, vocab_size: int, eos_ids: Sequence[int]) -> Data:
+    """Reads `config.files`, and the held-out rows from `config.eval_files` or out of them.
+
+    Raises:
+      UserError: a file, a row, or the number of weights is wrong.
+    """
+    _weights(config)  # wrong ones should not wait for the reading
+    how = dict(tokenizer=tokenizer, config=config, vocab_size=vocab_size, eos_ids=eos_ids)
+    sources, skipped = load_examples(config.files, **how)
+    if not split_globs(config.eval_files):
+        return Data(*split_heldout(sources, config.eval_fraction), skipped)
+    heldout, skipped_heldout = load_examples(config.eval_files, **how)
+    for reason, count in skipped_heldout.items():
+        skipped[reason] = skipped.get(reason, 0) + count
+    return Data(sources, [example for source in heldout for example in source], skipped)
+
+
+def split_heldout(
+    sources: Sequence[Sequence[Example]], fraction: float
+) -> tuple[list[list[Example]], list[Example]]:
+    """Returns (training sources, held-out examples), by the hash of the prompt alone."""
+    train = [[e for e in source if e.prompt_hash >= fraction] for source in sources]
+    if not all(train):
+        raise UserError(f"data.eval_fraction={fraction} leaves a source without rows to train on.")
+    return train, [e for source in sources for e in source if e.prompt_hash < fraction]
+
+
+def choose(scores: np.ndarray, k: int, how: str, rng: np.random.Generator) -> np.ndarray:
+    """Returns which at most k of n responses are used, ascending.
+
+    best_worst_random takes the first of the best, the last of the worst and draws the others.
+    """
+    n = len(scores)
+    if n <= k:
+        return np.arange(n)
+    if how == "first":
+        return np.arange(k)
+    if how == "random":
+        return np.sort(rng.choice(n, k, replace=False))
+    if how == "best_worst_random":
+        ends = [int(np.argmax(scores)), n - 1 - int(np.argmin(scores[::-1]))]
+        others = np.setdiff1d(np.arange(n), ends)
+        return np.sort([*ends, *rng.choice(others, k - 2, replace=False)])
+    raise ValueError(f"{n} responses, but {how!r} takes all and K is {k}.")
+
+
+def row_layout(config) -> RowLayout:
+    """Returns the shape of rows that the config asks for."""
+    return RowLayout(
+        row_len=config.row_len,
+        rows=config.rows,
+        block=config.block,
+        num_pairs=config.row_pairs or plan.causal_bound(config.row_len, config.block),
+        align=config.align,
+    )
+
+
+def check_examples(examples: Sequence[Example], config) -> None:
+    """Raises UserError, naming the largest one, if an example cannot be in a row."""
+    layout, k = row_layout(config), config.num_responses
+    sized = [(_longest(example, k), example.where) for example in examples]
+    sized.sort(key=lambda item: -segment_spans(item[0], 0, layout.align)[-1][1])
+    # The largest speaks for all, but the number of pairs does not go by length alone.
+    for lengths, where in sized if config.row_pairs else sized[:1]:
+        check_fits(lengths, layout, f"{where}: with {len(lengths) - 1} responses")
+    for example in examples if config.choose == "all" else ():
+        if len(example.responses) > k:
+            raise UserError(
+                f"{example.where}: has {len(example.responses)} responses, but "
+                f"data.num_responses is {k}; raise it, or set data.choose to another than all."
+            )
+
+
+def _check_num_responses(examples: Sequence[Example], k: int) -> None:
+    most = max(len(example.responses) for example in examples)
+    if k < 2:
+        raise UserError(f"data.num_responses is {k}, which teaches nothing; set it to 2 or more.")
+    if most < k:
+        raise UserError(
+            f"data.num_responses is {k}, but no row has more than {most} responses; "
+            f"set it to {most}."
+        )
+
+
+def _longest(example: Example, k: int) -> list[int]:
+    """Returns the lengths of the prompt and of its k longest responses, in data order."""
+    sizes = [len(ids) for ids in example.responses]
+    chosen = sorted(sorted(range(len(sizes)), key=lambda i: -sizes[i])[:k])
+    return [len(example.prompt), *(sizes[i] for i in chosen)]
+
+
+def _weights(config) -> list[float]:
+    """Returns the mixture weights, one a glob; none where sources are concatenated."""
+    if not config.weights:
+        return []
+    wanted = len(split_globs(config.files))
+    try:
+        weights = [float(weight) for weight in config.weights.split(",")]
+    except ValueError:
+        weights = []
+    if len(weights) == wanted and all(0 < w < math.inf for w in weights):
+        return weights
+    raise UserError(
+        f"data.weights is {config.weights!r}; wanted {wanted} positive numbers, one for each glob "
+        "of data.files."
+    )
+
+
+def _order(sources: Sequence[Sequence[Example]], config, seed: int) -> grain.MapDataset:
+    """Returns the infinite order of examples, as indices into the concatenated sources."""
+    weights = _weights(config)
+    sizes = [len(source) for source in sources] if weights else [sum(map(len, sources))]
+    ends = np.cumsum(sizes)
+    parts = []
+    for i, (end, size) in enumerate(zip(ends, sizes, strict=True)):
+        # Another seed for each: sources of one size would else go in step.
+        part = grain.MapDataset.range(int(end) - size, int(end)).seed(seed + i)
+        parts.append((part.shuffle() if config.shuffle else part).repeat())
+    return grain.MapDataset.mix(parts, weights) if weights else parts[0]
+
+
+def _make_batch(picks: Sequence[_Pick], config) -> HostBatch:
+    """Packs at most B picks; the prompts that lack are empty."""
+    b, k, layout = config.batch_size, config.num_responses, row_layout(config)
+    scores, ref_logps = np.zeros((b, k), np.float32), np.zeros((b, k), np.float32)
+    mask = np.zeros((b, k), bool)
+    groups = []
+    for i, (example, chosen, ref) in enumerate(picks):
+        n = len(chosen)
+        groups.append(
+            Group(example.prompt, [example.responses[j] for j in chosen], range(i * k, i * k + n))
+        )
+        scores[i, :n], mask[i, :n] = example.scores[chosen], True
+        if ref is not None:
+            ref_logps[i, :n] = ref[chosen]
+    # A group is never more than a row, so that B rows always do: one shape for all steps.
+    rows, num_micro, micro = pack(groups, layout, num_slots=b * k, num_micro=-(-b // layout.rows))
+    micro_of_prompt = np.full(b, -1, np.int32)
+    micro_of_prompt[: len(picks)] = micro
+    batch = Batch(rows, np.int32(num_micro), micro_of_prompt, scores, mask, ref_logps)
+    num_run = num_micro * layout.rows * layout.row_len
+    return HostBatch(batch, [pick.example.where for pick in picks], _stats(picks, groups, num_run))
+
+
+def _stats(picks: Sequence[_Pick], groups: Sequence[Group], num_run: int) -> dict[str, float]:
+    """Returns what a batch's tokens are spent on; `num_run` is how many are computed."""
+    needed = sum(sum(group.lengths()) for group in groups)
+    num_cut = sum(pick.example.num_cut for pick in picks)
+    return {
+        "truncated_frac": num_cut / sum(pick.example.num_tokens for pick in picks),
+        "padding_frac": 1 - needed / num_run,
+        "scored_tokens": float(needed - sum(len(group.prompt) for group in groups)),
+        "needed_tokens": float(needed),
+    }

@@ -1,0 +1,76 @@
+"""JSON lines as a grain random-access source, and the error that says which line is at fault."""
+
+import glob
+import gzip
+import json
+import os
+import zlib
+from typing import Any
+
+from nca_jax.checks import UserError
+
+
+class RowError(UserError):
+    """One row cannot be used; `reason` is the word that it is counted under where it is skipped."""
+
+    def __init__(self, message: str, *, reason: str, where: str = ""):
+        super().__init__(f"{where}: {message}" if where else message)
+        self.message, self.reason, self.where = message, reason, where
+
+    def at(self, where: str) -> "RowError":
+        """Returns the same error with the place ("path:line") in front."""
+        return RowError(self.message, reason=self.reason, where=where)
+
+
+class JsonlSource:
+    """The rows of all files that match one glob, as grain reads them: `len` and `[i]`.
+
+    Files are sorted by name, rows keep their order, blank lines are no rows. The lines are held as
+    bytes and parsed when asked for: a .gz file has no other random access.
+
+    Raises:
+      UserError: no file matches, a file cannot be read, or a file has no rows.
+    """
+
+    def __init__(self, pattern: str):
+        paths = sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
+        if not paths:
+            raise UserError(f"No file matches {pattern!r}; wanted .jsonl or .jsonl.gz files.")
+        self._lines = [(path, *line) for path in paths for line in _read_lines(path)]
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, index: int) -> tuple[str, dict[str, Any]]:
+        """Returns ("path:line", the row). Raises RowError if the line is not a JSON object."""
+        path, number, line = self._lines[index]
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:  # bad JSON or bad UTF-8
+            raise RowError(f"not JSON ({error})", reason="json", where=where) from None
+        if not isinstance(row, dict):
+            raise RowError(
+                f"wanted a JSON object, got {type(row).__name__}", reason="json", where=where
+            )
+        return where, row
+
+
+def split_globs(files: str) -> list[str]:
+    """Returns the globs of a comma-separated list."""
+    return [pattern.strip() for pattern in files.split(",") if pattern.strip()]
+
+
+def _read_lines(path: str) -> list[tuple[int, bytes]]:
+    """Returns (line number from 1, line) for every line that is not blank."""
+    open_file = gzip.open if path.endswith(".gz") else open
+    try:
+        with open_file(path, "rb") as file:
+            lines = [(n, line) for n, line in enumerate(file, start=1) if line.strip()]
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(
+            f"{path}: cannot be read ({error}); write it anew or leave it out."
+        ) from None
+    if not lines:
+        raise UserError(f"{path}: has no rows; write it anew or leave it out.")
+    return lines

@@ -1,0 +1,125 @@
+"""From packed rows to log-probabilities: the only road, for training, reference and evaluation.
+
+Axes: R rows, T tokens, D width, V padded vocabulary, C tokens of a row in one chunk.
+Units: nats, float32.
+
+Only hidden states that predict a response token reach the head, C tokens of each row at a time:
+[T, V] logits never exist whole, forward or backward.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from nca_jax.axes import constrain
+from nca_jax.batch import Rows
+
+
+def sequence_logps(
+    model, params: dict, rows: Rows, *, shape: tuple[int, int], block: int, chunk: int
+) -> jax.Array:
+    """log pi(y|x) of every response in the rows, summed over its tokens.
+
+    Args:
+      model: has `rows(params, rows, block=...)`, `head(params)` and `config.vocab_size`.
+      rows: one micro-batch of the step, [R, T].
+      shape: (B, K) of the step, which `rows.scored_slot` points into.
+      block: tokens in an attention block.
+      chunk: C; divides T. It bounds the logits: R * C * V float32.
+    Returns:
+      [B, K] float32 nats; 0 for a response that is not in these rows.
+    """
+    logps = token_logps(
+        model, params, rows, num_slots=shape[0] * shape[1], block=block, chunk=chunk
+    )
+    # The last slot collects the filler and is dropped.
+    slots = jnp.zeros(shape[0] * shape[1] + 1, jnp.float32)
+    return slots.at[rows.scored_slot.reshape(-1)].add(logps.reshape(-1))[:-1].reshape(shape)
+
+
+def token_logps(
+    model, params: dict, rows: Rows, *, num_slots: int, block: int, chunk: int
+) -> jax.Array:
+    """The log-probability of each `rows.scored_token`, [R, T] float32; 0 for filler."""
+    hidden = model.rows(params, rows, block=block)
+    hidden = jnp.take_along_axis(hidden, rows.scored_at[..., None], axis=1)  # [R, T, D]
+    head = constrain(model.head(params), None, "vocab")  # gathered once, outside the chunk loop
+    scored = rows.scored_slot < num_slots  # the scored tokens come first
+    num_chunks = -(-jnp.max(jnp.sum(scored, axis=1)) // chunk)
+    logps = _chunked_logps(
+        hidden, head, rows.scored_token, num_chunks, model.config.vocab_size, chunk
+    )
+    return jnp.where(scored, logps, 0.0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _chunked_logps(hidden, head, tokens, num_chunks, vocab_size, chunk) -> jax.Array:
+    """log softmax(hidden @ head)[tokens], [R, T]; what lies beyond `num_chunks` chunks is 0.
+
+    The number of chunks is known at run time only, so that no chunk of filler is computed; hence
+    the gradient by hand: d logp = onehot(token) - softmax, with the logits computed again.
+    """
+    return _forward(hidden, head, tokens, num_chunks, vocab_size, chunk)[0]
+
+
+def _forward(hidden, head, tokens, num_chunks, vocab_size, chunk):
+    weights = head.astype(hidden.dtype)
+
+    def one_chunk(i, carry):
+        logps, log_totals = carry
+        logits = _logits(_chunk(hidden, i, chunk), weights, vocab_size)  # [R, C, V]
+        log_total = jax.nn.logsumexp(logits, axis=-1)
+        picked = jnp.sum(jnp.where(_is_token(tokens, i, chunk, logits), logits, 0.0), axis=-1)
+        return _put(logps, picked - log_total, i), _put(log_totals, log_total, i)
+
+    empty = jnp.zeros(tokens.shape, jnp.float32)
+    logps, log_totals = jax.lax.fori_loop(0, num_chunks, one_chunk, (empty, empty))
+    return logps, (hidden, head, tokens, num_chunks, log_totals)
+
+
+def _backward(vocab_size, chunk, saved, grad_logps):
+    hidden, head, tokens, num_chunks, log_totals = saved
+    weights = head.astype(hidden.dtype)
+
+    def one_chunk(i, carry):
+        grad_hidden, grad_head = carry
+        x = _chunk(hidden, i, chunk)
+        logits = _logits(x, weights, vocab_size)
+        softmax = jnp.exp(logits - _chunk(log_totals, i, chunk)[..., None])
+        grad_logits = jnp.where(_is_token(tokens, i, chunk, logits), 1.0, 0.0) - softmax
+        grad_logits = (grad_logits * _chunk(grad_logps, i, chunk)[..., None]).astype(x.dtype)
+        grad_x = jnp.einsum("rcv,dv->rcd", grad_logits, weights)
+        grad_head += jnp.einsum("rcd,rcv->dv", x, grad_logits, preferred_element_type=jnp.float32)
+        return _put(grad_hidden, grad_x, i), grad_head
+
+    start = jnp.zeros_like(hidden), jnp.zeros(head.shape, jnp.float32)
+    grad_hidden, grad_head = jax.lax.fori_loop(0, num_chunks, one_chunk, start)
+    return grad_hidden, grad_head.astype(head.dtype), None, None
+
+
+_chunked_logps.defvjp(_forward, _backward)
+
+
+def _chunk(x: jax.Array, i: jax.Array, chunk: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk, axis=1)
+
+
+def _put(x: jax.Array, part: jax.Array, i: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(x, part, i * part.shape[1], axis=1)
+
+
+def _logits(x: jax.Array, weights: jax.Array, vocab_size: int) -> jax.Array:
+    """[R, C, D] -> [R, C, V] float32, padded columns far below every token."""
+    logits = jnp.einsum("rcd,dv->rcv", x, weights, preferred_element_type=jnp.float32)
+    logits = constrain(logits, "rows", None, "vocab")
+    if vocab_size == weights.shape[1]:
+        return logits
+    column = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
+    return jnp.where(column < vocab_size, logits, -1e30)
+
+
+def _is_token(tokens: jax.Array, i: jax.Array, chunk: int, logits: jax.Array) -> jax.Array:
+    """[R, C, V] bool, never materialised: fused into the reduction or the product that reads it."""
+    column = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
+    return column == _chunk(tokens, i, chunk)[..., None]

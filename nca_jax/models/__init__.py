@@ -1,0 +1,1 @@
+"""The decoder, its sharded parameters' names, and the checkpoint formats they are read from."""

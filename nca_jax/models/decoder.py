@@ -1,0 +1,150 @@
+"""One decoder for Mistral, Llama, SmolLM2, Qwen2, Qwen3 and Mixtral: they differ in `ModelConfig`.
+
+Axes: R rows, T tokens, V padded vocabulary, D width, L layers.
+
+flax.nnx stays inside this folder. At the border a model is split once into a graph and `params`, a
+plain nested dict of float32 arrays with layers stacked on a leading L axis; policy and reference
+are the same graph with other params.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from nca_jax.axes import constrain
+from nca_jax.batch import Rows
+from nca_jax.model_config import ModelConfig
+from nca_jax.models import attention
+from nca_jax.models.layers import Attention, Kernel, Mlp, RMSNorm
+from nca_jax.models.moe import Moe
+
+REMAT = {  # what the backward pass keeps of a layer, from fastest to leanest
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Layer(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.attn_norm = RMSNorm(config.width, config.norm_eps)
+        self.attn = Attention(config, rngs)
+        self.mlp_norm = RMSNorm(config.width, config.norm_eps)
+        if config.num_experts:
+            self.moe = Moe(config, rngs)
+        else:
+            self.mlp = Mlp(config, rngs)
+        self.sparse = bool(config.num_experts)
+
+    def __call__(self, x: jax.Array, positions: jax.Array, attend: attention.Attend, cache):
+        y, cache = self.attn(self.attn_norm(x), positions, attend, cache)
+        x = constrain(x + y, "rows", None, None)
+        feed_forward = self.moe if self.sparse else self.mlp
+        return constrain(x + feed_forward(self.mlp_norm(x)), "rows", None, None), cache
+
+
+class Embed(nnx.Module):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        shape = (config.padded_vocab, config.width)
+        self.table = nnx.Param(jax.random.normal(rngs.params(), shape) * config.width**-0.5)
+
+
+class Decoder(nnx.Module):
+    """Tokens to final hidden states; the head is applied by whoever needs its logits."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.embed = Embed(config, rngs)
+        split = nnx.split_rngs(splits=config.num_layers)
+        make_layers = split(nnx.vmap(functools.partial(Layer, config)))
+        self.layers = make_layers(rngs)
+        self.norm = RMSNorm(config.width, config.norm_eps)
+        if not config.tied_head:
+            self.head = Kernel((config.width, config.padded_vocab), config.width, rngs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The pure functions of one decoder; `params` is the first argument of each.
+
+    Attributes:
+      config: sizes.
+      dtype: of the activations; parameters stay float32.
+      remat: a key of REMAT.
+      scan_layers: one compiled layer run L times, or L layers unrolled over the same params.
+    """
+
+    config: ModelConfig
+    dtype: jnp.dtype = jnp.float32
+    remat: str = "none"
+    scan_layers: bool = True
+
+    @functools.cached_property
+    def _graphdef(self):
+        return nnx.split(nnx.eval_shape(lambda: Decoder(self.config, nnx.Rngs(0))))[0]
+
+    def init(self, key: jax.Array) -> dict:
+        """Random parameters; a pure function of the key, whatever the sharding."""
+        return nnx.to_pure_dict(nnx.state(Decoder(self.config, nnx.Rngs(key)), nnx.Param))
+
+    def abstract_params(self) -> dict:
+        """The shapes and dtypes of `init`, without computing it."""
+        return jax.eval_shape(self.init, jax.random.key(0))
+
+    def hidden(
+        self,
+        params: dict,
+        tokens: jax.Array,
+        positions: jax.Array,
+        attend: attention.Attend,
+        cache: dict | None = None,
+    ) -> tuple[jax.Array, dict | None]:
+        """[R, T] int32 tokens and positions -> ([R, T, D] in `dtype`, the cache with [L, ...])."""
+        decoder = nnx.merge(self._graphdef, params)
+        x = decoder.embed.table[...].astype(self.dtype)[tokens]
+        x = constrain(x, "rows", None, None)
+        graph, layers = nnx.split(decoder.layers)
+
+        def layer(x, layer_and_cache):
+            state, layer_cache = layer_and_cache
+            return nnx.merge(graph, state)(x, positions, attend, layer_cache)
+
+        if self.remat != "none":
+            layer = jax.checkpoint(
+                layer, policy=REMAT[self.remat], prevent_cse=not self.scan_layers
+            )
+        unroll = 1 if self.scan_layers else self.config.num_layers
+        x, cache = jax.lax.scan(layer, x, (layers, cache), unroll=unroll)
+        return decoder.norm(x), cache
+
+    def head(self, params: dict) -> jax.Array:
+        """[D, V] float32: of its V columns only the first `config.vocab_size` are tokens."""
+        if self.config.tied_head:
+            return params["embed"]["table"].T
+        return params["head"]["kernel"]
+
+    def rows(self, params: dict, rows: Rows, *, block: int) -> jax.Array:
+        """[R, T, D]: the hidden states of packed rows, attention in blocks of `block` tokens."""
+        attend = attention.packed(
+            rows,
+            sliding_window=self.config.sliding_window,
+            num_blocks=rows.tokens.shape[1] // block,
+        )
+        return self.hidden(params, rows.tokens, rows.positions, attend)[0]
+
+    def make_cache(self, num_rows: int, num_slots: int) -> dict:
+        """An empty key-value cache: {"k", "v"} of [L, R, S, G, H]."""
+        c = self.config
+        shape = (c.num_layers, num_rows, num_slots, c.num_kv_heads, c.head_dim)
+        return {"k": jnp.zeros(shape, self.dtype), "v": jnp.zeros(shape, self.dtype)}
+
+    def logits(self, params: dict, hidden: jax.Array) -> jax.Array:
+        """[..., D] -> [..., V] float32, padded columns at -inf: for decoding, a token at a time."""
+        head = self.head(params).astype(self.dtype)
+        logits = jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=jnp.float32)
+        real = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+        return jnp.where(real < self.config.vocab_size, logits, -jnp.inf)

@@ -1,0 +1,238 @@
+"""GGUF files: sizes, tensors (dequantised to float32) and tokenizer out of one file.
+
+The dequantised weights are what is trained and what the reference is; nothing is requantised.
+"""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from gguf import GGUFReader, QuantError, TokenType, dequantize
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.processors import TemplateProcessing
+
+from nca_jax.checks import UserError
+from nca_jax.model_config import ModelConfig
+from nca_jax.models import names
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3")  # Mistral and SmolLM2 files say llama
+_PERMUTED = re.compile(r"blk\.\d+\.attn_[qk]\.weight")
+
+
+class File(NamedTuple):
+    """A GGUF file mapped into memory."""
+
+    path: Path
+    reader: GGUFReader
+
+    def get(self, key: str, **default):
+        """Returns the metadata of a key, or `default=`; raises UserError if there is neither."""
+        field = self.reader.get_field(key)
+        if field is not None:
+            return field.contents()
+        if not default:
+            raise UserError(f"{self.path} has no {key}.")
+        return default["default"]
+
+
+def open_gguf(path: str | Path) -> tuple[ModelConfig, dict[str, names.Param]]:
+    """Opens one GGUF file of a llama, qwen2 or qwen3 model.
+
+    Every name, shape and quantisation is checked here; the values are read when a `Param` is.
+
+    Raises:
+      UserError: not a GGUF file, a model this decoder would compute wrongly, or tensors that do
+        not fit the metadata.
+    """
+    file = _open_file(path)
+    tensors = {tensor.name: tensor for tensor in file.reader.tensors}
+    shapes = {name: tuple(map(int, tensor.shape[::-1])) for name, tensor in tensors.items()}
+    config = _read_config(file, shapes)
+    names.check_tensors(str(path), shapes, names.tensor_shapes(config, "gguf"))
+    _check_quantisation(file)
+    permuted = file.get("general.architecture") == "llama"
+
+    def fetch(name: str, index: tuple[slice, ...]) -> np.ndarray:
+        data, kind = tensors[name].data, tensors[name].tensor_type
+        if data.ndim == 1:
+            return dequantize(data, kind)[index]
+        part = dequantize(data[index[0]], kind)
+        if permuted and _PERMUTED.fullmatch(name):
+            part = _unpermute(part, config.head_dim)
+        return part[:, *index[1:]]
+
+    return config, names.open_params(config, "gguf", fetch)
+
+
+def _open_file(path: str | Path) -> File:
+    try:
+        file = File(Path(path), GGUFReader(path))
+    except (OSError, ValueError, IndexError) as error:
+        raise UserError(f"Cannot read {path} as GGUF: {error}") from error
+    if file.get("split.count", default=1) > 1:
+        raise UserError(f"{path} is one part of a split GGUF; merge the parts first.")
+    return file
+
+
+def _read_config(file: File, shapes: dict[str, tuple[int, ...]]) -> ModelConfig:
+    arch = file.get("general.architecture")
+    if arch not in ARCHITECTURES:
+        raise UserError(
+            f"{file.path}: architecture {arch!r} is not one of {', '.join(ARCHITECTURES)}."
+        )
+
+    def get(key: str, **default):
+        return file.get(f"{arch}.{key}", **default)
+
+    width, num_heads = get("embedding_length"), get("attention.head_count")
+    head_dim = get("attention.key_length", default=width // num_heads)
+    refused = {  # what this decoder would compute wrongly
+        "expert_count": get("expert_count", default=0) > 0,
+        "rope.scaling.type": get("rope.scaling.type", default="none") != "none",
+        "rope_freqs.weight": "rope_freqs.weight" in shapes,  # Llama 3.1's stretched frequencies
+        "rope.dimension_count": get("rope.dimension_count", default=head_dim) != head_dim,
+        "attention.value_length": get("attention.value_length", default=head_dim) != head_dim,
+        "attention.sliding_window": get("attention.sliding_window", default=0) > 0,
+    }
+    for key in (key for key, is_so in refused.items() if is_so):
+        raise UserError(
+            f"{file.path}: {key} is not supported as it is set there; open the model's safetensors "
+            "folder instead."
+        )
+
+    ids = {name: file.get(f"tokenizer.ggml.{name}_token_id", default=None) for name in _TURN_IDS}
+    return ModelConfig(
+        vocab_size=shapes.get("token_embd.weight", (0,))[0],  # absent: named by check_tensors
+        num_layers=get("block_count"),
+        width=width,
+        num_heads=num_heads,
+        num_kv_heads=get("attention.head_count_kv", default=num_heads),
+        head_dim=head_dim,
+        mlp_width=get("feed_forward_length"),
+        rope_theta=get("rope.freq_base", default=10_000.0),
+        norm_eps=_shortest(get("attention.layer_norm_rms_epsilon")),
+        tied_head="output.weight" not in shapes,
+        qkv_bias=arch == "qwen2",
+        qk_norm=arch == "qwen3",
+        max_position=get("context_length"),
+        bos_id=ids.pop("bos"),
+        eos_ids=tuple(dict.fromkeys(i for i in ids.values() if i is not None)),
+    )
+
+
+_TURN_IDS = ("bos", "eos", "eot")
+
+
+def _shortest(value: float) -> float:
+    """The shortest decimal of a stored float32: 1e-05, not 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
+
+
+def _check_quantisation(file: File) -> None:
+    """Dequantises one row of each kind, so that an unknown kind is found before a long read."""
+    kinds = {tensor.tensor_type: tensor for tensor in file.reader.tensors}
+    for kind, tensor in kinds.items():
+        try:
+            dequantize(tensor.data[:1] if tensor.data.ndim > 1 else tensor.data, kind)
+        except (NotImplementedError, QuantError) as error:
+            raise UserError(
+                f"{file.path}: {tensor.name} is stored as {kind.name}, which the gguf package "
+                "cannot dequantise."
+            ) from error
+
+
+def _unpermute(rows: np.ndarray, head_dim: int) -> np.ndarray:
+    """Undoes llama.cpp's order of the q and k rows, [heads * H, D] -> the same.
+
+    It interleaves the two halves that the rotary embedding pairs; here the halves stay apart.
+    """
+    shape = rows.shape
+    return rows.reshape(-1, head_dim // 2, 2, shape[-1]).swapaxes(1, 2).reshape(shape)
+
+
+class _Splitter(NamedTuple):
+    """What `tokenizer.ggml.pre` stands for, as the original tokenizer.json has it."""
+
+    first: pre_tokenizers.PreTokenizer
+    use_regex: bool = False  # GPT-2's own pattern after `first`
+    normalizer: normalizers.Normalizer | None = None
+    ignore_merges: bool = False
+    add_bos: bool = False  # unless the metadata say otherwise
+
+
+def _split(numbers: str) -> pre_tokenizers.PreTokenizer:
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+        + numbers
+        + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    return pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+
+
+SPLITTERS = {
+    "smollm": _Splitter(pre_tokenizers.Digits(individual_digits=True), use_regex=True),
+    "llama-bpe": _Splitter(_split(r"\p{N}{1,3}"), ignore_merges=True, add_bos=True),
+    "qwen2": _Splitter(_split(r"\p{N}"), normalizer=normalizers.NFC()),
+}
+
+
+def gguf_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
+    """Builds the byte-level BPE tokenizer of a GGUF file, with its chat template if it has one.
+
+    Raises:
+      UserError: another kind of tokenizer, or a way to split words that is not in SPLITTERS.
+    """
+    from transformers import PreTrainedTokenizerFast  # takes seconds; only tokenizers need it
+
+    file = _open_file(path)
+    model = file.get("tokenizer.ggml.model")
+    if model != "gpt2":
+        raise UserError(f"{path}: tokenizer {model!r} is not supported; wanted 'gpt2'.")
+    pre = file.get("tokenizer.ggml.pre", default=None)
+    if pre not in SPLITTERS:
+        raise UserError(f"{path}: pre-tokenizer {pre!r} is not one of {', '.join(SPLITTERS)}.")
+
+    tokens = file.get("tokenizer.ggml.tokens")
+    special = {}
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
+        token_id = file.get(f"tokenizer.ggml.{key}_token_id", default=None)
+        special[f"{name}_token"] = None if token_id is None else tokens[token_id]
+    tokenizer = _byte_level_bpe(file, tokens, SPLITTERS[pre])
+    if file.get("tokenizer.ggml.add_bos_token", default=SPLITTERS[pre].add_bos):
+        bos = special["bos_token"]
+        tokenizer.post_processor = TemplateProcessing(
+            single=f"{bos} $A",
+            pair=f"{bos} $A {bos}:1 $B:1",
+            special_tokens=[(bos, tokens.index(bos))],
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        chat_template=file.get("tokenizer.chat_template", default=None),
+        clean_up_tokenization_spaces=False,
+        **{name: token for name, token in special.items() if token is not None},
+    )
+
+
+def _byte_level_bpe(file: File, tokens: list[str], splitter: _Splitter) -> Tokenizer:
+    merges = [tuple(merge.split(" ", 1)) for merge in file.get("tokenizer.ggml.merges")]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(BPE(vocab=vocab, merges=merges, ignore_merges=splitter.ignore_merges))
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=splitter.use_regex)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([splitter.first, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    if splitter.normalizer is not None:
+        tokenizer.normalizer = splitter.normalizer
+    kinds = file.get("tokenizer.ggml.token_type")
+    tokenizer.add_tokens(
+        [
+            AddedToken(token, special=kind == TokenType.CONTROL, normalized=False)
+            for token, kind in zip(tokens, kinds, strict=True)
+            if kind in (TokenType.CONTROL, TokenType.USER_DEFINED)
+        ]
+    )
+    return tokenizer

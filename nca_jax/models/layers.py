@@ -1,0 +1,113 @@
+"""The layers of a decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+
+Axes: R rows, T tokens, V padded vocabulary, D width, N query heads, G kv heads, H head width,
+      F MLP width. Parameters are float32 and are cast to the activations' dtype where used.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from nca_jax.axes import constrain
+from nca_jax.model_config import ModelConfig
+from nca_jax.models.attention import Attend
+
+
+class Kernel(nnx.Module):
+    """A matrix without a product: each caller writes its own einsum. N(0, 1/fan_in) at start."""
+
+    def __init__(self, shape: tuple[int, ...], fan_in: int, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(jax.random.normal(rngs.params(), shape) * fan_in**-0.5)
+
+    def __call__(self, dtype: jnp.dtype) -> jax.Array:
+        return self.kernel[...].astype(dtype)
+
+
+class Projection(Kernel):
+    """D to heads, with an optional bias per head."""
+
+    def __init__(self, width: int, heads: int, head_dim: int, bias: bool, rngs: nnx.Rngs):
+        super().__init__((width, heads, head_dim), width, rngs)
+        self.bias = nnx.Param(jnp.zeros((heads, head_dim))) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[R, T, D] -> [R, T, heads, H]."""
+        y = jnp.einsum("rtd,dnh->rtnh", x, self.kernel[...].astype(x.dtype))
+        if self.bias is not None:
+            y += self.bias[...].astype(x.dtype)[None, None]
+        return constrain(y, "rows", None, "heads", None)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale over the last axis, in float32."""
+
+    def __init__(self, width: int, eps: float):
+        self.scale, self.eps = nnx.Param(jnp.ones(width)), eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        scale = self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))
+        return (y * scale).astype(x.dtype)
+
+
+def rotary_frequencies(config: ModelConfig) -> jax.Array:
+    """[H / 2] float32 radians a position: theta^(-2i/H), stretched as Llama 3 does where asked."""
+    half = jnp.arange(config.head_dim // 2, dtype=jnp.float32)
+    freqs = config.rope_theta ** (-2.0 * half / config.head_dim)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return freqs
+    # Long wavelengths are slowed by `factor`, short ones kept, those between blended linearly in
+    # the number of turns over the original context.
+    turns = scaling.original_max_position * freqs / (2 * math.pi)
+    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    keep = jnp.clip(keep, 0.0, 1.0)
+    return keep * freqs + (1 - keep) * freqs / scaling.factor
+
+
+def rotate(x: jax.Array, positions: jax.Array, freqs: jax.Array) -> jax.Array:
+    """Rotary embedding of [R, T, heads, H], halves rotated; float32, as bfloat16 has no 257."""
+    angles = positions.astype(jnp.float32)[..., None] * freqs[None, None]  # [R, T, H/2]
+    sin, cos = jnp.sin(angles)[:, :, None], jnp.cos(angles)[:, :, None]
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query self-attention; which token sees which is the caller's `attend`."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        c = config
+        self.config = config
+        self.q = Projection(c.width, c.num_heads, c.head_dim, c.qkv_bias, rngs)
+        self.k = Projection(c.width, c.num_kv_heads, c.head_dim, c.qkv_bias, rngs)
+        self.v = Projection(c.width, c.num_kv_heads, c.head_dim, c.qkv_bias, rngs)
+        self.o = Kernel((c.num_heads, c.head_dim, c.width), c.num_heads * c.head_dim, rngs)
+        self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
+        self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
+
+    def __call__(self, x: jax.Array, positions: jax.Array, attend: Attend, cache):
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        freqs = rotary_frequencies(self.config)
+        out, cache = attend(rotate(q, positions, freqs), rotate(k, positions, freqs), v, cache)
+        out = constrain(out, "rows", None, "heads", None)
+        return jnp.einsum("rtnh,nhd->rtd", out, self.o(x.dtype)), cache
+
+
+class Mlp(nnx.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        d, f = config.width, config.mlp_width
+        self.gate, self.up = Kernel((d, f), d, rngs), Kernel((d, f), d, rngs)
+        self.down = Kernel((f, d), f, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        hidden = jax.nn.silu(jnp.einsum("rtd,df->rtf", x, self.gate(x.dtype)))
+        hidden *= jnp.einsum("rtd,df->rtf", x, self.up(x.dtype))
+        return jnp.einsum("rtf,fd->rtd", constrain(hidden, "rows", None, "mlp"), self.down(x.dtype))

@@ -1,0 +1,100 @@
+"""Finds a pretrained model by one string, and opens its parameters and its tokenizer.
+
+`where` is a folder (Hugging Face layout), a .gguf file, `package:NAME` (the one .gguf that an
+installed Python package ships) or a repository of the Hugging Face Hub.
+"""
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import huggingface_hub
+
+from nca_jax.checks import UserError
+from nca_jax.model_config import ModelConfig
+from nca_jax.models.gguf import gguf_tokenizer, open_gguf
+from nca_jax.models.hf import open_hf
+from nca_jax.models.names import Param
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "merges.txt"]
+# Weights that are stored a second time in another layout.
+HUB_IGNORED = ["*/*", "consolidated*"]
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
+
+
+def resolve(where: str) -> Path:
+    """Returns the local folder or .gguf file of `where`, downloading only from the hub.
+
+    Raises:
+      UserError: there is no such thing, or the hub cannot be reached.
+    """
+    if where.startswith("package:"):
+        return _packaged_gguf(where.removeprefix("package:"))
+    path = Path(where).expanduser()
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path
+    if path.suffix == ".gguf" or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", where):
+        raise UserError(
+            f"No folder, .gguf file or hub repository {where!r}. Wanted one of these or package:NAME."
+        )
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                where, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED
+            )
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{where!r} is no local folder, and the Hugging Face Hub did not give it: {reason}"
+        ) from error
+
+
+def open_pretrained(where: str) -> tuple[ModelConfig, dict[str, Param]]:
+    """Opens a model; its parameters are read only when asked, see `names.Param`.
+
+    Raises:
+      UserError: what `resolve`, `open_hf` and `open_gguf` raise.
+    """
+    path = resolve(where)
+    return open_hf(path) if path.is_dir() else open_gguf(path)
+
+
+def load_tokenizer(where: str) -> "PreTrainedTokenizerBase":
+    """Returns the tokenizer of a model, or for "byte" one that needs no files (259 ids).
+
+    Raises:
+      UserError: what `resolve` and `gguf_tokenizer` raise, or a folder without a tokenizer.
+    """
+    from transformers import AutoTokenizer, ByT5Tokenizer  # takes seconds; only tokenizers need it
+
+    if where == "byte":
+        return ByT5Tokenizer(extra_ids=0)  # its sentinels would lie beyond the 259 ids
+    path = resolve(where)
+    if not path.is_dir():
+        return gguf_tokenizer(path)
+    if not any((path / name).exists() for name in TOKENIZER_FILES):
+        raise UserError(f"{path} has no tokenizer: none of {', '.join(TOKENIZER_FILES)} is there.")
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"Cannot load the tokenizer in {path}: {reason}") from error
+
+
+def _packaged_gguf(package: str) -> Path:
+    """Finds the file without importing the package, which may want libraries of its own."""
+    # A dotted name would import its parent.
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"No Python package {package!r} is installed; `pip install` it first.")
+    found = [
+        file for root in spec.submodule_search_locations for file in Path(root).rglob("*.gguf")
+    ]
+    if len(found) != 1:
+        raise UserError(f"Wanted one .gguf file in the package {package!r}, found {len(found)}.")
+    return found[0]

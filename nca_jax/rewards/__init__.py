@@ -1,0 +1,1 @@
+"""Scorers: functions from (prompts, responses) to one reward each."""

@@ -1,0 +1,91 @@
+"""Where metrics go: metrics.jsonl, TensorBoard, W&B, and a progress bar on a terminal."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from nca_jax.checks import UserError
+
+
+class MetricWriter:
+    """Writes `{"step": n, "split": "train" | "eval", metric: value, ...}` lines.
+
+    A resumed run cuts every record back to the restored step, so that no line is there twice and
+    none is lost.
+    """
+
+    def __init__(self, workdir: Path, log, *, restored_step: int | None, num_steps: int):
+        """Opens the records of a run that goes on after `restored_step` (None: it is new)."""
+        path = workdir / "metrics.jsonl"
+        kept = [] if restored_step is None else _lines_until(path, restored_step)
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(kept))
+        partial.replace(path)
+        self._file = open(path, "a")
+        purge = 0 if restored_step is None else restored_step + 1
+        self._board = (
+            SummaryWriter(str(workdir / "tensorboard"), purge_step=purge)
+            if log.tensorboard
+            else None
+        )
+        self._wandb = _open_wandb(workdir, log.wandb_project) if log.wandb_project else None
+        self._bar = tqdm(
+            total=num_steps,
+            initial=restored_step or 0,
+            unit="step",
+            disable=not sys.stderr.isatty(),
+        )
+
+    def write(self, step: int, split: str, metrics: dict[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, "split": split} | metrics) + "\n")
+        self._file.flush()
+        if self._board:
+            for name, value in metrics.items():
+                self._board.add_scalar(f"{split}/{name}", value, step)
+        if self._wandb:
+            self._wandb.log({f"{split}/{name}": x for name, x in metrics.items()}, step=step)
+        if self._bar.disable:
+            print(f"{split} step {step}  {_brief(metrics)}", flush=True)
+        else:
+            self._bar.set_postfix_str(f"{split} {_brief(metrics)}")
+
+    def advance(self) -> None:
+        """Counts one step on the progress bar."""
+        self._bar.update()
+
+    def sync(self) -> None:
+        """Returns when every line is on disk; a checkpoint must not be ahead of its metrics."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+        self._bar.close()
+        if self._board:
+            self._board.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def _lines_until(path: Path, step: int) -> list[str]:
+    """The whole lines of an earlier run up to `step`; the last may be torn by a kill."""
+    if not path.exists():
+        return []
+    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [line for line in lines if json.loads(line)["step"] <= step]
+
+
+def _brief(metrics: dict[str, float]) -> str:
+    names = ("loss", "accuracy", "chosen_logp_drift", "grad_norm", "tokens_per_second")
+    return "  ".join(f"{name} {metrics[name]:.4g}" for name in names if name in metrics)
+
+
+def _open_wandb(workdir: Path, project: str):
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("config.log.wandb_project is set: pip install nca_jax[wandb].") from None
+    return wandb.init(project=project, dir=str(workdir), resume="allow", id=workdir.name)

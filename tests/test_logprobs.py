@@ -1,0 +1,103 @@
+"""Packed rows with shared prompts give what K separate rows with full logits give."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nca_jax.data.pack import Group, RowLayout, pack
+from nca_jax.data.plan import causal_bound
+from nca_jax.logprobs import sequence_logps
+from nca_jax.model_config import MODELS
+from nca_jax.models import attention
+from nca_jax.models.decoder import Model
+
+BLOCK, CHUNK, ROW_LEN = 16, 8, 128
+LAYOUT = RowLayout(ROW_LEN, rows=2, block=BLOCK, num_pairs=causal_bound(ROW_LEN, BLOCK), align=1)
+# Lengths of prompt and responses: ragged, several prompts a row, one that fills a row to its end.
+RAGGED = [(5, (7, 1, 12)), (1, (3, 3)), (17, (20, 16, 30)), (32, (32, 32, 32)), (9, (2, 40))]
+
+
+def make_groups(lengths, seed: int, vocab_size: int, k: int = 3) -> list[Group]:
+    rng = np.random.default_rng(seed)
+
+    def draw(n):
+        return rng.integers(0, vocab_size, n)
+
+    return [
+        Group(draw(p), [draw(r) for r in responses], range(b * k, b * k + len(responses)))
+        for b, (p, responses) in enumerate(lengths)
+    ]
+
+
+def plain_logps(model: Model, params: dict, groups: list[Group], k: int = 3) -> jax.Array:
+    """[B, K]: one row a response, dense causal attention, full logits, log_softmax, gather."""
+    pairs = [(group.prompt, response) for group in groups for response in group.responses]
+    slots = np.array([slot for group in groups for slot in group.slots])
+    length = max(len(prompt) + len(response) for prompt, response in pairs)
+    ids, scored = np.zeros((len(pairs), length), int), np.zeros((len(pairs), length - 1), bool)
+    for i, (prompt, response) in enumerate(pairs):
+        ids[i, : len(prompt) + len(response)] = [*prompt, *response]
+        scored[i, len(prompt) - 1 : len(prompt) + len(response) - 1] = True
+    place = jnp.arange(length)
+    mask = place[:, None] >= place[None]
+    if model.config.sliding_window:
+        mask &= place[:, None] - place[None] < model.config.sliding_window
+    attend = attention.cached(
+        jnp.broadcast_to(mask[None], (len(pairs), length, length)), jnp.int32(0)
+    )
+    positions = jnp.broadcast_to(place[None], ids.shape)
+    cache = model.make_cache(*ids.shape)
+    hidden, _ = model.hidden(params, jnp.asarray(ids), positions, attend, cache)
+    logps = jax.nn.log_softmax(model.logits(params, hidden), axis=-1)[:, :-1]
+    picked = jnp.take_along_axis(logps, jnp.asarray(ids)[:, 1:, None], axis=2)[..., 0]
+    sums = jnp.sum(picked, axis=1, where=scored)
+    return jnp.zeros(len(groups) * k).at[slots].set(sums).reshape(len(groups), k)
+
+
+def packed_logps(model: Model, params: dict, groups: list[Group], layout=LAYOUT, k: int = 3):
+    shape = (len(groups), k)
+    rows, _, _ = pack(groups, layout, num_slots=len(groups) * k)
+    rows = jax.tree.map(lambda x: jnp.asarray(x).reshape(-1, *x.shape[2:]), rows)
+    return sequence_logps(model, params, rows, shape=shape, block=BLOCK, chunk=CHUNK)
+
+
+def model_of(name: str, **changes) -> Model:
+    config = dataclasses.replace(MODELS["tiny"], **changes)
+    if name == "moe":
+        config = dataclasses.replace(MODELS["tiny_moe"], **changes)
+    return Model(config)
+
+
+VARIANTS = {
+    "plain": dict(),
+    "window": dict(sliding_window=7),
+    "tied": dict(tied_head=True),
+    "bias": dict(qkv_bias=True),
+    "qk_norm": dict(qk_norm=True),
+    "moe": dict(),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_packed_shared_rows_equal_separate_rows_in_value_and_gradient(variant):
+    model = model_of(variant, **VARIANTS[variant])
+    params = model.init(jax.random.key(0))
+    groups = make_groups(RAGGED, seed=1, vocab_size=model.config.vocab_size)
+    weights = jax.random.normal(jax.random.key(2), (len(groups), 3))
+
+    def packed(params):
+        logps = packed_logps(model, params, groups)
+        return jnp.sum(weights * logps), logps
+
+    def plain(params):
+        logps = plain_logps(model, params, groups)
+        return jnp.sum(weights * logps), logps
+
+    (_, got), grads = jax.jit(jax.value_and_grad(packed, has_aux=True))(params)
+    (_, want), plain_grads = jax.jit(jax.value_and_grad(plain, has_aux=True))(params)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    for got, want in zip(jax.tree.leaves(grads), jax.tree.leaves(plain_grads), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
