@@ -14,6 +14,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from nca_jax.axes import flatten_paths
 from nca_jax.checks import UserError
+from nca_jax.mesh import param_shardings
 
 
 def open_checkpoints(workdir: Path, checkpoint) -> ocp.CheckpointManager:
@@ -45,26 +46,60 @@ def restore(manager: ocp.CheckpointManager, step: int, abstract, shardings):
     Raises:
       UserError: the checkpoint is of another model; names the arrays that differ.
     """
-    saved = {
-        path: tuple(x.shape) for path, x in flatten_paths(manager.item_metadata(step).tree).items()
-    }
-    wanted = {path: tuple(x.shape) for path, x in flatten_paths(abstract).items()}
+    saved = manager.item_metadata(step).tree
+    _check_same_arrays(manager.directory, flatten_paths(saved), flatten_paths(abstract))
+    target = _with_shardings(abstract, shardings)
+    return manager.restore(step, args=ocp.args.StandardRestore(target))
+
+
+def restore_params(workdir: Path, abstract: dict, mesh) -> dict:
+    """Returns the params alone of the latest checkpoint of a run.
+
+    Raises:
+      UserError: there is no checkpoint, or it is of another model.
+    """
+    folder = (workdir / "checkpoints").absolute()
+    steps = ocp.utils.checkpoint_steps(folder) if folder.exists() else []
+    if not steps:
+        raise UserError(f"{workdir} has no checkpoint; give the --workdir of a training run.")
+    path = folder / str(max(steps)) / "default"
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        saved = checkpointer.metadata(path).item_metadata.tree["params"]
+        _check_same_arrays(path, flatten_paths(saved), flatten_paths(abstract))
+        target = {"params": _with_shardings(abstract, param_shardings(mesh, abstract))}
+        restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+        restored = checkpointer.restore(
+            path,
+            args=ocp.args.PyTreeRestore(
+                item=target, restore_args=restore_args, partial_restore=True
+            ),
+        )
+    return restored["params"]
+
+
+def _check_same_arrays(where, saved: dict, wanted: dict) -> None:
     differs = [
-        f"{path} is {saved.get(path, 'missing')} there and {wanted.get(path, 'missing')} here"
+        f"{path} is {_shape(saved, path)} there and {_shape(wanted, path)} here"
         for path in sorted(saved.keys() | wanted.keys())
-        if saved.get(path) != wanted.get(path)
+        if _shape(saved, path) != _shape(wanted, path)
     ]
     if differs:
+        more = f" and {len(differs) - 3} more" if len(differs) > 3 else ""
         raise UserError(
-            f"{manager.directory} is of another model or optimizer: {'; '.join(differs[:3])}"
-            f"{f' and {len(differs) - 3} more' if len(differs) > 3 else ''}."
+            f"{where} is of another model or optimizer: {'; '.join(differs[:3])}{more}."
         )
-    target = jax.tree.map(
+
+
+def _shape(arrays: dict, path: str) -> tuple[int, ...] | str:
+    return tuple(arrays[path].shape) if path in arrays else "missing"
+
+
+def _with_shardings(abstract, shardings):
+    return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         abstract,
         shardings,
     )
-    return manager.restore(step, args=ocp.args.StandardRestore(target))
 
 
 def git_commit() -> str:

@@ -6,12 +6,63 @@ Prompts are padded on the right, so slot = position inside a prompt, and new tok
 P + 1, ... in every row; their positions still follow the prompt's own length.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from nca_jax.build import Run
 from nca_jax.models import attention
+
+WIDTH_MULTIPLE = 32  # prompt slots are rounded up, so that few widths are compiled
+
+
+def make_generator(run: Run) -> Callable:
+    """Returns `generate(params, prompts, seed) -> samples` as `config.generate` says.
+
+    `prompts` are token ids; samples[n] holds `num_samples` int32 arrays, each with its end-of-turn
+    token where it has one. A prompt's samples depend on its index and the seed, not on its batch.
+    """
+    how = run.config.generate
+    sampler = make_sampler(
+        run.model,
+        num_samples=how.num_samples,
+        max_new_tokens=how.max_new_tokens,
+        temperature=how.temperature,
+        top_p=how.top_p,
+        eos_ids=run.eos_ids,
+    )
+    sampler = jax.jit(sampler)
+    batch = max(1, how.batch_size // how.num_samples)  # prompts at once
+
+    def generate(
+        params: dict, prompts: Sequence[Sequence[int]], seed: int
+    ) -> list[list[np.ndarray]]:
+        width = -(-max(map(len, prompts)) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+        key = jax.random.key(seed)
+        samples = []
+        for first in range(0, len(prompts), batch):
+            now = prompts[first : first + batch]
+            filled = [*now, *[now[-1]] * (batch - len(now))]  # one shape
+            padded = np.stack([np.pad(ids, (0, width - len(ids))) for ids in filled])
+            lengths = np.array([len(ids) for ids in filled], np.int32)
+            keys = jax.vmap(lambda n: jax.random.fold_in(key, n))(first + jnp.arange(batch))
+            tokens, sizes = jax.device_get(sampler(params, padded.astype(np.int32), lengths, keys))
+            samples += [
+                [tokens[n, s, : sizes[n, s]] for s in range(how.num_samples)]
+                for n in range(len(now))
+            ]
+        return samples
+
+    return generate
+
+
+def to_text(run: Run, ids: np.ndarray) -> str:
+    """Returns a response as text: no end-of-turn token, cut at `config.generate.stop`."""
+    text = run.tokenizer.decode([i for i in ids.tolist() if i not in run.eos_ids])
+    stop = run.config.generate.stop
+    return text.split(stop)[0] if stop else text
 
 
 def make_sampler(

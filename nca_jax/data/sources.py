@@ -33,7 +33,7 @@ class JsonlSource:
     """
 
     def __init__(self, pattern: str):
-        paths = sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
+        paths = list_files(pattern)
         if not paths:
             raise UserError(f"No file matches {pattern!r}; wanted .jsonl or .jsonl.gz files.")
         self._lines = [(path, *line) for path in paths for line in _read_lines(path)]
@@ -59,6 +59,15 @@ class JsonlSource:
 def split_globs(files: str) -> list[str]:
     """Returns the globs of a comma-separated list."""
     return [pattern.strip() for pattern in files.split(",") if pattern.strip()]
+
+
+def list_files(files: str) -> list[str]:
+    """Returns the files of comma-separated globs: glob by glob, sorted within each."""
+    return [
+        path
+        for pattern in split_globs(files)
+        for path in sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
+    ]
 
 
 def _read_lines(path: str) -> list[tuple[int, bytes]]:

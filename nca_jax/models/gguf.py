@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # Mistral and SmolLM2 files say llama
+_TURN_IDS = ("bos", "eos", "eot")  # eos and eot both end a turn
 _PERMUTED = re.compile(r"blk\.\d+\.attn_[qk]\.weight")
 
 
@@ -123,9 +124,6 @@ def _read_config(file: File, shapes: dict[str, tuple[int, ...]]) -> ModelConfig:
         bos_id=ids.pop("bos"),
         eos_ids=tuple(dict.fromkeys(i for i in ids.values() if i is not None)),
     )
-
-
-_TURN_IDS = ("bos", "eos", "eot")
 
 
 def _shortest(value: float) -> float:

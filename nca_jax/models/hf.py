@@ -25,8 +25,25 @@ _EVERY_MODEL = {
     "mlp_bias": False,
     "quantization_config": None,
 }
-_LLAMA = {"bos_token_id": 1, "eos_token_id": 2}
-_QWEN = {
+_LLAMA = _EVERY_MODEL | {
+    "num_key_value_heads": None,
+    "max_position_embeddings": 2048,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_MISTRAL = _LLAMA | {
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "sliding_window": 4096,
+}
+_MIXTRAL = _MISTRAL | {
+    "sliding_window": None,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1_000_000.0,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+}
+_QWEN2 = _EVERY_MODEL | {
     "num_key_value_heads": 32,
     "max_position_embeddings": 32768,
     "use_sliding_window": False,
@@ -35,18 +52,11 @@ _QWEN = {
     "layer_types": None,
 }
 DEFAULTS = {
-    "llama": _EVERY_MODEL
-    | _LLAMA
-    | {"num_key_value_heads": None, "max_position_embeddings": 2048, "sliding_window": None},
-    "mistral": _EVERY_MODEL
-    | _LLAMA
-    | {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
-    "mixtral": _EVERY_MODEL
-    | _LLAMA
-    | {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": None}
-    | {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_local_experts": 8, "num_experts_per_tok": 2},
-    "qwen2": _EVERY_MODEL | _QWEN,
-    "qwen3": _EVERY_MODEL | _QWEN | {"head_dim": 128},
+    "llama": _LLAMA,
+    "mistral": _MISTRAL,
+    "mixtral": _MIXTRAL,
+    "qwen2": _QWEN2,
+    "qwen3": _QWEN2 | {"head_dim": 128},
 }
 SIZES = (
     "vocab_size",
@@ -168,24 +178,23 @@ def _rope(file: Path, raw: dict) -> tuple[float, RopeScaling | None]:
 
 def _sliding_window(file: Path, raw: dict) -> int:
     """Returns the window of every layer, 0 for none."""
-    window = raw["sliding_window"]
-    if raw["model_type"] == "llama" or window is None:
+    if raw["model_type"] == "llama" or raw["sliding_window"] is None:
         return 0
-    if raw["model_type"] in ("qwen2", "qwen3"):
-        if not raw["use_sliding_window"]:
-            return 0
-        full = min(raw["max_window_layers"], raw["num_hidden_layers"])
-        kinds = raw["layer_types"] or (
-            ["full_attention"] * full + ["sliding_attention"] * (raw["num_hidden_layers"] - full)
-        )
-        if set(kinds) == {"full_attention"}:
-            return 0
-        if set(kinds) != {"sliding_attention"}:
-            raise UserError(
-                f"{file}: use_sliding_window in some layers only is not supported; wanted all or "
-                "none."
-            )
-    return window
+    if raw["model_type"] in ("mistral", "mixtral"):
+        return raw["sliding_window"]
+    if not raw["use_sliding_window"]:
+        return 0
+    full, layers = raw["max_window_layers"], range(raw["num_hidden_layers"])
+    kinds = raw["layer_types"] or [
+        "sliding_attention" if i >= full else "full_attention" for i in layers
+    ]
+    if set(kinds) == {"full_attention"}:
+        return 0
+    if set(kinds) == {"sliding_attention"}:
+        return raw["sliding_window"]
+    raise UserError(
+        f"{file}: use_sliding_window in some layers only is not supported; wanted all or none."
+    )
 
 
 def _eos_ids(raw: dict, generation_file: Path) -> tuple[int, ...]:
@@ -225,7 +234,9 @@ def _weight_files(folder: Path) -> list[Path]:
     files = [folder / name for name in dict.fromkeys(weight_map.values())]
     lost = [file.name for file in files if not file.exists()]
     if lost:
-        raise UserError(f"{index} names {len(lost)} absent files: {', '.join(lost[:5])}.")
+        raise UserError(
+            f"{index} names {len(lost)} absent files: {', '.join(lost[: names.SHOWN])}."
+        )
     return files
 
 

@@ -35,11 +35,12 @@ def resolve(where: str) -> Path:
     if where.startswith("package:"):
         return _packaged_gguf(where.removeprefix("package:"))
     path = Path(where).expanduser()
-    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+    if where and (path.is_dir() or (path.is_file() and path.suffix == ".gguf")):
         return path
     if path.suffix == ".gguf" or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", where):
         raise UserError(
-            f"No folder, .gguf file or hub repository {where!r}. Wanted one of these or package:NAME."
+            f"{where!r} is no folder, no .gguf file and no name of a hub repository; for the model "
+            "in an installed package write package:NAME."
         )
     try:
         return Path(

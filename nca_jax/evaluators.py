@@ -1,0 +1,123 @@
+"""Evaluation: functions of (params, batches) that return floats by name."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nca_jax.batch import Rows
+from nca_jax.data.pack import Group, RowLayout, pack, segment_spans
+from nca_jax.data.pipeline import HostBatch
+from nca_jax.logprobs import sum_by_slot, token_logps
+from nca_jax.metrics import alignment_metrics
+
+
+def fill_reference(
+    step_logps: Callable, ref_params: dict, batches: Sequence[HostBatch]
+) -> list[HostBatch]:
+    """Returns the batches with the reference's log-probabilities, computed once for all."""
+    return [
+        host._replace(
+            batch=host.batch._replace(ref_logps=np.asarray(step_logps(ref_params, host.batch)))
+        )
+        for host in batches
+    ]
+
+
+def heldout_metrics(
+    step_logps: Callable, params: dict, batches: Sequence[HostBatch], config
+) -> dict[str, float]:
+    """Returns the training metrics over all held-out prompts, each prompt counted once.
+
+    Args:
+      step_logps: from `make_step_logps`, jitted.
+      batches: with their `ref_logps` filled in.
+    """
+    logps = np.concatenate([np.asarray(step_logps(params, host.batch)) for host in batches])
+
+    def joined(field: str) -> jax.Array:
+        return jnp.asarray(np.concatenate([getattr(host.batch, field) for host in batches]))
+
+    metrics = alignment_metrics(
+        jnp.asarray(logps),
+        joined("ref_logps"),
+        joined("scores"),
+        joined("mask"),
+        loss=config.loss.name,
+        alpha=config.loss.alpha,
+        beta=config.loss.beta,
+    )
+    return {name: float(value) for name, value in jax.device_get(metrics).items()}
+
+
+class Piece(NamedTuple):
+    """A prompt and responses to score, as token ids."""
+
+    prompt: Sequence[int]
+    responses: Sequence[Sequence[int]]
+
+
+def score_responses(
+    compute: Callable, pieces: Sequence[Piece], layout: RowLayout, *, num_slots: int, shardings
+) -> np.ndarray:
+    """Returns one value of `compute` a response, in order, [sum of responses] float32.
+
+    The responses of a piece may be spread over rows: without a loss they need no company.
+
+    Args:
+      compute: `compute(rows) -> [num_slots]` on one micro-batch, jitted.
+      layout: of the rows.
+      num_slots: responses that are packed together.
+      shardings: of the rows.
+    """
+    groups = [group for piece in pieces for group in _split(piece, layout)]
+    values: list[np.ndarray] = []
+    while groups:
+        # As many groups as have slots; each group holds one slot a response at least.
+        sizes = np.cumsum([len(group.responses) for group in groups])
+        taken = max(1, int(np.searchsorted(sizes, num_slots, side="right")))
+        now, groups = groups[:taken], groups[taken:]
+        firsts = np.concatenate([[0], sizes[:taken]])
+        now = [
+            group._replace(slots=range(first, first + len(group.responses)))
+            for group, first in zip(now, firsts[:-1].tolist(), strict=True)
+        ]
+        rows, num_micro, _ = pack(now, layout, num_slots=num_slots)
+        total = np.zeros(num_slots, np.float32)
+        for m in range(num_micro):
+            micro = jax.device_put(Rows(*(x[m] for x in rows)), shardings)
+            total += np.asarray(compute(micro))
+        values.append(total[: firsts[-1]])
+    return np.concatenate(values)
+
+
+def _split(piece: Piece, layout: RowLayout) -> list[Group]:
+    """Returns groups that fit a row each; together they hold all responses, in order."""
+    groups: list[Group] = []
+    for response in piece.responses:
+        if groups:
+            longer = [*groups[-1].responses, response]
+            lengths = [len(piece.prompt), *map(len, longer)]
+            if segment_spans(lengths, 0, layout.align)[-1][1] <= layout.row_len:
+                groups[-1] = groups[-1]._replace(responses=longer)
+                continue
+        groups.append(Group(piece.prompt, [response], ()))
+    return groups
+
+
+def make_kl(model, *, num_slots: int, block: int, chunk: int) -> Callable:
+    """Returns `kl(params, ref_params, rows) -> [num_slots]`: KL(policy || reference), nats.
+
+    The responses must be the policy's own samples at temperature 1. The estimator is k3 summed
+    over tokens, sum_t exp(-d_t) - 1 + d_t with d = log pi - log pi_ref: unbiased, never negative
+    (Schulman 2020, "Approximating KL Divergence").
+    """
+
+    def kl(params, ref_params, rows):
+        how = dict(num_slots=num_slots, block=block, chunk=chunk)
+        d = token_logps(model, params, rows, **how) - token_logps(model, ref_params, rows, **how)
+        return sum_by_slot(jnp.expm1(-d) + d, rows, num_slots)
+
+    return kl

@@ -1,0 +1,67 @@
+r"""Sample responses: python -m nca_jax.generate --config=FILE[:args] --prompts=FILE --out=FILE.
+
+--prompts  JSON lines with a "prompt" (text or messages); other keys are ignored
+--out      JSON lines {"prompt", "responses"}, with "scores" where config.generate.scorer names
+           a scorer: rows that nca_jax.train reads as they are
+--workdir  of a training run: its latest checkpoint; without it the model of init_from
+"""
+
+import json
+from pathlib import Path
+
+import jax
+
+from nca_jax import build, checkpoint
+from nca_jax.checks import UserError, run_main
+from nca_jax.config import parse_flags
+from nca_jax.data.chat import encode_prompt
+from nca_jax.data.sources import JsonlSource
+from nca_jax.decode import make_generator, to_text
+from nca_jax.rewards.scorers import get_scorer
+
+
+def main(argv: list[str]) -> int:
+    config, flags = parse_flags(argv, prompts=None, out=None, workdir="")
+    scorer = get_scorer(config.generate.scorer)
+    run = build.build(config)
+    if run.tokenizer is None:
+        raise UserError("Generation needs a tokenizer: set config.data.tokenizer.")
+    source = JsonlSource(flags.prompts)
+    rows = [source[i] for i in range(len(source))]
+    for where, row in rows:
+        if not row.get("prompt"):
+            raise UserError(f"{where}: wanted a 'prompt', got the keys {sorted(row)}.")
+    prompts = [row["prompt"] for _, row in rows]
+
+    with jax.set_mesh(run.mesh):
+        params = policy_params(run, flags.workdir)
+        encoded = [encode_prompt(prompt, run.tokenizer, config.data.format) for prompt in prompts]
+        samples = make_generator(run)(params, encoded, config.seed)
+    texts = [[to_text(run, ids) for ids in of_prompt] for of_prompt in samples]
+
+    partial = Path(flags.out).with_suffix(".partial")
+    with open(partial, "w") as file:
+        for prompt, responses in zip(prompts, texts, strict=True):
+            row = {"prompt": prompt, "responses": responses}
+            if scorer:
+                scores = scorer([str(prompt)] * len(responses), responses)
+                row["scores"] = [round(float(score), 6) for score in scores]
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    partial.replace(flags.out)
+    print(f"{len(prompts)} prompts x {config.generate.num_samples} responses in {flags.out}")
+    return 0
+
+
+def policy_params(run: build.Run, workdir: str) -> dict:
+    """Returns the params of the latest checkpoint of a run, or of `config.model.init_from` for "".
+
+    Raises:
+      UserError: the workdir has no checkpoint, or one of another model.
+    """
+    if not workdir:
+        return build.start_params(run, run.config.model.init_from)
+    return checkpoint.restore_params(Path(workdir), run.model.abstract_params(), run.mesh)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,68 @@
+r"""Write the cached reference that a sweep shares.
+
+    python -m nca_jax.precompute --config=FILE[:args] --config.reference.kind=cached \
+        --config.reference.cache=FOLDER
+
+Every response of every row, training and held out, is scored once under the frozen reference.
+Started again after any stop, it goes on with the parts that are missing.
+"""
+
+import time
+from pathlib import Path
+
+import jax
+from tqdm import tqdm
+
+from nca_jax import build, reference
+from nca_jax.checkpoint import write_json
+from nca_jax.checks import UserError, run_main
+from nca_jax.config import parse_flags
+from nca_jax.data.pipeline import row_layout
+from nca_jax.evaluators import Piece, score_responses
+from nca_jax.mesh import rows_shardings
+from nca_jax.train_step import make_logps
+
+PART = 64  # examples in a part: what a stop can lose
+
+
+def main(argv: list[str]) -> int:
+    config, _ = parse_flags(argv)
+    if config.reference.kind != "cached":
+        raise UserError("Set --config.reference.kind=cached and --config.reference.cache=FOLDER.")
+    folder = Path(config.reference.cache)
+    folder.mkdir(parents=True, exist_ok=True)
+    run = build.build(config)
+    data = build.read_data(run)
+    examples = [example for source in data.sources for example in source] + data.heldout
+    parts = [examples[i : i + PART] for i in range(0, len(examples), PART)]
+
+    with jax.set_mesh(run.mesh):
+        params = build.start_params(run, build.reference_init_from(config))
+        fingerprint = reference.cache_fingerprint(run, params)
+        if (folder / "fingerprint.json").exists():
+            reference.check_fingerprint(folder, fingerprint)
+        write_json(folder / "fingerprint.json", fingerprint)
+        num_slots = PART * max(len(example.responses) for example in examples)
+        logps = jax.jit(make_logps(run.model, config, shape=(1, num_slots)))
+        missing = [i for i in range(len(parts)) if not reference.part_path(folder, i).exists()]
+        start, tokens = time.perf_counter(), 0
+        for i in tqdm(missing, unit="part", disable=None):
+            scored = score_responses(
+                lambda rows: logps(params, rows)[0],
+                [Piece(example.prompt, example.responses) for example in parts[i]],
+                row_layout(config.data),
+                num_slots=num_slots,
+                shardings=rows_shardings(run.mesh),
+            )
+            reference.write_part(folder, i, parts[i], scored)
+            tokens += sum(len(ids) for example in parts[i] for ids in example.responses)
+    seconds = time.perf_counter() - start
+    print(
+        f"{len(examples)} examples in {folder}: {len(missing)} of {len(parts)} parts made now, "
+        f"{tokens / seconds:.0f} useful tokens/s"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

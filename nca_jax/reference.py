@@ -1,0 +1,109 @@
+"""The cached reference: log-probabilities of every response of every example, made once.
+
+A cache is a folder: fingerprint.json says what it was made from, and part-NNNNN.safetensors hold
+{"keys" [n] uint64, "sizes" [n] int32, "logps" [sum of sizes] float32}: for each example the digest
+of its tokens and the log-probabilities of all its responses, in data order. So one cache serves
+every K, choice of responses, loss and seed.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from nca_jax import build
+from nca_jax.checks import UserError
+from nca_jax.data.encode import Example
+from nca_jax.data.sources import list_files
+from nca_jax.fingerprint import files_fingerprint, params_fingerprint, tokenizer_fingerprint
+
+ENCODING = ("format", "max_prompt_len", "max_response_len", "prompt_keep", "too_long")
+
+
+def cache_fingerprint(run: build.Run, ref_params: dict) -> dict[str, object]:
+    """What the numbers of a cache depend on; equal exactly where the numbers are."""
+    config = run.config
+    return {
+        "params": params_fingerprint(ref_params),
+        "dtype": config.model.dtype,
+        "tokenizer": tokenizer_fingerprint(run.tokenizer),
+        "files": files_fingerprint(list_files(config.data.files)),
+        "eval_files": files_fingerprint(list_files(config.data.eval_files)),
+        **{name: config.data[name] for name in ENCODING},
+    }
+
+
+def example_key(example: Example) -> int:
+    """A digest of the example's tokens, 64 bits."""
+    digest = hashlib.blake2b(digest_size=8)
+    for ids in (example.prompt, *example.responses):
+        digest.update(np.int32(len(ids)).tobytes() + ids.tobytes())
+    return int.from_bytes(digest.digest(), "little")
+
+
+def write_part(folder: Path, part: int, examples: Sequence[Example], logps: np.ndarray) -> None:
+    """Writes one part, whole or absent."""
+    path = part_path(folder, part)
+    arrays = {
+        "keys": np.array([example_key(example) for example in examples], np.uint64),
+        "sizes": np.array([len(example.responses) for example in examples], np.int32),
+        "logps": np.asarray(logps, np.float32),
+    }
+    save_file(arrays, path.with_suffix(".partial"))
+    path.with_suffix(".partial").replace(path)
+
+
+def part_path(folder: Path, part: int) -> Path:
+    return folder / f"part-{part:05d}.safetensors"
+
+
+def read_cached_logps(run: build.Run) -> Callable[[Sequence[Example]], list[np.ndarray]]:
+    """Opens `config.reference.cache`; returns a function from examples to their log-probabilities.
+
+    Raises:
+      UserError: there is no cache, it was made from something else (says what), or it is not
+        finished.
+    """
+    folder = Path(run.config.reference.cache)
+    path = folder / "fingerprint.json"
+    if not path.exists():
+        raise UserError(
+            f"{folder} holds no cached reference; make it with python -m nca_jax.precompute and "
+            "the same --config."
+        )
+    ref_params = build.start_params(run, build.reference_init_from(run.config))
+    check_fingerprint(folder, cache_fingerprint(run, ref_params))
+    found: dict[int, np.ndarray] = {}
+    for part in sorted(folder.glob("part-*.safetensors")):
+        arrays = load_file(part)
+        pieces = np.split(arrays["logps"], np.cumsum(arrays["sizes"])[:-1])
+        found |= dict(zip(arrays["keys"].tolist(), pieces, strict=True))
+
+    def lookup(examples: Sequence[Example]) -> list[np.ndarray]:
+        missing = [example.where for example in examples if example_key(example) not in found]
+        if missing:
+            raise UserError(
+                f"{folder} lacks {len(missing)} of {len(examples)} rows, first {missing[0]}; run "
+                "python -m nca_jax.precompute again, it goes on where it stopped."
+            )
+        return [found[example_key(example)] for example in examples]
+
+    return lookup
+
+
+def check_fingerprint(folder: Path, now: dict[str, object]) -> None:
+    """Raises UserError, naming what differs, unless the cache was made from the same things."""
+    saved = json.loads((folder / "fingerprint.json").read_text())
+    differs = [
+        f"{name}: {saved.get(name)} there, {value} here"
+        for name, value in now.items()
+        if saved.get(name) != value
+    ]
+    if differs:
+        raise UserError(
+            f"The cached reference {folder} is stale ({'; '.join(differs)}); make another with "
+            "python -m nca_jax.precompute, in a new config.reference.cache."
+        )

@@ -1,0 +1,203 @@
+"""Train a policy: python -m nca_jax.train --config=FILE[:args] --workdir=DIR [--config.key=value].
+
+The loop reads top to bottom in the order in which it happens. Start it again with the same command
+after any stop, and it goes on where the last checkpoint is, bit for bit.
+"""
+
+import json
+import math
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from nca_jax import build, checkpoint
+from nca_jax.checks import UserError, run_main
+from nca_jax.config import check_same_run, flatten, parse_flags
+from nca_jax.data.pipeline import Dataset, HostBatch, eval_batches
+from nca_jax.evaluators import fill_reference, heldout_metrics
+from nca_jax.fingerprint import params_fingerprint
+from nca_jax.mesh import batch_shardings
+from nca_jax.preemption import catch_sigterm
+from nca_jax.reference import read_cached_logps
+from nca_jax.train_step import make_step_logps, make_train_step
+from nca_jax.writer import MetricWriter
+
+# How far apart policy and reference may be at the start, in nats of a whole response: the same
+# parameters in the same program agree exactly, a cache was made by a program of another shape.
+START_TOLERANCE = {"float32": 0.02, "bfloat16": 2.0}
+
+
+def main(argv: list[str]) -> int:
+    config, flags = parse_flags(argv, workdir=None)
+    workdir = Path(flags.workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    asked_to_stop = catch_sigterm()
+
+    # ---- Mesh, model, data -------------------------------------------------------------------
+    run = build.build(config)
+    if (workdir / "config.json").exists():
+        check_same_run(config, workdir / "config.json")
+    data = build.read_data(run)
+    for reason, count in data.skipped.items():
+        print(f"skipped {count} rows: {reason}")
+    live = config.reference.kind == "live"
+    cached = None if live else read_cached_logps(run)
+    training = [example for source in data.sources for example in source]
+    dataset = Dataset(
+        data.sources, config.data, seed=config.seed, ref_logps=cached and cached(training)
+    )
+    heldout = eval_batches(data.heldout, config.data, ref_logps=cached and cached(data.heldout))
+    steps = build.num_steps(config, len(dataset))
+    print(
+        f"{len(dataset)} training prompts, {len(data.heldout)} held out, {steps} steps of "
+        f"{config.data.batch_size} prompts on {run.mesh.size} devices"
+    )
+
+    # ---- Optimizer, shapes, shardings --------------------------------------------------------
+    tx, schedule = build.build_optimizer(config, steps)
+    abstract, shardings = build.abstract_state(run, tx)
+    place_batch = batch_shardings(run.mesh)
+
+    # ---- Restore: 1. own workdir, 2. init_from, 3. random ------------------------------------
+    checkpoints = checkpoint.open_checkpoints(workdir, config.checkpoint)
+    restored_step = checkpoints.latest_step()
+    is_new = restored_step is None
+    with jax.set_mesh(run.mesh):
+        if not is_new:
+            state = checkpoint.restore(checkpoints, restored_step, abstract, shardings)
+            print(f"resumed after step {restored_step} from {workdir}")
+        else:
+            params = build.start_params(run, config.model.init_from)
+            make_state = jax.jit(
+                lambda params: build.new_state(run, tx, params),
+                out_shardings=shardings,
+                donate_argnums=0,
+            )
+            state = make_state(params)
+        # The reference comes from where it first came, never from the workdir.
+        ref_params = build.start_params(run, build.reference_init_from(config)) if live else None
+        record_run(workdir, config, ref_params)
+
+        # ---- Compile -------------------------------------------------------------------------
+        train_step = jax.jit(
+            make_train_step(run.model, tx, schedule, config),
+            donate_argnums=0,
+            out_shardings=(shardings, None),
+        )
+        step_logps = jax.jit(make_step_logps(run.model, config))
+
+        if live and config.eval_every:
+            heldout = fill_reference(step_logps, ref_params, heldout)
+
+        # ---- Loop ----------------------------------------------------------------------------
+        writer = MetricWriter(workdir, config.log, restored_step=restored_step, num_steps=steps)
+        if is_new and config.eval_every:
+            writer.write(0, "eval", heldout_metrics(step_logps, state.params, heldout, config))
+        step = first = restored_step or 0
+        unread: list[tuple[int, HostBatch, dict]] = []
+        clock = time.perf_counter()
+        for step, batch in enumerate(dataset.iterate(first, steps), start=first + 1):
+            state, metrics = train_step(state, ref_params, jax.device_put(batch.batch, place_batch))
+            unread.append((step, batch, metrics))
+            writer.advance()
+            is_eval = bool(config.eval_every) and (step % config.eval_every == 0 or step == steps)
+            is_save = step % config.save_every == 0 or step == steps or asked_to_stop()
+            if is_eval or is_save:  # all of them: a bad step must never be saved
+                clock = write_metrics(writer, unread, config, clock, is_new)
+            elif step % config.log_every == 0 or step == 2:
+                # One step late, so that the device is busy while the host reads.
+                clock = write_metrics(writer, unread[:-1], config, clock, is_new)
+                unread = unread[-1:]
+            eval_metrics = None
+            if is_eval:
+                eval_metrics = heldout_metrics(step_logps, state.params, heldout, config)
+                writer.write(step, "eval", eval_metrics)
+            if is_save:
+                writer.sync()
+                checkpoint.save(checkpoints, state, eval_metrics)
+            if is_eval or is_save:
+                unread, clock = [], time.perf_counter()
+            if asked_to_stop():
+                break
+
+    # ---- Close -------------------------------------------------------------------------------
+    checkpoints.wait_until_finished()
+    checkpoints.close()
+    writer.close()
+    if step < steps:
+        print(f"SIGTERM: saved after step {step} of {steps}; the same command goes on from there.")
+    else:
+        print(f"done: {steps} steps in {workdir}")
+    return 0
+
+
+def record_run(workdir: Path, config, ref_params: dict | None) -> None:
+    """Writes config.json and run.json; on a resume, checks that the reference is still the same.
+
+    Raises:
+      UserError: the live reference has other values than when the run began.
+    """
+    path = workdir / "run.json"
+    reference = "cached" if ref_params is None else params_fingerprint(ref_params)
+    if path.exists() and json.loads(path.read_text())["reference"] != reference:
+        raise UserError(
+            f"{workdir} was trained against another reference than "
+            f"{build.reference_init_from(config) or 'this seed'} now gives; restore that one, or "
+            "use a new --workdir."
+        )
+    checkpoint.write_json(workdir / "config.json", flatten(config))
+    checkpoint.write_json(path, {"reference": reference, "commit": checkpoint.git_commit()})
+
+
+def write_metrics(writer, unread: list, config, clock: float, is_new: bool) -> float:
+    """Reads the metrics of finished steps, checks them, and writes those that are logged.
+
+    Returns the time to count the next steps from.
+
+    Raises:
+      UserError: a loss is not finite, or the first step of a new run is not at the reference.
+    """
+    fetched = [(step, host, jax.device_get(metrics)) for step, host, metrics in unread]
+    seconds = (time.perf_counter() - clock) / max(len(fetched), 1)
+    for step, host, metrics in fetched:
+        prompt_loss = metrics.pop("prompt_loss")  # [B]
+        metrics = {name: float(value) for name, value in metrics.items()}
+        check_finite(step, host.examples, prompt_loss, metrics)
+        if step == 1 and is_new and build.starts_at_reference(config):
+            check_start(metrics, config)
+        if step == 1 or step % config.log_every == 0:
+            stats = host.stats | {"step_seconds": seconds}
+            stats["useful_tokens_per_second"] = stats["scored_tokens"] / seconds
+            writer.write(step, "train", metrics | stats)
+    return time.perf_counter()
+
+
+def check_finite(step: int, examples: list[str], prompt_loss: np.ndarray, metrics: dict) -> None:
+    """Raises UserError, naming the step and its rows, if the loss or the gradient is not finite."""
+    if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
+        return
+    is_bad = ~np.isfinite(prompt_loss[: len(examples)])
+    rows = [where for where, bad in zip(examples, is_bad, strict=True) if bad] or examples
+    raise UserError(
+        f"Step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; rows "
+        f"{', '.join(rows[:8])}. The run stops; its last checkpoint is good. Lower optim.lr, or "
+        "look at these rows with nca_jax.inspect."
+    )
+
+
+def check_start(metrics: dict, config) -> None:
+    """Raises UserError unless an untrained policy is at the reference: log-ratios 0, known loss."""
+    tolerance = START_TOLERANCE[config.model.dtype]
+    apart, loss, start = (metrics[x] for x in ("max_abs_logratio", "loss", "start_loss"))
+    if apart > tolerance or abs(loss - start) > config.loss.beta * tolerance + 1e-5:
+        raise UserError(
+            f"Step 1: policy and reference start equal, so log-ratios must be 0 within {tolerance} "
+            f"nats and the {config.loss.name} loss {start:.6f}; they are up to {apart:.6f} and "
+            f"{loss:.6f}. Tokens, masks, dtype or sharding differ between the two."
+        )
+
+
+if __name__ == "__main__":
+    run_main(main)
