@@ -30,12 +30,16 @@ def sequence_logps(
     Returns:
       [B, K] float32 nats; 0 for a response that is not in these rows.
     """
-    logps = token_logps(
-        model, params, rows, num_slots=shape[0] * shape[1], block=block, chunk=chunk
-    )
-    # The last slot collects the filler and is dropped.
-    slots = jnp.zeros(shape[0] * shape[1] + 1, jnp.float32)
-    return slots.at[rows.scored_slot.reshape(-1)].add(logps.reshape(-1))[:-1].reshape(shape)
+    num_slots = shape[0] * shape[1]
+    logps = token_logps(model, params, rows, num_slots=num_slots, block=block, chunk=chunk)
+    return sum_by_slot(logps, rows, num_slots).reshape(shape)
+
+
+def sum_by_slot(values: jax.Array, rows: Rows, num_slots: int) -> jax.Array:
+    """Sums [R, T] values of scored tokens into their responses, [num_slots] float32."""
+    # One slot more collects the filler and is dropped.
+    sums = jnp.zeros(num_slots + 1, jnp.float32)
+    return sums.at[rows.scored_slot.reshape(-1)].add(values.reshape(-1))[:-1]
 
 
 def token_logps(

@@ -1,12 +1,14 @@
 """Attention: over packed rows that share prompts, and over a key-value cache.
 
 Axes: R rows, T tokens, N query heads, G kv heads (J = N / G queries share one), H head width,
-      P live pairs of (query block, key block), C tokens in a block, S cache slots.
+      P pairs of (query block, key block), C tokens in a block, Q = T / C blocks, S cache slots.
 
 Packed rows go by the plan in `Rows.pairs`: only blocks with a live token pair are computed, so the
-cost follows the prompts and responses in a row, not the square of its length.
+cost follows the prompts and responses in a row, not the square of its length, and no more than
+PAIRS_AT_ONCE blocks of scores exist at a time, forward or backward.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -14,7 +16,8 @@ import jax.numpy as jnp
 
 from nca_jax.batch import PROMPT_SEGMENT, Rows
 
-NEVER = -1e30  # finite: a fully masked block gives exp(NEVER - max) = 0, never nan
+NEVER = -1e30  # finite: a query without a key gives exp(NEVER - NEVER), never nan
+PAIRS_AT_ONCE = 4  # per row; measured on CPU: larger leaves the cache, smaller pays for the loop
 
 # attend(q [R, T, N, H], k [R, T, G, H], v [R, T, G, H], cache) -> (out [R, T, N, H], cache)
 Attend = Callable[..., tuple[jax.Array, object]]
@@ -28,25 +31,24 @@ def packed(rows: Rows, *, sliding_window: int, num_blocks: int) -> Attend:
     Args:
       rows: one micro-batch; T is a multiple of `num_blocks`.
       sliding_window: keys further back than this by logical position are hidden; 0: none.
-      num_blocks: blocks a row.
+      num_blocks: Q, blocks a row.
     """
-    query_block, key_block = jnp.maximum(rows.pairs[..., 0], 0), rows.pairs[..., 1]  # [R, P]
-    key_block = jnp.maximum(key_block, 0)
-    live = rows.pairs[..., 0] >= 0  # [R, P]
-    length = rows.tokens.shape[1]
-    place = jnp.broadcast_to(jnp.arange(length)[None], rows.tokens.shape)
-
-    def at(blocks: jax.Array, x: jax.Array) -> jax.Array:
-        return jax.vmap(lambda b, y: y.reshape(num_blocks, -1)[b])(blocks, x)  # [R, P, C]
+    num_pairs = rows.pairs.shape[1]
+    fill = -num_pairs % PAIRS_AT_ONCE
+    pairs = jnp.pad(rows.pairs, ((0, 0), (0, fill), (0, 0)), constant_values=-1)
+    is_pair = pairs[..., 0] >= 0  # [R, P]
+    num_chunks = -(-jnp.max(jnp.sum(is_pair, axis=1)) // PAIRS_AT_ONCE)
+    pairs = jnp.maximum(pairs, 0)
+    place = jnp.broadcast_to(jnp.arange(rows.tokens.shape[1])[None], rows.tokens.shape)
 
     def queries(x):
-        return at(query_block, x)[..., :, None]
+        return _blocks_of(x.reshape(*x.shape[:1], num_blocks, -1), pairs[..., 0])[..., :, None]
 
     def keys(x):
-        return at(key_block, x)[..., None, :]
+        return _blocks_of(x.reshape(*x.shape[:1], num_blocks, -1), pairs[..., 1])[..., None, :]
 
     mask = (
-        live[..., None, None]
+        is_pair[..., None, None]
         & (keys(place) <= queries(place))
         & (keys(rows.prompt_ids) == queries(rows.prompt_ids))
         & (
@@ -59,35 +61,122 @@ def packed(rows: Rows, *, sliding_window: int, num_blocks: int) -> Attend:
         mask &= queries(rows.positions) - keys(rows.positions) < sliding_window
 
     def attend(q, k, v, cache):
-        return jax.vmap(_attend_pairs)(q, k, v, mask, query_block, key_block), cache
+        num_rows, length, num_heads, head_dim = q.shape
+        groups = k.shape[2]
+
+        def blocks(x):  # [R, T, heads, H] -> [R, Q, G, J * C, H]
+            x = x.reshape(num_rows, num_blocks, -1, groups, x.shape[2] // groups, head_dim)
+            return x.transpose(0, 1, 3, 4, 2, 5).reshape(num_rows, num_blocks, groups, -1, head_dim)
+
+        out = _attend_pairs(
+            blocks(q) * head_dim**-0.5, blocks(k), blocks(v), mask, pairs, num_chunks
+        )
+        out = out.reshape(num_rows, num_blocks, groups, num_heads // groups, -1, head_dim)
+        return out.transpose(0, 1, 4, 2, 3, 5).reshape(q.shape), cache
 
     return attend
 
 
-def _attend_pairs(q, k, v, mask, query_block, key_block) -> jax.Array:
-    """One row: softmax(q k) v over the live pairs; float32 softmax. Returns [T, N, H]."""
-    num_pairs, block = mask.shape[:2]
-    length, num_heads, head_dim = q.shape
-    num_blocks, groups = length // block, k.shape[1]
-    q = q.reshape(num_blocks, block, groups, -1, head_dim)[query_block]  # [P, C, G, J, H]
-    k = k.reshape(num_blocks, block, groups, head_dim)[key_block]  # [P, C, G, H]
-    v = v.reshape(num_blocks, block, groups, head_dim)[key_block]
+@jax.custom_vjp
+def _attend_pairs(q, k, v, mask, pairs, num_chunks) -> jax.Array:
+    """softmax(q k) v over the pairs in the first `num_chunks` chunks, blockwise.
 
-    scores = jnp.einsum("pcgjh,pdgh->pgjcd", q, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None, None], scores * head_dim**-0.5, NEVER)  # [P, G, J, C, C]
-    # The softmax of a query runs over all pairs of its block. Any shift gives the same result, so
-    # no gradient flows through it.
-    top = jax.ops.segment_max(
-        jax.lax.stop_gradient(jnp.max(scores, axis=-1)), query_block, num_blocks
+    The running maximum and sum are those of Milakov and Gimelshein 2018 (arXiv:1805.02867); the
+    gradient computes the scores again, as in FlashAttention (arXiv:2205.14135, appendix B).
+
+    Args:
+      q: [R, Q, G, JC, H], scaled; k, v: [R, Q, G, C, H].
+      mask: [R, P, C, C] bool; pairs: [R, P, 2] int32, P a multiple of PAIRS_AT_ONCE.
+      num_chunks: [] int32, known at run time only.
+    Returns:
+      [R, Q, G, JC, H] in the dtype of v.
+    """
+    return _attend_forward(q, k, v, mask, pairs, num_chunks)[0]
+
+
+def _attend_forward(q, k, v, mask, pairs, num_chunks):
+    def one_chunk(i, carry):
+        top, total, out = carry  # [R, Q, G, JC], the same, [R, Q, G, JC, H]
+        query_block, key_block, mask_i = _pair_chunk(pairs, mask, i)
+        scores = _scores(_blocks_of(q, query_block), _blocks_of(k, key_block), mask_i)
+        new_top = _into_blocks(top, query_block, jnp.max(scores, axis=-1), "max")
+        shrink = jnp.exp(top - new_top)
+        weights = jnp.exp(scores - _blocks_of(new_top, query_block)[..., None])
+        values = _product("rpgcd,rpgdh->rpgch", weights, _blocks_of(v, key_block))
+        total = _into_blocks(total * shrink, query_block, jnp.sum(weights, axis=-1), "add")
+        return new_top, total, _into_blocks(out * shrink[..., None], query_block, values, "add")
+
+    start = (
+        jnp.full(q.shape[:-1], NEVER, jnp.float32),
+        jnp.zeros(q.shape[:-1], jnp.float32),
+        jnp.zeros(q.shape, jnp.float32),
     )
-    weights = jnp.exp(scores - top[query_block][..., None])  # [P, G, J, C, C]
-    total = jax.ops.segment_sum(jnp.sum(weights, axis=-1), query_block, num_blocks)
-    out = jnp.einsum(
-        "pgjcd,pdgh->pcgjh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+    top, total, out = jax.lax.fori_loop(0, num_chunks, one_chunk, start)
+    out = (out / total[..., None]).astype(v.dtype)
+    return out, (q, k, v, mask, pairs, num_chunks, out, top + jnp.log(total))
+
+
+def _attend_backward(saved, grad_out):
+    q, k, v, mask, pairs, num_chunks, out, log_total = saved
+    shift = jnp.sum(grad_out.astype(jnp.float32) * out, axis=-1)  # [R, Q, G, JC]
+
+    def one_chunk(i, carry):
+        grad_q, grad_k, grad_v = carry
+        query_block, key_block, mask_i = _pair_chunk(pairs, mask, i)
+        q_i, k_i = _blocks_of(q, query_block), _blocks_of(k, key_block)
+        grad_out_i = _blocks_of(grad_out, query_block)
+        log_total_i = _blocks_of(log_total, query_block)
+        weights = jnp.exp(_scores(q_i, k_i, mask_i) - log_total_i[..., None])
+        grad_weights = _product("rpgch,rpgdh->rpgcd", grad_out_i, _blocks_of(v, key_block))
+        grad_scores = weights * (grad_weights - _blocks_of(shift, query_block)[..., None])
+        grad_q_i = _product("rpgcd,rpgdh->rpgch", grad_scores, k_i)
+        grad_k_i = _product("rpgcd,rpgch->rpgdh", grad_scores, q_i)
+        grad_v_i = _product("rpgcd,rpgch->rpgdh", weights, grad_out_i)
+        return (
+            _into_blocks(grad_q, query_block, grad_q_i, "add"),
+            _into_blocks(grad_k, key_block, grad_k_i, "add"),
+            _into_blocks(grad_v, key_block, grad_v_i, "add"),
+        )
+
+    start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
+    grads = jax.lax.fori_loop(0, num_chunks, one_chunk, start)
+    return *(g.astype(x.dtype) for g, x in zip(grads, (q, k, v), strict=True)), None, None, None
+
+
+_attend_pairs.defvjp(_attend_forward, _attend_backward)
+
+
+def _pair_chunk(pairs: jax.Array, mask: jax.Array, i: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns chunk i of query blocks [R, p], key blocks [R, p] and masks [R, p, C, C]."""
+    take = functools.partial(
+        jax.lax.dynamic_slice_in_dim,
+        start_index=i * PAIRS_AT_ONCE,
+        slice_size=PAIRS_AT_ONCE,
+        axis=1,
     )
-    out = jax.ops.segment_sum(out, query_block, num_blocks)  # [blocks, C, G, J, H]
-    out /= jnp.moveaxis(total, -1, 1)[..., None]
-    return out.reshape(length, num_heads, head_dim).astype(v.dtype)
+    return take(pairs[..., 0]), take(pairs[..., 1]), take(mask)
+
+
+def _blocks_of(x: jax.Array, blocks: jax.Array) -> jax.Array:
+    """[R, Q, ...], [R, p] -> [R, p, ...]."""
+    return jax.vmap(lambda x, blocks: x[blocks])(x, blocks)
+
+
+def _into_blocks(x: jax.Array, blocks: jax.Array, values: jax.Array, how: str) -> jax.Array:
+    """Adds, or takes the maximum of, [R, p, ...] values into their blocks of [R, Q, ...]."""
+    return jax.vmap(lambda x, blocks, values: getattr(x.at[blocks], how)(values))(x, blocks, values)
+
+
+def _product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """An einsum in the second array's dtype, summed in float32."""
+    return jnp.einsum(spec, a.astype(b.dtype), b, preferred_element_type=jnp.float32)
+
+
+def _scores(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
+    """[R, p, G, JC, H], [R, p, G, C, H], [R, p, C, C] -> [R, p, G, JC, C] float32."""
+    scores = jnp.einsum("rpgch,rpgdh->rpgcd", q, k, preferred_element_type=jnp.float32)
+    per_query = mask[:, :, None].repeat(scores.shape[3] // mask.shape[2], axis=2)
+    return jnp.where(per_query.reshape(*mask.shape[:2], 1, *scores.shape[3:]), scores, NEVER)
 
 
 def cached(mask: jax.Array, write_at: jax.Array) -> Attend:
