@@ -204,7 +204,9 @@ def parse_flags(argv: list[str], **extra: str | int) -> tuple[ConfigDict, flags.
       UserError: an unknown flag, key or value, or a config that `check_config` refuses.
     """
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "FILE[:args]", flag_values=values)
+    config_flags.DEFINE_config_file(
+        "config", None, "FILE[:args]", flag_values=values, sys_argv=argv
+    )
     for name, default in extra.items():
         define = flags.DEFINE_integer if isinstance(default, int) else flags.DEFINE_string
         define(name, default, "", flag_values=values)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 from nca_jax.build import Run
 from nca_jax.models import attention
@@ -42,7 +43,7 @@ def make_generator(run: Run) -> Callable:
         width = -(-max(map(len, prompts)) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
         key = jax.random.key(seed)
         samples = []
-        for first in range(0, len(prompts), batch):
+        for first in tqdm(range(0, len(prompts), batch), unit="batch", disable=None):
             now = prompts[first : first + batch]
             filled = [*now, *[now[-1]] * (batch - len(now))]  # one shape
             padded = np.stack([np.pad(ids, (0, width - len(ids))) for ids in filled])

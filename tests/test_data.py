@@ -1,12 +1,11 @@
-"""From files of rows to batches: each claim of nca_jax/data but packing (test_pack.py)."""
+"""From files of rows to examples: each claim of nca_jax/data's sources, chat and encode."""
 
 import gzip
 import json
-from collections import Counter
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
+from helpers import data_config, encode_one, write
 from transformers import ByT5Tokenizer
 
 from nca_jax.checks import UserError
@@ -18,32 +17,6 @@ TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-BASE = dict(
-    files="",
-    weights="",
-    eval_files="",
-    eval_fraction=0.0,
-    format="plain",
-    num_responses=3,
-    choose="first",
-    max_prompt_len=16,
-    max_response_len=8,
-    prompt_keep="end",
-    too_long="truncate",
-    bad_rows="stop",
-    shuffle=True,
-    batch_size=4,
-    row_len=64,
-    rows=2,
-    block=8,
-    row_pairs=0,
-    align=1,
-    prefetch=2,
-)
-
-
-def data_config(**changes) -> ConfigDict:
-    return ConfigDict(BASE | changes)
 
 
 @pytest.fixture
@@ -57,51 +30,10 @@ def byte_ids(text: str) -> list[int]:
     return [byte + 3 for byte in text.encode()]
 
 
-def id_row(i: int, num_responses: int = 3) -> dict:
-    """Returns a row of ids in which every segment can be told from its first id, 10 * i + k."""
-    responses = [[10 * i + 1 + k, 7] for k in range(num_responses)]
-    return {
-        "prompt_ids": [10 * i, 5],
-        "response_ids": responses,
-        "scores": [float(k) for k in range(num_responses)],
-    }
-
-
-def write(path, rows) -> str:
-    """Writes rows (dicts, or text as it is) to a .jsonl file; returns its path."""
-    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-    path.write_text("\n".join(lines) + "\n")
-    return str(path)
-
-
 def load(files, config, tokenizer=None, vocab_size=1000, eos_ids=()):
     return encode.load_examples(
         files, tokenizer=tokenizer, config=config, vocab_size=vocab_size, eos_ids=eos_ids
     )
-
-
-def encode_one(row, config, tokenizer=None, vocab_size=1000, eos_ids=(), where="f:1"):
-    return encode.encode_row(
-        where, row, tokenizer=tokenizer, config=config, vocab_size=vocab_size, eos_ids=eos_ids
-    )
-
-
-def examples_of(config, num=10, num_responses=3, first=0):
-    rows = {f"f:{i}": id_row(i, num_responses) for i in range(first, first + num)}
-    return [encode_one(row, config, where=where) for where, row in rows.items()]
-
-
-def rows_seen(batch) -> list[int]:
-    """Returns which `id_row`s are in the batch, in packed order."""
-    rows = batch.batch.rows
-    starts = (rows.segments == 1) & (rows.positions == 0)
-    return (rows.tokens[starts] // 10).tolist()
-
-
-def assert_same(a, b):
-    assert a.examples == b.examples and a.stats == b.stats
-    for x, y in zip([*a.batch.rows, *a.batch[1:]], [*b.batch.rows, *b.batch[1:]], strict=True):
-        np.testing.assert_array_equal(x, y)
 
 
 # Files
@@ -320,175 +252,3 @@ def test_a_too_long_row_stops_or_is_skipped_whatever_bad_rows_says(limit, tmp_pa
         load(path, data_config(too_long="stop", bad_rows="skip", **limits))
     examples = load(path, data_config(too_long="skip", **limits))
     assert examples.skipped == {"too_long": 1} and len(examples.sources[0]) == 1
-
-
-# Held out
-
-
-def test_what_is_held_out_goes_by_the_prompt_alone(tmp_path):
-    rows = [id_row(i) for i in range(40)]
-    a = write(tmp_path / "a.jsonl", rows[:25])
-    b = write(tmp_path / "b.jsonl", rows[25:])
-    c = write(tmp_path / "c.jsonl", rows[::-1])
-
-    def heldout(files):
-        config = data_config(files=files, eval_fraction=0.3)
-        data = pipeline.load_data(config, tokenizer=None, vocab_size=1000, eos_ids=())
-        train = [int(e.prompt[0]) for source in data.sources for e in source]
-        held = [int(e.prompt[0]) for e in data.heldout]
-        assert sorted(train + held) == [10 * i for i in range(40)]
-        return set(held)
-
-    assert 4 <= len(heldout(c)) <= 20
-    assert heldout(f"{a},{b}") == heldout(c)
-
-
-def test_eval_files_are_held_out_instead_of_a_fraction(tmp_path):
-    a = write(tmp_path / "a.jsonl", [id_row(0), id_row(1)])
-    b = write(tmp_path / "b.jsonl", [id_row(2), "{"])
-    config = data_config(files=a, eval_files=b, eval_fraction=0.9, bad_rows="skip")
-    data = pipeline.load_data(config, tokenizer=None, vocab_size=1000, eos_ids=())
-    assert [len(source) for source in data.sources] == [2]
-    assert [e.where for e in data.heldout] == [f"{b}:1"] and data.skipped == {"json": 1}
-
-
-# Order and choice
-
-
-@pytest.mark.parametrize("shuffle", [True, False])
-def test_each_epoch_visits_each_row_once(shuffle):
-    config = data_config(shuffle=shuffle, batch_size=5)
-    dataset = pipeline.Dataset(
-        [examples_of(config, 4), examples_of(config, 6, first=4)], config, seed=3
-    )
-    seen = [where for step in range(8) for where in dataset.batch_at(step).examples]
-    epochs = [seen[i : i + 10] for i in range(0, 40, 10)]  # of 10 rows, in steps of 5
-    in_order = [f"f:{i}" for i in range(10)]
-    assert all(sorted(epoch) == in_order for epoch in epochs)
-    assert (epochs[0] == in_order) != shuffle
-    assert (epochs[0] == epochs[1]) != shuffle
-
-
-def test_a_batch_is_a_pure_function_of_seed_and_step():
-    config = data_config(choose="random", num_responses=2)
-    first, second = (pipeline.Dataset([examples_of(config)], config, seed=5) for _ in range(2))
-    forwards = [first.batch_at(step) for step in range(6)]
-    backwards = [second.batch_at(step) for step in reversed(range(6))][::-1]
-    for a, b in zip(forwards, backwards, strict=True):
-        assert_same(a, b)
-    other = pipeline.Dataset([examples_of(config)], config, seed=6)
-    assert [rows_seen(b) for b in forwards] != [rows_seen(other.batch_at(s)) for s in range(6)]
-
-
-@pytest.mark.parametrize("prefetch", [0, 3])
-def test_a_resume_in_the_middle_goes_on_where_the_run_was(prefetch):
-    config = data_config(choose="best_worst_random", num_responses=3, prefetch=prefetch)
-    dataset = pipeline.Dataset([examples_of(config, num_responses=5)], config, seed=0)
-    whole = list(dataset.iterate(0, 6))
-    resumed = list(dataset.iterate(4, 6))
-    assert len(whole) == 6 and len(resumed) == 2
-    for a, b in zip(whole[4:], resumed, strict=True):
-        assert_same(a, b)
-    assert_same(whole[2], dataset.batch_at(2))
-
-
-def test_a_mixture_keeps_its_weights_and_visits_each_source_evenly():
-    config = data_config(files="a,b", weights="3,1", batch_size=8)
-    dataset = pipeline.Dataset(
-        [examples_of(config, 2), examples_of(config, 4, first=2)], config, seed=0
-    )
-    counts = Counter(i for step in range(4) for i in rows_seen(dataset.batch_at(step)))
-    assert counts == {0: 12, 1: 12, 2: 2, 3: 2, 4: 2, 5: 2}
-
-
-@pytest.mark.parametrize("weights", ["1", "1,2,3", "1,0", "1,-1", "1,x", "1,inf"])
-def test_weights_that_are_not_one_positive_number_a_glob_are_refused(weights):
-    config = data_config(files="a,b", weights=weights)
-    with pytest.raises(UserError, match="wanted 2 positive numbers"):
-        pipeline.load_data(config, tokenizer=None, vocab_size=9, eos_ids=())
-
-
-SCORES = np.float32([1, 5, 0, 5, 0, 3])
-
-
-def test_choices_keep_data_order_and_the_best_and_worst_are_always_there():
-    draws = set()
-    for seed in range(30):
-        rng = np.random.default_rng(seed)
-        chosen = pipeline.choose(SCORES, 3, "best_worst_random", rng).tolist()
-        assert chosen == sorted(set(chosen)) and {1, 4} <= set(chosen)  # first best, last worst
-        draws.add(tuple(chosen))
-        chosen = pipeline.choose(SCORES, 3, "random", rng).tolist()
-        assert len(chosen) == 3 and chosen == sorted(set(chosen))
-    assert len(draws) == 4
-    assert pipeline.choose(SCORES, 3, "first", rng).tolist() == [0, 1, 2]
-    assert pipeline.choose(SCORES, 6, "all", rng).tolist() == [0, 1, 2, 3, 4, 5]
-
-
-def test_where_all_scores_tie_best_and_worst_are_two_responses():
-    rng = np.random.default_rng(0)
-    assert pipeline.choose(np.zeros(4), 2, "best_worst_random", rng).tolist() == [0, 3]
-
-
-# Batches
-
-
-def test_responses_that_lack_are_masked_and_ref_logps_follow_the_choice():
-    config = data_config(shuffle=False, batch_size=2, num_responses=3)
-    examples = [encode_one(id_row(0, 2), config), encode_one(id_row(1, 4), config)]
-    ref_logps = [np.float32([-1, -2]), np.float32([-3, -4, -5, -6])]
-    batch = pipeline.Dataset([examples], config, seed=0, ref_logps=ref_logps).batch_at(0).batch
-    assert batch.mask.tolist() == [[True, True, False], [True, True, True]]
-    assert batch.scores.tolist() == [[0, 1, 0], [0, 1, 2]]
-    assert batch.ref_logps.tolist() == [[-1, -2, 0], [-3, -4, -5]]
-    slots = batch.rows.scored_slot
-    assert Counter(slots[slots < 6].tolist()) == {0: 2, 1: 2, 3: 2, 4: 2, 5: 2}
-
-
-def test_every_step_has_the_same_shape_and_says_what_it_spends():
-    config = data_config(num_responses=3, max_response_len=2)
-    row = id_row(0) | {"prompt_ids": list(range(20))}  # 4 more than max_prompt_len
-    dataset = pipeline.Dataset([[encode_one(row, config)]], config, seed=0)
-    batch, where, stats = dataset.batch_at(0)
-    assert batch.rows.tokens.shape == (2, 2, 64)
-    assert where == ["f:1"] * 4
-    assert batch.num_micro == 1  # four prompts of 22 tokens: two rows, of two
-    assert batch.micro_of_prompt.tolist() == [0, 0, 0, 0]
-    assert stats == {
-        "truncated_frac": 4 / 26,
-        "padding_frac": 1 - 88 / 128,
-        "scored_tokens": 24.0,
-        "needed_tokens": 88.0,
-    }
-
-
-def test_evaluation_covers_each_example_once_and_the_last_batch_may_be_short():
-    config = data_config(choose="random", num_responses=2)
-    examples = examples_of(config, 6)
-    first, second = (pipeline.eval_batches(examples, config) for _ in range(2))
-    assert [len(batch.examples) for batch in first] == [4, 2]
-    assert sorted(rows_seen(first[0]) + rows_seen(first[1])) == list(range(6))
-    last = first[1].batch
-    assert last.rows.tokens.shape == first[0].batch.rows.tokens.shape
-    assert last.mask.any(1).tolist() == [True, True, False, False]
-    assert last.micro_of_prompt.tolist() == [0, 0, -1, -1]
-    for a, b in zip(first, second, strict=True):
-        assert_same(a, b)
-    assert pipeline.eval_batches([], config) == []
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"num_responses": 1}, "num_responses is 1, which teaches nothing"),
-        ({"num_responses": 4}, "is 4, but no row has more than 3 responses; set it to 3"),
-        ({"num_responses": 2, "choose": "all"}, "f:0: has 3 responses, .*num_responses is 2"),
-        ({"row_len": 8, "align": 4}, "f:0: with 3 responses needs 14 tokens .*row_len is 8"),
-        ({"row_pairs": 8, "align": 8}, "f:0: with 3 responses needs 11 block pairs"),
-    ],
-)
-def test_examples_that_do_not_fit_the_config_are_refused_before_the_first_step(changes, message):
-    examples = examples_of(data_config(), 3)
-    config = data_config(**changes)
-    with pytest.raises(UserError, match=message):
-        pipeline.Dataset([examples], config, seed=0)

@@ -1,68 +1,17 @@
-"""Checkpoints: the name table, Hugging Face folders, GGUF files, and what is refused."""
+"""Hugging Face folders: the name table, configs, and what is refused."""
 
-import dataclasses
 import json
 
-import gguf
 import huggingface_hub
 import ml_dtypes
 import numpy as np
 import pytest
+from helpers import CONFIGS, DENSE, assert_parts_equal_the_whole, hf_json, read_all, write_hf
 from safetensors.numpy import save_file
 
 from nca_jax.checks import UserError
 from nca_jax.model_config import MODELS, ModelConfig, RopeScaling
 from nca_jax.models import hf, names, pretrained
-from nca_jax.models.gguf import SPLITTERS, gguf_tokenizer, open_gguf
-
-DENSE = ModelConfig(
-    vocab_size=130, num_layers=3, width=32, num_heads=4, num_kv_heads=2, head_dim=6,
-    mlp_width=10, norm_eps=1e-6, max_position=64, bos_id=1, eos_ids=(2,),
-)  # fmt: skip
-CONFIGS = {
-    "llama": dataclasses.replace(DENSE, tied_head=True),
-    "mistral": dataclasses.replace(DENSE, sliding_window=7),
-    "qwen2": dataclasses.replace(DENSE, qkv_bias=True),
-    "qwen3": dataclasses.replace(DENSE, qk_norm=True),
-    "mixtral": dataclasses.replace(DENSE, num_experts=3, experts_per_token=2),
-}
-
-
-def hf_json(model_type: str, config: ModelConfig) -> dict:
-    """config.json of `config`."""
-    return {
-        "model_type": model_type, "vocab_size": config.vocab_size, "hidden_size": config.width,
-        "intermediate_size": config.mlp_width, "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim, "rms_norm_eps": config.norm_eps, "rope_theta": 10000.0,
-        "max_position_embeddings": config.max_position, "hidden_act": "silu",
-        "tie_word_embeddings": config.tied_head, "sliding_window": config.sliding_window or None,
-        "num_local_experts": config.num_experts, "num_experts_per_tok": config.experts_per_token,
-        "bos_token_id": config.bos_id, "eos_token_id": list(config.eos_ids),
-    }  # fmt: skip
-
-
-def random_tensors(config: ModelConfig, file_format: str, dtype=np.float32) -> dict:
-    """Every tensor of a checkpoint, each value exact in bfloat16."""
-    rng = np.random.default_rng(0)
-    return {
-        name: rng.integers(-127, 128, shape).astype(dtype)
-        for name, shape in names.tensor_shapes(config, file_format).items()
-    }
-
-
-def write_hf(folder, model_type="mistral", *, dtype=np.float32, change=None, extra=None, drop=()):
-    """Writes a folder and returns its tensors; `change` goes to config.json, `extra` to weights."""
-    config = CONFIGS[model_type]
-    (folder / "config.json").write_text(json.dumps(hf_json(model_type, config) | (change or {})))
-    tensors = random_tensors(config, "hf", dtype) | (extra or {})
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in drop}
-    save_file(tensors, folder / "model.safetensors")
-    return tensors
-
-
-def read_all(params: dict) -> dict:
-    return {k: p.read(tuple(slice(None) for _ in p.shape)) for k, p in params.items()}
 
 
 @pytest.mark.parametrize("model_type", CONFIGS)
@@ -116,18 +65,6 @@ def test_padded_vocabulary_is_zero(tmp_path):
     assert (config.vocab_size, config.padded_vocab) == (130, 256)
     assert not values["embed/table"][130:].any() and values["embed/table"][129].any()
     assert not values["head/kernel"][:, 130:].any() and values["head/kernel"][:, 129].any()
-
-
-def assert_parts_equal_the_whole(params: dict) -> None:
-    """Every axis of every parameter is cut in 2, each half read by itself."""
-    for path, param in params.items():
-        whole = param.read(tuple(slice(None) for _ in param.shape))
-        for axis, size in enumerate(param.shape):
-            for half in (slice(0, size // 2), slice(size // 2, size)):
-                index = tuple(half if a == axis else slice(None) for a in range(whole.ndim))
-                np.testing.assert_array_equal(param.read(index), whole[index], err_msg=path)
-        corner = tuple(slice(n // 3, max(n // 3 + 1, 2 * n // 3)) for n in param.shape)
-        np.testing.assert_array_equal(param.read(corner), whole[corner], err_msg=path)
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "mixtral"])
@@ -340,164 +277,6 @@ def test_absent_keys_mean_what_transformers_means(tmp_path, model_type):
         assert ours.experts_per_token == theirs.num_experts_per_tok
 
 
-TOKENS = [*"abcd 1", "Ġ", "Ġa", "ab", "Ċ", "<s>", "</s>", "<eot>"]
-CHAT = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
-
-
-def write_gguf(path, arch="llama", *, change=None, extra=None, drop=(), pre="smollm"):
-    """Writes a GGUF file as llama.cpp would, and returns the tensors before its permutation."""
-    config = CONFIGS["mistral" if arch == "mixtral" else arch]
-    c = config
-    writer = gguf.GGUFWriter(path, arch)
-    numbers = {
-        f"{arch}.block_count": c.num_layers, f"{arch}.context_length": c.max_position,
-        f"{arch}.embedding_length": c.width, f"{arch}.feed_forward_length": c.mlp_width,
-        f"{arch}.attention.head_count": c.num_heads,
-        f"{arch}.attention.head_count_kv": c.num_kv_heads,
-        f"{arch}.attention.key_length": c.head_dim, f"{arch}.attention.value_length": c.head_dim,
-        f"{arch}.rope.dimension_count": c.head_dim, "tokenizer.ggml.bos_token_id": 10,
-        "tokenizer.ggml.eos_token_id": 11, "tokenizer.ggml.eot_token_id": 12,
-    } | (change or {})  # fmt: skip
-    for key, value in numbers.items():
-        if isinstance(value, str):
-            writer.add_string(key, value)
-        else:
-            writer.add_uint32(key, value)
-    writer.add_layer_norm_rms_eps(c.norm_eps)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(TOKENS)
-    writer.add_token_types([1] * 10 + [3] * 3)
-    writer.add_token_merges(["a b", "Ġ a"])
-    writer.add_chat_template(CHAT)
-
-    tensors = random_tensors(config, "gguf") | (extra or {})
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in drop}
-    for name, tensor in tensors.items():
-        if arch == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
-            heads = tensor.shape[0] // c.head_dim
-            tensor = tensor.reshape(heads, 2, -1, c.width).swapaxes(1, 2).reshape(tensor.shape)
-        if name.endswith("attn_output.weight"):
-            tensor = tensor.astype(np.float16)
-        if name == "blk.1.attn_v.weight":  # 32 columns are one block
-            kind = gguf.GGMLQuantizationType.Q8_0
-            writer.add_tensor(name, gguf.quantize(tensor, kind), raw_dtype=kind)
-        else:
-            writer.add_tensor(name, tensor)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return tensors
-
-
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
-def test_a_gguf_file_reads_back_through_the_inverse_of_the_table(tmp_path, arch):
-    path = tmp_path / "model.gguf"
-    tensors = write_gguf(path, arch)
-    config, params = open_gguf(path)
-    assert config == dataclasses.replace(CONFIGS[arch], bos_id=10, eos_ids=(11, 12))
-    values = read_all(params)
-    for row in names.rows(config):
-        for place in np.ndindex(values[row.path].shape[: len(row.stacked)]):
-            name = row.gguf.format(**dict(zip(row.stacked, place, strict=True)))
-            tensor = names.to_tensor(row, config, values[row.path][place])
-            atol = 0.5 if name == "blk.1.attn_v.weight" else 0  # half a step of Q8_0 at 127
-            np.testing.assert_allclose(tensor, tensors[name], rtol=0, atol=atol, err_msg=name)
-    assert_parts_equal_the_whole(params)
-
-
-@pytest.mark.parametrize(
-    ("arch", "options", "message"),
-    [
-        ("mixtral", {}, "architecture 'mixtral'"),
-        ("llama", {"change": {"llama.expert_count": 8}}, "expert_count"),
-        ("llama", {"change": {"llama.rope.scaling.type": "yarn"}}, "rope.scaling.type"),
-        ("llama", {"extra": {"rope_freqs.weight": np.ones(3, np.float32)}}, "rope_freqs.weight"),
-        ("llama", {"change": {"llama.rope.dimension_count": 4}}, "rope.dimension_count"),
-        ("llama", {"change": {"llama.attention.sliding_window": 9}}, "sliding_window"),
-        ("llama", {"change": {"split.count": 2}}, "one part of a split GGUF"),
-        ("llama", {"drop": {"blk.0.ffn_up.weight"}}, "1 missing: blk.0.ffn_up.weight"),
-        ("qwen2", {"drop": {"blk.0.attn_q.bias"}}, "1 missing: blk.0.attn_q.bias"),
-        (
-            "llama",
-            {"extra": {"output_norm.weight": np.ones(32, np.int8)}},
-            "output_norm.weight is stored as I8",
-        ),
-    ],
-)
-def test_a_gguf_that_would_be_computed_wrongly_is_refused(tmp_path, arch, options, message):
-    path = tmp_path / "model.gguf"
-    write_gguf(path, arch, **options)
-    with pytest.raises(UserError, match=message):
-        open_gguf(path)
-
-
-def test_a_file_that_is_no_gguf_is_named(tmp_path):
-    path = tmp_path / "model.gguf"
-    path.write_bytes(b"not a model at all, but long enough for a header")
-    with pytest.raises(UserError, match="Cannot read .*model.gguf as GGUF"):
-        open_gguf(path)
-
-
-def test_the_tokenizer_of_a_gguf_file(tmp_path):
-    path = tmp_path / "model.gguf"
-    write_gguf(path)
-    tokenizer = gguf_tokenizer(path)
-    assert len(tokenizer) == len(TOKENS)
-    assert tokenizer("ab a</s>11\n").input_ids == [8, 7, 11, 5, 5, 9]
-    assert tokenizer.decode([8, 7, 9]) == "ab a\n"
-    assert tokenizer.decode([8, 11], skip_special_tokens=True) == "ab"
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (10, 11)
-    assert tokenizer.pad_token_id is None
-    assert tokenizer.chat_template == CHAT
-
-
-def test_a_llama_tokenizer_starts_with_bos(tmp_path):
-    path = tmp_path / "model.gguf"
-    write_gguf(path, pre="llama-bpe")
-    assert gguf_tokenizer(path)("ab").input_ids == [10, 8]
-    assert gguf_tokenizer(path)("ab", add_special_tokens=False).input_ids == [8]
-
-
-@pytest.mark.parametrize(
-    ("pre", "text", "pieces"),
-    [
-        ("smollm", "I'm 1234\n\nok", ["I", "'m", "Ġ", "1", "2", "3", "4", "Ċ", "Ċ", "ok"]),
-        ("llama-bpe", "I'M 1234!\n\nok", ["I", "'M", "Ġ", "123", "4", "!ĊĊ", "ok"]),
-        ("qwen2", "I'M 12!\n\nok", ["I", "'M", "Ġ", "1", "2", "!ĊĊ", "ok"]),
-    ],
-)
-def test_words_are_split_as_by_the_original(pre, text, pieces):
-    from tokenizers import pre_tokenizers
-
-    splitter = SPLITTERS[pre]
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=splitter.use_regex)
-    both = pre_tokenizers.Sequence([splitter.first, byte_level])
-    assert [piece for piece, _ in both.pre_tokenize_str(text)] == pieces
-
-
-def test_an_unknown_tokenizer_is_refused_by_name(tmp_path):
-    path = tmp_path / "model.gguf"
-    write_gguf(path, pre="falcon")
-    with pytest.raises(UserError, match="pre-tokenizer 'falcon'"):
-        gguf_tokenizer(path)
-
-
-def test_a_packaged_model_is_found_without_importing_the_package(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(tmp_path)
-    package = tmp_path / "packaged_model"
-    package.mkdir()
-    (package / "__init__.py").write_text("raise RuntimeError('imported')")
-    with pytest.raises(UserError, match="'packaged_model', found 0"):
-        pretrained.resolve("package:packaged_model")
-    write_gguf(package / "model.gguf")
-    assert pretrained.resolve("package:packaged_model") == package / "model.gguf"
-    assert pretrained.open_pretrained("package:packaged_model")[0].num_layers == 3
-    with pytest.raises(UserError, match="No Python package 'no_such_package'"):
-        pretrained.resolve("package:no_such_package")
-
-
 def test_the_hub_that_cannot_be_reached_is_one_line(monkeypatch):
     def offline(*args, **kwargs):
         raise huggingface_hub.errors.LocalEntryNotFoundError("outgoing traffic\nis disabled")
@@ -519,16 +298,3 @@ def test_the_byte_tokenizer_needs_no_files_and_fits_the_tiny_model():
     assert len(tokenizer) == MODELS["tiny"].vocab_size == 259
     assert tokenizer("é", add_special_tokens=False).input_ids == [198, 172]
     assert (tokenizer.eos_token_id,) == MODELS["tiny"].eos_ids
-
-
-def test_tokenizers_come_from_the_same_place_as_the_model(tmp_path):
-    write_gguf(tmp_path / "model.gguf")
-    tokenizer = pretrained.load_tokenizer(str(tmp_path / "model.gguf"))
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    write_hf(folder)
-    with pytest.raises(UserError, match="folder has no tokenizer"):
-        pretrained.load_tokenizer(str(folder))
-    tokenizer.save_pretrained(folder)
-    again = pretrained.load_tokenizer(str(folder))
-    assert again("ab a").input_ids == tokenizer("ab a").input_ids

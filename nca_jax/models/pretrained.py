@@ -5,6 +5,7 @@ installed Python package ships) or a repository of the Hugging Face Hub.
 """
 
 import importlib.util
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -71,6 +72,8 @@ def load_tokenizer(where: str) -> "PreTrainedTokenizerBase":
     Raises:
       UserError: what `resolve` and `gguf_tokenizer` raise, or a folder without a tokenizer.
     """
+    # transformers would print that PyTorch is missing; nothing here needs it.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from transformers import AutoTokenizer, ByT5Tokenizer  # takes seconds; only tokenizers need it
 
     if where == "byte":

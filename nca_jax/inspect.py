@@ -1,0 +1,101 @@
+"""Show what the model will see: python -m nca_jax.inspect --config=FILE[:args] [--rows=2].
+
+For the first prompts of step 1: rendered text, tokens with their segment and whether they are
+scored, scores and targets; then how the step is packed, and the histogram of lengths.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from nca_jax import build, losses
+from nca_jax.batch import Batch
+from nca_jax.checks import run_main
+from nca_jax.config import parse_flags
+from nca_jax.data.pipeline import Dataset
+
+SHOWN = 12  # tokens at either end of a segment
+
+
+def main(argv: list[str]) -> int:
+    config, flags = parse_flags(argv, rows=2)
+    run = build.build(config)
+    data = build.read_data(run)
+    dataset = Dataset(data.sources, config.data, seed=config.seed)
+    host = dataset.batch_at(0)
+    for b, where in enumerate(host.examples[: flags.rows]):
+        print_prompt(host.batch, b, where, run.tokenizer, config.loss.alpha)
+    print_packing(host.batch, host.stats)
+    examples = [*dataset.examples, *data.heldout]
+    print_histogram("prompts", [len(example.prompt) for example in examples])
+    print_histogram("responses", [len(ids) for example in examples for ids in example.responses])
+    for reason, count in data.skipped.items():
+        print(f"skipped {count} rows: {reason}")
+    print(f"{len(dataset)} prompts to train on, {len(data.heldout)} held out")
+    return 0
+
+
+def print_prompt(batch: Batch, b: int, where: str, tokenizer, alpha: float) -> None:
+    """Prints prompt b of the step as it lies in its row."""
+    targets = np.asarray(
+        losses.targets_from_scores(batch.scores[b : b + 1], alpha=alpha, mask=batch.mask[b : b + 1])
+    )[0]
+    k_all = batch.scores.shape[1]
+    micro, row = np.argwhere((batch.rows.scored_slot // k_all == b).any(axis=-1))[0]
+    rows = type(batch.rows)(*(x[micro, row] for x in batch.rows))  # [T]
+    prompt_id = rows.prompt_ids[rows.scored_at[rows.scored_slot // k_all == b][0]]
+    print(f"\n=== {where}: micro-batch {micro}, row {row}, prompt {prompt_id} of the row")
+    for segment in np.unique(rows.segments[rows.prompt_ids == prompt_id]):
+        at = np.flatnonzero((rows.prompt_ids == prompt_id) & (rows.segments == segment))
+        title = f"segment {segment}, the prompt"
+        if segment > 1:
+            k = segment - 2
+            score, target = batch.scores[b, k], targets[k]
+            title = f"segment {segment}, response {k}: score {score:g}, target {target:.4f}"
+        place = (
+            f"row {at[0]}..{at[-1]}, positions {rows.positions[at[0]]}..{rows.positions[at[-1]]}"
+        )
+        print(
+            f"--- {title}; {len(at)} tokens, {place}, {'scored' if segment > 1 else 'not scored'}"
+        )
+        ids = rows.tokens[at]
+        print(f"ids  {_ends(ids.tolist())}")
+        off = at[~rows.key_on[at]]
+        if len(off):
+            print(f"keys switched off at {_ends(off.tolist())}")
+        if tokenizer is not None:
+            print(tokenizer.decode(ids))
+
+
+def print_packing(batch: Batch, stats: dict[str, float]) -> None:
+    """Prints how step 1 fills its rows."""
+    num_micro, num_rows, row_len = int(batch.num_micro), *batch.rows.tokens.shape[1:]
+    print(f"\n=== step 1: {num_micro} micro-batches of {num_rows} rows of {row_len} tokens")
+    for m in range(num_micro):
+        for r in range(num_rows):
+            used = int((batch.rows.segments[m, r] > 0).sum())
+            prompts = int(batch.rows.prompt_ids[m, r].max())
+            pairs = int((batch.rows.pairs[m, r, :, 0] >= 0).sum())
+            print(f"row {m}.{r}: {prompts} prompts, {used} tokens, {pairs} live block pairs")
+    print("  ".join(f"{name} {value:.4g}" for name, value in stats.items()))
+
+
+def print_histogram(name: str, lengths: Sequence[int], bins: int = 10) -> None:
+    """Prints counts of lengths in tokens."""
+    counts, edges = np.histogram(lengths, bins=bins)
+    mean, most = np.mean(lengths), np.max(lengths)
+    print(f"\n=== {name}: {len(lengths)}, mean {mean:.1f} tokens, longest {most}")
+    for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True):
+        bar = "#" * round(50 * count / max(counts))
+        print(f"{low:7.0f} .. {high:<7.0f} {count:7d} {bar}")
+
+
+def _ends(items: list[int]) -> str:
+    """The first and last SHOWN of a list."""
+    if len(items) <= 2 * SHOWN:
+        return str(items)
+    return f"{str(items[:SHOWN])[:-1]}, ... {str(items[-SHOWN:])[1:]}"
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,128 @@
+"""What several test files write and read: rows of ids, and small checkpoints."""
+
+import dataclasses
+import json
+
+import numpy as np
+from ml_collections import ConfigDict
+from safetensors.numpy import save_file
+
+from nca_jax.data import encode
+from nca_jax.model_config import ModelConfig
+from nca_jax.models import names
+
+# Rows
+
+BASE = dict(
+    files="",
+    weights="",
+    eval_files="",
+    eval_fraction=0.0,
+    format="plain",
+    num_responses=3,
+    choose="first",
+    max_prompt_len=16,
+    max_response_len=8,
+    prompt_keep="end",
+    too_long="truncate",
+    bad_rows="stop",
+    shuffle=True,
+    batch_size=4,
+    row_len=64,
+    rows=2,
+    block=8,
+    row_pairs=0,
+    align=1,
+    prefetch=2,
+)
+
+
+def data_config(**changes) -> ConfigDict:
+    return ConfigDict(BASE | changes)
+
+
+def id_row(i: int, num_responses: int = 3) -> dict:
+    """Returns a row of ids in which every segment can be told from its first id, 10 * i + k."""
+    responses = [[10 * i + 1 + k, 7] for k in range(num_responses)]
+    return {
+        "prompt_ids": [10 * i, 5],
+        "response_ids": responses,
+        "scores": [float(k) for k in range(num_responses)],
+    }
+
+
+def write(path, rows) -> str:
+    """Writes rows (dicts, or text as it is) to a .jsonl file; returns its path."""
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+def encode_one(row, config, tokenizer=None, vocab_size=1000, eos_ids=(), where="f:1"):
+    return encode.encode_row(
+        where, row, tokenizer=tokenizer, config=config, vocab_size=vocab_size, eos_ids=eos_ids
+    )
+
+
+# Checkpoints
+
+DENSE = ModelConfig(
+    vocab_size=130, num_layers=3, width=32, num_heads=4, num_kv_heads=2, head_dim=6,
+    mlp_width=10, norm_eps=1e-6, max_position=64, bos_id=1, eos_ids=(2,),
+)  # fmt: skip
+CONFIGS = {
+    "llama": dataclasses.replace(DENSE, tied_head=True),
+    "mistral": dataclasses.replace(DENSE, sliding_window=7),
+    "qwen2": dataclasses.replace(DENSE, qkv_bias=True),
+    "qwen3": dataclasses.replace(DENSE, qk_norm=True),
+    "mixtral": dataclasses.replace(DENSE, num_experts=3, experts_per_token=2),
+}
+
+
+def hf_json(model_type: str, config: ModelConfig) -> dict:
+    """config.json of `config`."""
+    return {
+        "model_type": model_type, "vocab_size": config.vocab_size, "hidden_size": config.width,
+        "intermediate_size": config.mlp_width, "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim, "rms_norm_eps": config.norm_eps, "rope_theta": 10000.0,
+        "max_position_embeddings": config.max_position, "hidden_act": "silu",
+        "tie_word_embeddings": config.tied_head, "sliding_window": config.sliding_window or None,
+        "num_local_experts": config.num_experts, "num_experts_per_tok": config.experts_per_token,
+        "bos_token_id": config.bos_id, "eos_token_id": list(config.eos_ids),
+    }  # fmt: skip
+
+
+def random_tensors(config: ModelConfig, file_format: str, dtype=np.float32) -> dict:
+    """Every tensor of a checkpoint, each value exact in bfloat16."""
+    rng = np.random.default_rng(0)
+    return {
+        name: rng.integers(-127, 128, shape).astype(dtype)
+        for name, shape in names.tensor_shapes(config, file_format).items()
+    }
+
+
+def write_hf(folder, model_type="mistral", *, dtype=np.float32, change=None, extra=None, drop=()):
+    """Writes a folder and returns its tensors; `change` goes to config.json, `extra` to weights."""
+    config = CONFIGS[model_type]
+    (folder / "config.json").write_text(json.dumps(hf_json(model_type, config) | (change or {})))
+    tensors = random_tensors(config, "hf", dtype) | (extra or {})
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in drop}
+    save_file(tensors, folder / "model.safetensors")
+    return tensors
+
+
+def read_all(params: dict) -> dict:
+    return {k: p.read(tuple(slice(None) for _ in p.shape)) for k, p in params.items()}
+
+
+def assert_parts_equal_the_whole(params: dict) -> None:
+    """Every axis of every parameter is cut in 2, each half read by itself."""
+    for path, param in params.items():
+        whole = param.read(tuple(slice(None) for _ in param.shape))
+        for axis, size in enumerate(param.shape):
+            for half in (slice(0, size // 2), slice(size // 2, size)):
+                index = tuple(half if a == axis else slice(None) for a in range(whole.ndim))
+                np.testing.assert_array_equal(param.read(index), whole[index], err_msg=path)
+        corner = tuple(slice(n // 3, max(n // 3 + 1, 2 * n // 3)) for n in param.shape)
+        np.testing.assert_array_equal(param.read(corner), whole[corner], err_msg=path)

@@ -1,0 +1,197 @@
+"""The house rules: who may import whom, sizes, configs that load, and a home for every array."""
+
+import ast
+import dataclasses
+import functools
+import importlib.util
+import re
+from pathlib import Path
+
+import jax
+import optax
+import pytest
+from ml_collections import ConfigDict
+
+from nca_jax import axes, build
+from nca_jax.checks import UserError
+from nca_jax.config import check_config, flatten, parse_flags
+from nca_jax.losses import LOSSES, PAIR_LOSSES
+from nca_jax.model_config import MODELS
+from nca_jax.models import names
+from nca_jax.models.decoder import Model
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = ("nca_jax", "configs", "experiments", "tests", ".ci")
+MODULES = sorted((ROOT / "nca_jax").rglob("*.py"))
+CONFIG_FILES = sorted((ROOT / "configs").glob("*.py"))
+
+# Layers, from the bottom. A leaf imports leaves; a group imports leaves and itself; mains are
+# commands, which nobody imports.
+LEAVES = {"checks", "batch", "axes", "model_config", "config_arg", "losses"}
+GROUPS = {"models", "data", "rewards"}
+MAINS = {"train", "precompute", "evaluate", "inspect"}
+MAX_LINES, MAX_LEAVES = 400, 64
+
+# Configs whose rows and alpha are for K > 2 soft labels: a loss of pairs is refused by name.
+SOFT_CONFIGS = {"demo.py"}
+
+
+# Layers
+
+
+def imports(path: Path) -> set[str]:
+    """Returns the dotted names of all that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def parts_imported(path: Path) -> set[str]:
+    """Returns the modules and groups of nca_jax that a file imports: {"checks", "data"}."""
+    return {name.split(".")[1] for name in imports(path) if name.startswith("nca_jax.")}
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(ROOT / "nca_jax").parts[0].removesuffix(".py")
+
+
+def test_every_layer_of_the_table_exists():
+    assert LEAVES | GROUPS | MAINS <= {part_of(path) for path in MODULES}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_down_only(path):
+    part, found = part_of(path), parts_imported(path)
+    assert not found & MAINS, "commands are imported by nobody"
+    if part in LEAVES:
+        assert found <= LEAVES
+    if part in GROUPS:
+        assert found <= LEAVES | {part}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_data_never_imports_jax_and_flax_stays_in_models(path):
+    libraries = {name.split(".")[0] for name in imports(path)}
+    assert part_of(path) != "data" or not libraries & {"jax", "jaxlib", "flax"}
+    assert part_of(path) == "models" or "flax" not in libraries
+
+
+# Files
+
+
+def files_of_the_project() -> list[Path]:
+    inside = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*")]
+    paths = [*inside, *ROOT.glob("*")]
+    return [path for path in paths if path.is_file() and "__pycache__" not in path.parts]
+
+
+def test_no_file_of_code_or_text_is_two_rooms():
+    rooms = [path for path in files_of_the_project() if path.suffix in (".py", ".md")]
+    sizes = {str(path.relative_to(ROOT)): path.read_text().count("\n") for path in rooms}
+    assert {name: size for name, size in sizes.items() if size > MAX_LINES} == {}
+
+
+def test_no_file_names_a_path_of_one_machine():
+    machine_paths = re.compile(rb"(?<![\w.}])/(work|tmp|root|home)/")
+    found = [path for path in files_of_the_project() if machine_paths.search(path.read_bytes())]
+    assert found == []
+
+
+# Configs
+
+
+def load_config(path: Path, arg: str) -> ConfigDict:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(arg)
+
+
+@pytest.mark.parametrize("algo", LOSSES)
+@pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda path: path.name)
+def test_every_config_loads_with_every_loss(path, algo):
+    config = load_config(path, f"algo={algo},files=x.jsonl")
+    if not config.model.init_from:
+        config.model.name = config.model.name or "tiny"  # for the user to say
+    assert config.loss.name == algo
+    assert len(flatten(config)) <= MAX_LEAVES
+    if algo in PAIR_LOSSES and path.name in SOFT_CONFIGS:
+        with pytest.raises(UserError, match=r"wants config\.data\.num_responses=2"):
+            check_config(config)
+    else:
+        check_config(config)
+
+
+@functools.cache
+def documented_commands() -> list[tuple[str, ...]]:
+    """Returns the --config flags of every command line in the docs that names a config file."""
+    documents = [ROOT / "README.md", *CONFIG_FILES, *(ROOT / "experiments").rglob("*.md")]
+    commands = []
+    for path in filter(Path.exists, documents):
+        for line in re.sub(r"\\\n\s*", " ", path.read_text()).splitlines():
+            flags = re.findall(r"--config(?:\.[\w.]+)?=[^\s`'\"]+", line)
+            flags = [flag.rstrip(".,;:)") for flag in flags]
+            if any(flag.startswith("--config=configs/") for flag in flags):
+                commands.append(tuple(flags))
+    return sorted(set(commands))
+
+
+@pytest.mark.parametrize("command", documented_commands(), ids=" ".join)
+def test_every_documented_config_loads(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config, _ = parse_flags(["prog", *command])
+    assert len(flatten(config)) <= MAX_LEAVES
+
+
+# Arrays
+
+DECODERS = MODELS | {
+    "tiny with biases": dataclasses.replace(MODELS["tiny"], qkv_bias=True),
+    "tiny_moe with biases": dataclasses.replace(MODELS["tiny_moe"], qkv_bias=True),
+    "smollm2_135m with biases": dataclasses.replace(MODELS["smollm2_135m"], qkv_bias=True),
+}
+
+
+@functools.cache
+def train_state_shapes(name: str) -> dict[str, tuple[int, ...]]:
+    """Returns {path: shape} of the parameters, AdamW's moments, key and step of a decoder."""
+    model = Model(DECODERS[name])
+    run = build.Run(ConfigDict({"seed": 0}), None, model, None)
+    make = functools.partial(build.new_state, run, optax.adamw(1e-5))
+    state = jax.eval_shape(make, model.abstract_params())
+    return {path: x.shape for path, x in axes.flatten_paths(state).items()}
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_every_array_of_a_train_state_has_a_rule(name):
+    shapes = train_state_shapes(name)
+    specs = {path: axes.param_spec(path, shape) for path, shape in shapes.items()}
+    for path, spec in specs.items():
+        _, inside, param = path.partition("/mu/")
+        if inside:  # a moment lives where its parameter does
+            assert spec == specs[f"params/{param}"]
+
+
+def test_every_rule_is_used():
+    used = set()
+    for name in DECODERS:
+        for path, shape in train_state_shapes(name).items():
+            if shape:
+                used.add(next(rule for rule, _ in axes.PARAM_RULES if re.search(rule, path)))
+    assert used == {rule for rule, _ in axes.PARAM_RULES}
+
+
+def test_an_array_without_a_rule_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"No rule for 'layers/x/kernel' of shape \(2, 4\)"):
+        axes.param_spec("layers/x/kernel", (2, 4))
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_the_table_of_names_has_every_parameter(name):
+    abstract = axes.flatten_paths(Model(DECODERS[name]).abstract_params())
+    assert names.param_shapes(DECODERS[name]) == {path: x.shape for path, x in abstract.items()}

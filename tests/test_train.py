@@ -1,0 +1,154 @@
+"""The training command: the released numbers, every way to the same step, and clear stops."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import metric_lines, write_rows
+from safetensors.numpy import load_file, save_file
+
+from nca_jax import precompute, train
+from nca_jax.checks import UserError
+
+DATA = Path(__file__).parent / "data"
+EIGHT = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
+
+
+def run(workdir: Path, rows: Path, *flags: str, arg: str = "smoke") -> list[dict]:
+    """Trains in this process on 8 devices; returns the train lines."""
+    train.main(flags_of(workdir, rows, *flags, arg=arg))
+    return metric_lines(workdir, "train")
+
+
+def flags_of(workdir: Path, rows: Path, *flags: str, arg: str = "smoke") -> list[str]:
+    return [
+        "train",
+        f"--config=configs/jsonl.py:files={rows},{arg}",
+        f"--workdir={workdir}",
+        "--config.data.rows=4",
+        "--config.data.row_len=256",
+        "--config.log.tensorboard=False",
+        *EIGHT,
+        *flags,
+    ]
+
+
+@pytest.fixture
+def rows(tmp_path):
+    return write_rows(tmp_path / "rows.jsonl")
+
+
+def test_thirty_steps_on_eight_devices_equal_the_released_pytorch_trainer(tmp_path):
+    golden = json.loads((DATA / "released_trajectory_nca.json").read_text())[0]
+    with open(tmp_path / "rows.jsonl", "w") as file:
+        for row in golden["rows"]:
+            # The released trainer breaks ties in favour of the first response.
+            scores = [row["scores"][0] + golden["tie_break_on_first"], *row["scores"][1:]]
+            ids = {"prompt_ids": row["prompt"], "response_ids": row["responses"]}
+            file.write(json.dumps(ids | {"scores": scores}) + "\n")
+    lines = run(
+        tmp_path / "run",
+        tmp_path / "rows.jsonl",
+        "--config.data.tokenizer=none",
+        "--config.data.shuffle=False",
+        "--config.data.choose=all",
+        "--config.data.eval_fraction=0",
+        "--config.data.max_prompt_len=100",
+        "--config.data.max_response_len=100",
+        "--config.data.row_len=512",
+        "--config.data.batch_size=4",
+        "--config.steps=30",
+        "--config.epochs=0",
+        "--config.eval_every=0",
+        "--config.save_every=100",
+        "--config.optim.lr=1e-3",
+        arg=f"init_from={DATA / 'tiny_mistral'},algo=nca,alpha=1e-4,beta=0.1",
+    )
+    assert len(lines) == 30
+    for ours, theirs in zip(lines, golden["log"], strict=True):
+        assert ours["step"] == theirs["step"] + 1
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=5e-4)
+        assert ours["lr"] == pytest.approx(theirs["lr"], rel=1e-5, abs=1e-12)
+        assert ours["accuracy"] == pytest.approx(theirs["rewards/accuracies"], abs=1e-6)
+        assert ours["margin"] == pytest.approx(theirs["rewards/margins"], abs=1e-4)
+        for k in range(4):
+            assert ours[f"logps/{k}"] == pytest.approx(theirs[f"logps/A{k}"], abs=1e-3)
+            assert ours[f"rewards/{k}"] == pytest.approx(theirs[f"rewards/A{k}"], abs=1e-4)
+
+
+@pytest.mark.parametrize(("algo", "start"), [("nca", 2 * math.log(2)), ("infonca", math.log(4))])
+def test_first_loss_is_that_of_policy_equal_to_reference(tmp_path, rows, algo, start):
+    lines = run(tmp_path / "run", rows, "--config.steps=1", arg=f"algo={algo},smoke")
+    assert lines[0]["loss"] == pytest.approx(start, abs=1e-6)
+    assert lines[0]["max_abs_logratio"] == 0
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--config.mesh.data=8", "--config.mesh.fsdp=1", "--config.mesh.tensor=1"),
+        ("--config.data.row_len=512",),
+        ("--config.data.align=16", "--config.data.block=32"),
+        ("--config.model.scan_layers=True", "--config.model.remat=full"),
+    ],
+    ids=["mesh", "one micro-batch", "alignment", "scan and remat"],
+)
+def test_how_a_step_is_laid_out_does_not_change_its_numbers(tmp_path, rows, flags):
+    several = ("--config.data.row_len=128", "--config.data.max_response_len=16")
+    several += ("--config.data.batch_size=8", "--config.steps=3", "--config.optim.lr=1e-3")
+    want = run(tmp_path / "want", rows, *several)
+    got = run(tmp_path / "got", rows, *several, "--config.data.rows=8", *flags)
+    for a, b in zip(want, got, strict=True):
+        for name in ("loss", "grad_norm", "logps/0", "logps/3", "margin"):
+            assert b[name] == pytest.approx(a[name], rel=1e-5, abs=1e-5), name
+
+
+def test_cached_reference_equals_live_one_and_is_checked(tmp_path, rows):
+    cache = tmp_path / "cache"
+    cached = ("--config.reference.kind=cached", f"--config.reference.cache={cache}")
+    lr = "--config.optim.lr=1e-3"
+    precompute.main([f for f in flags_of(tmp_path, rows, *cached) if "workdir" not in f])
+    want, got = run(tmp_path / "live", rows, lr), run(tmp_path / "got", rows, lr, *cached)
+    for a, b in zip(want, got, strict=True):
+        for name in ("loss", "grad_norm", "chosen_logp_drift", "margin"):
+            assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-4), name
+
+    with pytest.raises(UserError, match="stale.*max_response_len: 96 there, 20 here"):
+        run(tmp_path / "stale", rows, *cached, "--config.data.max_response_len=20")
+
+    part = next(cache.glob("part-*"))
+    arrays = load_file(part)
+    save_file(arrays | {"logps": arrays["logps"] + np.float32(1)}, part)
+    with pytest.raises(UserError, match="policy and reference start equal"):
+        run(tmp_path / "wrong", rows, *cached)
+
+
+def test_non_finite_loss_names_step_and_rows_and_keeps_the_last_checkpoint(tmp_path, rows):
+    flags = ("--config.optim.lr=1e30", "--config.save_every=1", "--config.optim.warmup_frac=0.3")
+    with pytest.raises(UserError, match=r"Step 3: loss nan.*rows\.jsonl:\d+"):
+        run(tmp_path / "run", rows, *flags)
+    assert [line["step"] for line in metric_lines(tmp_path / "run", "train")] == [1, 2]
+    assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == ["1", "2"]
+
+
+def test_resume_refuses_another_config_by_name(tmp_path, rows):
+    run(tmp_path / "run", rows, "--config.steps=2")
+    with pytest.raises(UserError, match="optim.lr: 5e-06 there, 0.1 here"):
+        run(tmp_path / "run", rows, "--config.steps=2", "--config.optim.lr=0.1")
+    with pytest.raises(UserError, match="model.name: 'tiny' there, 'tiny_moe' here"):
+        run(tmp_path / "run", rows, "--config.steps=2", "--config.model.name=tiny_moe")
+
+
+def test_mixture_of_experts_trains(tmp_path, rows):
+    lines = run(
+        tmp_path / "run",
+        rows,
+        "--config.model.name=tiny_moe",
+        "--config.optim.lr=3e-3",
+        "--config.steps=12",
+    )
+    assert lines[0]["loss"] == pytest.approx(2 * math.log(2), abs=1e-6)
+    assert lines[-1]["excess"] < lines[0]["excess"]
