@@ -28,7 +28,7 @@ PARAM_RULES = (
     (r"^key$", P()),  # the run's random key, in a TrainState
 )
 
-# Logical names of activation axes; what is not named here is not split.
+# Logical names of activation axes; an axis without a name is not split.
 ACTIVATION_RULES = {
     "rows": ROWS,
     "heads": "tensor",
@@ -56,7 +56,7 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(
-        x, P(*(ACTIVATION_RULES.get(name) if name else None for name in logical))
+        x, P(*(ACTIVATION_RULES[name] if name else None for name in logical))
     )
 
 

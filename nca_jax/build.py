@@ -4,6 +4,7 @@ config -> mesh, model, tokenizer -> parameters, optimizer, shardings -> input.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from nca_jax.checkpoint import restore_params
 from nca_jax.checks import UserError
 from nca_jax.data.pipeline import Data, load_data
 from nca_jax.mesh import check_divides, make_mesh, param_shardings, place
@@ -107,6 +109,17 @@ def start_params(run: Run, init_from: str) -> dict:
             f"{run.model.config} here."
         )
     return place(abstract, shardings, {path: weight.read for path, weight in weights.items()})
+
+
+def policy_params(run: Run, workdir: str) -> dict:
+    """Returns the params of the latest checkpoint of a run, or of `config.model.init_from` for "".
+
+    Raises:
+      UserError: the workdir has no checkpoint, or one of another model.
+    """
+    if not workdir:
+        return start_params(run, run.config.model.init_from)
+    return restore_params(Path(workdir), run.model.abstract_params(), run.mesh)
 
 
 def reference_init_from(config) -> str:

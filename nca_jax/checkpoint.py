@@ -32,7 +32,11 @@ def open_checkpoints(workdir: Path, checkpoint) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(
         preservation_policy=AnyPreservationPolicy(policies), cleanup_tmp_directories=True
     )
-    return ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
+    return ocp.CheckpointManager(
+        (workdir / "checkpoints").absolute(),
+        options=options,
+        item_handlers=ocp.StandardCheckpointHandler(),
+    )
 
 
 def save(manager: ocp.CheckpointManager, state, eval_metrics: dict[str, float] | None) -> None:

@@ -98,8 +98,14 @@ FIELDS = {
 }
 
 # What a resumed run may change: nothing here moves a number of the steps that follow.
-MAY_CHANGE = ("log", "generate", "mesh", "log_every", "eval_every", "save_every") + (
+MAY_CHANGE = (
+    "log",
+    "generate",
+    "mesh",
     "checkpoint",
+    "log_every",
+    "eval_every",
+    "save_every",
     "data.prefetch",
     "model.remat",
     "model.scan_layers",

@@ -93,7 +93,8 @@ def make_sampler(
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]  # [N, D]
 
         # From here on a row is one sample.
-        cache = jax.tree.map(lambda x: jnp.repeat(x, num_samples, axis=1), cache)
+        rows_axis = 1 if model.scan_layers else 0
+        cache = jax.tree.map(lambda x: jnp.repeat(x, num_samples, axis=rows_axis), cache)
         logits = jnp.repeat(model.logits(params, last), num_samples, axis=0)  # [N * S, V]
         lengths = jnp.repeat(lengths, num_samples)
         split = jax.vmap(lambda key: jax.random.split(key, num_samples))

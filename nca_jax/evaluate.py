@@ -18,7 +18,6 @@ from nca_jax.config import parse_flags
 from nca_jax.data.pipeline import eval_batches, row_layout
 from nca_jax.decode import make_generator, to_text
 from nca_jax.evaluators import Piece, fill_reference, heldout_metrics, make_kl, score_responses
-from nca_jax.generate import policy_params
 from nca_jax.mesh import rows_shardings
 from nca_jax.rewards.scorers import get_scorer
 from nca_jax.train_step import make_step_logps
@@ -32,7 +31,7 @@ def main(argv: list[str]) -> int:
     if not data.heldout:
         raise UserError("No rows are held out: set data.eval_fraction or data.eval_files.")
     with jax.set_mesh(run.mesh):
-        policy = policy_params(run, flags.workdir)
+        policy = build.policy_params(run, flags.workdir)
         reference = build.start_params(run, build.reference_init_from(config))
         step_logps = jax.jit(make_step_logps(run.model, config))
         batches = fill_reference(step_logps, reference, eval_batches(data.heldout, config.data))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 
-from nca_jax import build, checkpoint
+from nca_jax import build
 from nca_jax.checks import UserError, run_main
 from nca_jax.config import parse_flags
 from nca_jax.data.chat import encode_prompt
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     prompts = [row["prompt"] for _, row in rows]
 
     with jax.set_mesh(run.mesh):
-        params = policy_params(run, flags.workdir)
+        params = build.policy_params(run, flags.workdir)
         encoded = [encode_prompt(prompt, run.tokenizer, config.data.format) for prompt in prompts]
         samples = make_generator(run)(params, encoded, config.seed)
     texts = [[to_text(run, ids) for ids in of_prompt] for of_prompt in samples]
@@ -50,17 +50,6 @@ def main(argv: list[str]) -> int:
     partial.replace(flags.out)
     print(f"{len(prompts)} prompts x {config.generate.num_samples} responses in {flags.out}")
     return 0
-
-
-def policy_params(run: build.Run, workdir: str) -> dict:
-    """Returns the params of the latest checkpoint of a run, or of `config.model.init_from` for "".
-
-    Raises:
-      UserError: the workdir has no checkpoint, or one of another model.
-    """
-    if not workdir:
-        return build.start_params(run, run.config.model.init_from)
-    return checkpoint.restore_params(Path(workdir), run.model.abstract_params(), run.mesh)
 
 
 if __name__ == "__main__":

@@ -134,7 +134,8 @@ PAIR_LOSSES = ("dpo", "pairwise_nca", "biased_nca")  # K = 2, hard targets
 
 def entropy(targets: jax.Array) -> jax.Array:
     """H(p) = - sum_k p log p, [B] nats, with 0 log 0 = 0: near 0 where alpha has collapsed."""
-    return jnp.sum(-jax.scipy.special.xlogy(targets, targets), axis=-1)
+    p = _float32_at_least(targets)
+    return jnp.sum(-jax.scipy.special.xlogy(p, p), axis=-1)
 
 
 def nca_floor(targets: jax.Array, mask: jax.Array | None = None) -> jax.Array:

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 from nca_jax.axes import MESH_AXES, ROWS, flatten_paths, param_spec
 from nca_jax.batch import Batch, Rows
 from nca_jax.checks import UserError
+from nca_jax.model_config import ModelConfig
 
 
 def make_mesh(sizes: Mapping[str, int]) -> Mesh:
@@ -31,7 +32,7 @@ def make_mesh(sizes: Mapping[str, int]) -> Mesh:
     return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
 
 
-def check_divides(mesh: Mesh, model_config, rows: int) -> None:
+def check_divides(mesh: Mesh, model_config: ModelConfig, rows: int) -> None:
     """Raises UserError, by name, where a split axis does not divide."""
     tensor, copies = mesh.shape["tensor"], mesh.shape["data"] * mesh.shape["fsdp"]
     c = model_config
@@ -39,6 +40,7 @@ def check_divides(mesh: Mesh, model_config, rows: int) -> None:
         ("query heads over mesh.tensor", c.num_heads, tensor),
         ("kv heads over mesh.tensor", c.num_kv_heads, tensor),
         ("MLP width over mesh.tensor", c.mlp_width, tensor),
+        ("padded vocabulary over mesh.tensor", c.padded_vocab, tensor),
         ("model width over mesh.fsdp", c.width, mesh.shape["fsdp"]),
         ("data.rows over mesh.data * mesh.fsdp", rows, copies),
     ):

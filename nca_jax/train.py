@@ -61,10 +61,13 @@ def main(argv: list[str]) -> int:
     place_batch = batch_shardings(run.mesh)
 
     # ---- Restore: 1. own workdir, 2. init_from, 3. random ------------------------------------
-    checkpoints = checkpoint.open_checkpoints(workdir, config.checkpoint)
-    restored_step = checkpoints.latest_step()
-    is_new = restored_step is None
-    with jax.set_mesh(run.mesh):
+    # The context waits for a save that is under way, also when the run stops with an error.
+    with (
+        checkpoint.open_checkpoints(workdir, config.checkpoint) as checkpoints,
+        jax.set_mesh(run.mesh),
+    ):
+        restored_step = checkpoints.latest_step()
+        is_new = restored_step is None
         if not is_new:
             state = checkpoint.restore(checkpoints, restored_step, abstract, shardings)
             print(f"resumed after step {restored_step} from {workdir}")
@@ -123,8 +126,6 @@ def main(argv: list[str]) -> int:
                 break
 
     # ---- Close -------------------------------------------------------------------------------
-    checkpoints.wait_until_finished()
-    checkpoints.close()
     writer.close()
     if step < steps:
         print(f"SIGTERM: saved after step {step} of {steps}; the same command goes on from there.")

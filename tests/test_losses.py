@@ -282,7 +282,6 @@ def test_half_precision_is_computed_in_float32_and_double_stays_double(x64, dtyp
     assert losses.nca_floor(p).dtype == wanted
 
 
-@pytest.mark.xfail(reason="entropy does not widen its input yet", strict=True)
 def test_the_entropy_of_half_precision_targets_is_float32():
     assert losses.entropy(jnp.full((1, 4), 0.25, jnp.bfloat16)).dtype == jnp.float32
 

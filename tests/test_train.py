@@ -81,26 +81,52 @@ def test_thirty_steps_on_eight_devices_equal_the_released_pytorch_trainer(tmp_pa
 
 @pytest.mark.parametrize(("algo", "start"), [("nca", 2 * math.log(2)), ("infonca", math.log(4))])
 def test_first_loss_is_that_of_policy_equal_to_reference(tmp_path, rows, algo, start):
-    lines = run(tmp_path / "run", rows, "--config.steps=1", arg=f"algo={algo},smoke")
+    flags = ("--config.steps=1", "--config.eval_every=0")
+    lines = run(tmp_path / "run", rows, *flags, arg=f"algo={algo},smoke")
     assert lines[0]["loss"] == pytest.approx(start, abs=1e-6)
     assert lines[0]["max_abs_logratio"] == 0
+
+
+SEVERAL_MICRO_BATCHES = (
+    "--config.data.row_len=128",
+    "--config.data.max_response_len=16",
+    "--config.data.batch_size=8",
+    "--config.steps=3",
+    "--config.eval_every=0",
+    "--config.optim.lr=1e-3",
+)
+
+
+@pytest.fixture(scope="module")
+def several_micro_batches(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("several")
+    rows = write_rows(folder / "rows.jsonl")
+    return rows, run(folder / "run", rows, *SEVERAL_MICRO_BATCHES)
 
 
 @pytest.mark.parametrize(
     "flags",
     [
-        ("--config.mesh.data=8", "--config.mesh.fsdp=1", "--config.mesh.tensor=1"),
-        ("--config.data.row_len=512",),
-        ("--config.data.align=16", "--config.data.block=32"),
-        ("--config.model.scan_layers=True", "--config.model.remat=full"),
+        (
+            "--config.mesh.data=8",
+            "--config.mesh.fsdp=1",
+            "--config.mesh.tensor=1",
+            "--config.data.rows=8",
+        ),
+        (
+            "--config.data.row_len=512",
+            "--config.data.align=16",
+            "--config.data.block=32",
+            "--config.model.scan_layers=True",
+            "--config.model.remat=full",
+        ),
     ],
-    ids=["mesh", "one micro-batch", "alignment", "scan and remat"],
+    ids=["other mesh, more rows", "one micro-batch, aligned, scanned, remat"],
 )
-def test_how_a_step_is_laid_out_does_not_change_its_numbers(tmp_path, rows, flags):
-    several = ("--config.data.row_len=128", "--config.data.max_response_len=16")
-    several += ("--config.data.batch_size=8", "--config.steps=3", "--config.optim.lr=1e-3")
-    want = run(tmp_path / "want", rows, *several)
-    got = run(tmp_path / "got", rows, *several, "--config.data.rows=8", *flags)
+def test_how_a_step_is_laid_out_does_not_change_its_numbers(tmp_path, several_micro_batches, flags):
+    rows, want = several_micro_batches
+    got = run(tmp_path / "got", rows, *SEVERAL_MICRO_BATCHES, *flags)
+    assert len(got) == len(want) == 3
     for a, b in zip(want, got, strict=True):
         for name in ("loss", "grad_norm", "logps/0", "logps/3", "margin"):
             assert b[name] == pytest.approx(a[name], rel=1e-5, abs=1e-5), name
@@ -109,9 +135,9 @@ def test_how_a_step_is_laid_out_does_not_change_its_numbers(tmp_path, rows, flag
 def test_cached_reference_equals_live_one_and_is_checked(tmp_path, rows):
     cache = tmp_path / "cache"
     cached = ("--config.reference.kind=cached", f"--config.reference.cache={cache}")
-    lr = "--config.optim.lr=1e-3"
+    flags = ("--config.optim.lr=1e-3", "--config.steps=3")
     precompute.main([f for f in flags_of(tmp_path, rows, *cached) if "workdir" not in f])
-    want, got = run(tmp_path / "live", rows, lr), run(tmp_path / "got", rows, lr, *cached)
+    want, got = run(tmp_path / "live", rows, *flags), run(tmp_path / "got", rows, *flags, *cached)
     for a, b in zip(want, got, strict=True):
         for name in ("loss", "grad_norm", "chosen_logp_drift", "margin"):
             assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-4), name
@@ -128,6 +154,7 @@ def test_cached_reference_equals_live_one_and_is_checked(tmp_path, rows):
 
 def test_non_finite_loss_names_step_and_rows_and_keeps_the_last_checkpoint(tmp_path, rows):
     flags = ("--config.optim.lr=1e30", "--config.save_every=1", "--config.optim.warmup_frac=0.3")
+    flags += ("--config.eval_every=0",)
     with pytest.raises(UserError, match=r"Step 3: loss nan.*rows\.jsonl:\d+"):
         run(tmp_path / "run", rows, *flags)
     assert [line["step"] for line in metric_lines(tmp_path / "run", "train")] == [1, 2]
@@ -135,7 +162,7 @@ def test_non_finite_loss_names_step_and_rows_and_keeps_the_last_checkpoint(tmp_p
 
 
 def test_resume_refuses_another_config_by_name(tmp_path, rows):
-    run(tmp_path / "run", rows, "--config.steps=2")
+    run(tmp_path / "run", rows, "--config.steps=2", "--config.eval_every=0")
     with pytest.raises(UserError, match="optim.lr: 5e-06 there, 0.1 here"):
         run(tmp_path / "run", rows, "--config.steps=2", "--config.optim.lr=0.1")
     with pytest.raises(UserError, match="model.name: 'tiny' there, 'tiny_moe' here"):
@@ -149,6 +176,7 @@ def test_mixture_of_experts_trains(tmp_path, rows):
         "--config.model.name=tiny_moe",
         "--config.optim.lr=3e-3",
         "--config.steps=12",
+        "--config.eval_every=0",
     )
     assert lines[0]["loss"] == pytest.approx(2 * math.log(2), abs=1e-6)
     assert lines[-1]["excess"] < lines[0]["excess"]

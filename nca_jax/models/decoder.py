@@ -105,8 +105,8 @@ class Model:
     ) -> tuple[jax.Array, dict | None]:
         """[R, T] int32 tokens and positions -> ([R, T, D] in `dtype`, the cache with [L, ...])."""
         decoder = nnx.merge(self._graphdef, params)
-        x = decoder.embed.table[...].astype(self.dtype)[tokens]
-        x = constrain(x, "rows", None, None)
+        table = constrain(decoder.embed.table[...].astype(self.dtype), "vocab", None)
+        x = constrain(table[tokens], "rows", None, None)
         graph, layers = nnx.split(decoder.layers)
 
         def layer(x, layer_and_cache):
@@ -117,8 +117,15 @@ class Model:
             layer = jax.checkpoint(
                 layer, policy=REMAT[self.remat], prevent_cse=not self.scan_layers
             )
-        unroll = 1 if self.scan_layers else self.config.num_layers
-        x, cache = jax.lax.scan(layer, x, (layers, cache), unroll=unroll)
+        if self.scan_layers:
+            x, cache = jax.lax.scan(layer, x, (layers, cache))
+        else:
+            caches = []
+            for i in range(self.config.num_layers):
+                of_layer = jax.tree.map(lambda p, i=i: p[i], layers)
+                x, layer_cache = layer(x, (of_layer, cache and cache[i]))
+                caches.append(layer_cache)
+            cache = cache and tuple(caches)
         return decoder.norm(x), cache
 
     def head(self, params: dict) -> jax.Array:
@@ -136,11 +143,17 @@ class Model:
         )
         return self.hidden(params, rows.tokens, rows.positions, attend)[0]
 
-    def make_cache(self, num_rows: int, num_slots: int) -> dict:
-        """An empty key-value cache: {"k", "v"} of [L, R, S, G, H]."""
+    def make_cache(self, num_rows: int, num_slots: int) -> dict | tuple[dict, ...]:
+        """An empty key-value cache: one of `attention.empty_cache` a layer.
+
+        Scanned layers have theirs stacked on a leading L axis. Unrolled layers have their own
+        arrays, so that a new token is written in place.
+        """
         c = self.config
-        shape = (c.num_layers, num_rows, num_slots, c.num_kv_heads, c.head_dim)
-        return {"k": jnp.zeros(shape, self.dtype), "v": jnp.zeros(shape, self.dtype)}
+        one = attention.empty_cache(num_rows, num_slots, c.num_kv_heads, c.head_dim, self.dtype)
+        if self.scan_layers:
+            return jax.tree.map(lambda x: jnp.zeros((c.num_layers, *x.shape), x.dtype), one)
+        return tuple(jax.tree.map(jnp.zeros_like, one) for _ in range(c.num_layers))
 
     def logits(self, params: dict, hidden: jax.Array) -> jax.Array:
         """[..., D] -> [..., V] float32, padded columns at -inf: for decoding, a token at a time."""

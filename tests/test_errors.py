@@ -1,0 +1,142 @@
+"""What a user gets wrong is answered by one line that says what to do, and exit status 2."""
+
+import json
+
+import pytest
+from commands import write_rows
+
+from nca_jax import checks, evaluate, generate, inspect, precompute, train
+
+MAINS = {
+    main.__name__.split(".")[-1]: main for main in (train, inspect, generate, evaluate, precompute)
+}
+
+
+@pytest.fixture
+def fails(monkeypatch, capsys):
+    """Returns a function that runs a command as `python -m` does, and gives its error line."""
+
+    def run(name: str, *flags: str) -> str:
+        def exit_with(status):
+            raise SystemExit(status)
+
+        monkeypatch.setattr("sys.argv", [name, *flags])
+        monkeypatch.setattr("os._exit", exit_with)
+        with pytest.raises(SystemExit) as stopped:
+            checks.run_main(MAINS[name].main)
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert stopped.value.code == 2
+        assert error.startswith("error: ")
+        return error
+
+    return run
+
+
+@pytest.fixture
+def flags(tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl")
+    return (
+        f"--config=configs/jsonl.py:files={rows},smoke",
+        f"--workdir={tmp_path / 'run'}",
+        "--config.data.rows=8",
+    )
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--config.optim.lrr=1", "Did you mean"),
+        ("--config.optm.lr=1", "Did you mean"),
+        ("--config.optim.lr=fast", "could not convert"),
+        ("--config.optim.lr=-1.0", "config.optim.lr must be a number above 0"),
+        ("--config.loss.name=ncaa", "config.loss.name must be one of 'nca'"),
+        ("--config.loss.name=dpo", "config.data.num_responses=2"),
+        ("--config.steps=0", "set one of config.steps and config.epochs"),
+        ("--config.data.block=100", "must divide config.data.row_len"),
+        ("--config.mesh.tensor=3", "does not fill the 8 devices"),
+        ("--config.mesh.tensor=8", "does not divide"),
+        ("--config.data.num_responses=9", "no row has more than 4 responses"),
+        ("--config.loss.logits_chunk=7", "must divide config.data.row_len"),
+        ("--config.data.files=nothing-*.jsonl", "No file matches"),
+        ("--config.reference.kind=cached", "config.reference.cache"),
+        ("--config.model.init_from=no/where/at/all", "no/where/at/all"),
+        ("--confg.steps=1", "confg.steps"),
+        ("extra", "Unknown argument"),
+    ],
+)
+def test_a_wrong_flag_is_named(fails, flags, flag, said):
+    assert said in fails("train", *flags, flag)
+
+
+def test_a_prompt_that_does_not_fit_a_row_is_named_with_the_length_it_needs(fails, flags):
+    short = ("--config.data.row_len=64", "--config.loss.logits_chunk=64")
+    error = fails("train", *flags, *short)
+    assert "rows.jsonl:" in error and "tokens of a row, but data.row_len is 64" in error
+
+
+def test_a_config_file_that_is_not_there_and_a_wrong_argument_of_it_are_named(fails, tmp_path):
+    workdir = f"--workdir={tmp_path}"
+    assert "nowhere.py" in fails("train", workdir, "--config=configs/nowhere.py")
+    assert "Give --config" in fails("train", workdir)
+    assert "Unknown config argument 'kk'" in fails(
+        "train", workdir, "--config=configs/jsonl.py:kk=1"
+    )
+    assert "Give --workdir" in fails("train", "--config=configs/jsonl.py:files=x,model=tiny")
+
+
+def test_a_config_field_that_nobody_reads_is_refused(fails, tmp_path):
+    source = open("configs/jsonl.py").read()
+    (tmp_path / "more.py").write_text(
+        source.replace("    return c.lock()", "    c.depth = 3\n    return c")
+    )
+    error = fails(
+        "train", f"--workdir={tmp_path}", f"--config={tmp_path / 'more.py'}:files=x,smoke"
+    )
+    assert "depth" in error and "does not read" in error
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"prompt": "a", "responses": ["b"], "scores": [1]}', "two"),
+        ('{"prompt": "a", "responses": ["b", "c"], "scores": [1]}', "scores"),
+        ('{"prompt": "a", "responses": ["b", "c"], "scores": [1, NaN]}', "score"),
+        ('{"prompt": "a", "responses": ["b", ""], "scores": [1, 2]}', "response 1"),
+        ('{"prompt": "", "responses": ["b", "c"], "scores": [1, 2]}', "prompt"),
+        ('{"prompt": "a", "answers": ["b", "c"]}', "responses"),
+        ("{", "JSON"),
+        ("", "has no rows"),
+    ],
+)
+def test_a_malformed_row_stops_with_file_line_and_reason(fails, flags, tmp_path, line, said):
+    path = tmp_path / "broken.jsonl"
+    good = json.dumps({"prompt": "a", "responses": ["b", "c"], "scores": [1, 2]})
+    path.write_text(f"{good}\n{line}\n" if line else "")
+    error = fails("train", *flags, f"--config.data.files={path}")
+    assert said in error
+    assert f"{path}:2" in error or not line
+
+
+def test_a_workdir_of_another_model_is_refused(fails, flags, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    train.main(["train", *flags, "--config.steps=1", "--config.eval_every=0"])
+    error = fails("train", *flags, "--config.steps=1", "--config.model.name=tiny_moe")
+    assert "model.name: 'tiny' there, 'tiny_moe' here" in error
+    (run / "config.json").unlink()
+    (run / "run.json").unlink()
+    error = fails("train", *flags, "--config.steps=1", "--config.model.name=tiny_moe")
+    assert "is of another model" in error
+    error = fails("evaluate", *flags, "--config.model.name=tiny_moe", "--out=/dev/null")
+    assert "is of another model" in error
+
+
+def test_evaluate_without_a_checkpoint_and_generate_without_a_prompt_are_refused(
+    fails, flags, tmp_path
+):
+    config, _, rows = flags
+    workdir = f"--workdir={tmp_path / 'empty'}"
+    assert "has no checkpoint" in fails("evaluate", config, rows, workdir)
+    (tmp_path / "prompts.jsonl").write_text('{"question": "a"}\n')
+    prompts, out = f"--prompts={tmp_path / 'prompts.jsonl'}", f"--out={tmp_path / 'out.jsonl'}"
+    assert "wanted a 'prompt'" in fails("generate", config, rows, prompts, out)

@@ -1,0 +1,108 @@
+"""A run killed at any moment and started again is the run that was never stopped, bit for bit."""
+
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import command, finish, metric_lines, write_rows
+
+from nca_jax.checkpoint import restore_params
+from nca_jax.mesh import make_mesh
+from nca_jax.model_config import MODELS
+from nca_jax.models.decoder import Model
+
+STEPS = 24
+
+
+def train(workdir: Path, rows: Path) -> subprocess.Popen:
+    return command(
+        "train",
+        f"--config=configs/jsonl.py:files={rows},smoke",
+        f"--workdir={workdir}",
+        f"--config.steps={STEPS}",
+        "--config.optim.lr=1e-3",
+        "--config.data.row_len=256",
+        "--config.save_every=3",
+        "--config.eval_every=4",
+        "--config.log_every=2",
+    )
+
+
+def final_params(workdir: Path) -> dict:
+    mesh = make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
+    return restore_params(workdir, Model(MODELS["tiny"]).abstract_params(), mesh)
+
+
+def leaves(tree: dict) -> list[np.ndarray]:
+    import jax
+
+    return [np.asarray(x) for x in jax.tree.leaves(tree)]
+
+
+def assert_same_run(got: Path, want: Path) -> None:
+    assert metric_lines(got) == metric_lines(want)
+    for a, b in zip(leaves(final_params(got)), leaves(final_params(want)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    rows = write_rows(folder / "rows.jsonl")
+    finish(train(folder / "run", rows))
+    return folder / "run", rows
+
+
+def steps_done(workdir: Path) -> int:
+    """Returns the last logged step; 0 before the first."""
+    if not (workdir / "metrics.jsonl").exists():
+        return 0
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return max((int(line.split('"step": ')[1].split(",")[0]) for line in lines), default=0)
+
+
+def kill_at(workdir: Path, rows: Path, step: int, rng: random.Random) -> None:
+    """Starts the run and kills it a moment after it has logged `step`."""
+    process = train(workdir, rows)
+    while steps_done(workdir) < step and process.poll() is None:
+        time.sleep(0.005)
+    time.sleep(rng.uniform(0, 0.3))
+    process.kill()
+    process.communicate()
+
+
+def kills_and_resumes(workdir: Path, rows: Path, num_kills: int, seed: int) -> None:
+    rng = random.Random(seed)
+    for step in sorted(rng.choices(range(1, STEPS), k=num_kills)):
+        kill_at(workdir, rows, step, rng)
+    finish(train(workdir, rows))
+
+
+def test_a_run_killed_twice_is_the_uninterrupted_run(tmp_path, uninterrupted):
+    want, rows = uninterrupted
+    kills_and_resumes(tmp_path / "run", rows, num_kills=2, seed=0)
+    assert_same_run(tmp_path / "run", want)
+
+
+@pytest.mark.slow
+def test_a_run_killed_ten_times_is_the_uninterrupted_run(tmp_path, uninterrupted):
+    want, rows = uninterrupted
+    kills_and_resumes(tmp_path / "run", rows, num_kills=10, seed=1)
+    assert_same_run(tmp_path / "run", want)
+
+
+def test_sigterm_saves_says_so_and_the_same_command_goes_on(tmp_path, uninterrupted):
+    want, rows = uninterrupted
+    process = train(tmp_path / "run", rows)
+    while steps_done(tmp_path / "run") < 6:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert "SIGTERM: saved after step" in finish(process)
+    saved = [int(p.name) for p in (tmp_path / "run/checkpoints").iterdir()]
+    assert 6 <= max(saved) < STEPS
+    assert f"resumed after step {max(saved)}" in finish(train(tmp_path / "run", rows))
+    assert_same_run(tmp_path / "run", want)
