@@ -6,15 +6,15 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 COMPILE := $(BIN)/uv pip compile --quiet --upgrade --generate-hashes --no-annotate --no-header \
 	--no-emit-index-url --python-version 3.11 --python-platform x86_64-unknown-linux-gnu
 
-.PHONY: test test-all lint demo lock clean
+.PHONY: test test-slow lint demo lock clean
 
-# The tests that take seconds.
+# Lint, and all tests but the slow ones: under ten minutes.
 test: lint
 	$(BIN)/python -m pytest -m "not slow"
 
-# Those that compile or train a real model too.
-test-all: lint
-	$(BIN)/python -m pytest
+# Those that train or compile for minutes.
+test-slow: .venv/installed
+	$(BIN)/python -m pytest -m slow
 
 lint: .venv/installed
 	$(BIN)/ruff check .

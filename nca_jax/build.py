@@ -15,12 +15,12 @@ from jax.sharding import Mesh
 from nca_jax.checkpoint import restore_params
 from nca_jax.checks import UserError
 from nca_jax.data.pipeline import Data, load_data
-from nca_jax.mesh import check_divides, make_mesh, param_shardings, place
+from nca_jax.mesh import batch_shardings, check_divides, make_mesh, param_shardings, place
 from nca_jax.model_config import MODELS, ModelConfig
 from nca_jax.models.decoder import Model
 from nca_jax.models.pretrained import load_tokenizer, open_pretrained
 from nca_jax.optim import make_optimizer, make_schedule
-from nca_jax.train_step import TrainState
+from nca_jax.train_step import TrainState, make_step_logps
 
 
 class Run(NamedTuple):
@@ -130,6 +130,13 @@ def reference_init_from(config) -> str:
 def starts_at_reference(config) -> bool:
     """Whether the untrained policy is the reference."""
     return reference_init_from(config) == config.model.init_from
+
+
+def jit_step_logps(run: Run) -> Callable:
+    """Returns `step_logps(params, batch) -> [B, K]`, jitted over the mesh; see `train_step`."""
+    shardings = param_shardings(run.mesh, run.model.abstract_params())
+    step_logps = make_step_logps(run.model, run.config)
+    return jax.jit(step_logps, in_shardings=(shardings, batch_shardings(run.mesh)))
 
 
 def read_data(run: Run) -> Data:

@@ -9,6 +9,8 @@ import os
 import sys
 from collections.abc import Callable
 
+from absl import logging
+
 
 class UserError(ValueError):
     """Something the user can mend; commands print it as one line and exit with status 2."""
@@ -28,6 +30,7 @@ def check_same_shape(**arrays) -> None:
 
 def run_main(main: Callable[[list[str]], int | None]) -> None:
     """Runs `main(argv)` as a command: a UserError becomes one line on stderr and exit status 2."""
+    logging.set_verbosity(logging.ERROR)  # libraries warn of what is no concern of a user
     try:
         status = main(sys.argv)
     except UserError as error:

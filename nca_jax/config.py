@@ -84,7 +84,9 @@ FIELDS = {
     "mesh.tensor": AXIS,
     "checkpoint.keep_last": COUNT,
     "checkpoint.keep_best": COUNT_OR_0,
-    "checkpoint.best_metric": TEXT,
+    "checkpoint.best_metric": _one_of(
+        "loss", "excess", "accuracy", "top1", "margin", "chosen_logp_drift"
+    ),
     "checkpoint.best_mode": _one_of("min", "max"),
     "generate.max_new_tokens": COUNT,
     "generate.num_samples": COUNT,

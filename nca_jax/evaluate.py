@@ -20,7 +20,6 @@ from nca_jax.decode import make_generator, to_text
 from nca_jax.evaluators import Piece, fill_reference, heldout_metrics, make_kl, score_responses
 from nca_jax.mesh import rows_shardings
 from nca_jax.rewards.scorers import get_scorer
-from nca_jax.train_step import make_step_logps
 
 
 def main(argv: list[str]) -> int:
@@ -33,7 +32,7 @@ def main(argv: list[str]) -> int:
     with jax.set_mesh(run.mesh):
         policy = build.policy_params(run, flags.workdir)
         reference = build.start_params(run, build.reference_init_from(config))
-        step_logps = jax.jit(make_step_logps(run.model, config))
+        step_logps = build.jit_step_logps(run)
         batches = fill_reference(step_logps, reference, eval_batches(data.heldout, config.data))
         metrics = heldout_metrics(step_logps, policy, batches, config)
         heldout = data.heldout[: flags.num_prompts]

@@ -4,6 +4,7 @@ The loop reads top to bottom in the order in which it happens. Start it again wi
 after any stop, and it goes on where the last checkpoint is, bit for bit.
 """
 
+import contextlib
 import json
 import math
 import time
@@ -21,7 +22,7 @@ from nca_jax.fingerprint import params_fingerprint
 from nca_jax.mesh import batch_shardings
 from nca_jax.preemption import catch_sigterm
 from nca_jax.reference import read_cached_logps
-from nca_jax.train_step import make_step_logps, make_train_step
+from nca_jax.train_step import make_train_step
 from nca_jax.writer import MetricWriter
 
 # How far apart policy and reference may be at the start, in nats of a whole response: the same
@@ -58,7 +59,6 @@ def main(argv: list[str]) -> int:
     # ---- Optimizer, shapes, shardings --------------------------------------------------------
     tx, schedule = build.build_optimizer(config, steps)
     abstract, shardings = build.abstract_state(run, tx)
-    place_batch = batch_shardings(run.mesh)
 
     # ---- Restore: 1. own workdir, 2. init_from, 3. random ------------------------------------
     # The context waits for a save that is under way, also when the run stops with an error.
@@ -86,47 +86,48 @@ def main(argv: list[str]) -> int:
         # ---- Compile -------------------------------------------------------------------------
         train_step = jax.jit(
             make_train_step(run.model, tx, schedule, config),
-            donate_argnums=0,
+            in_shardings=(shardings, shardings.params if live else None, batch_shardings(run.mesh)),
             out_shardings=(shardings, None),
+            donate_argnums=0,
         )
-        step_logps = jax.jit(make_step_logps(run.model, config))
-
+        step_logps = build.jit_step_logps(run)
         if live and config.eval_every:
             heldout = fill_reference(step_logps, ref_params, heldout)
 
         # ---- Loop ----------------------------------------------------------------------------
         writer = MetricWriter(workdir, config.log, restored_step=restored_step, num_steps=steps)
-        if is_new and config.eval_every:
-            writer.write(0, "eval", heldout_metrics(step_logps, state.params, heldout, config))
-        step = first = restored_step or 0
-        unread: list[tuple[int, HostBatch, dict]] = []
-        clock = time.perf_counter()
-        for step, batch in enumerate(dataset.iterate(first, steps), start=first + 1):
-            state, metrics = train_step(state, ref_params, jax.device_put(batch.batch, place_batch))
-            unread.append((step, batch, metrics))
-            writer.advance()
-            is_eval = bool(config.eval_every) and (step % config.eval_every == 0 or step == steps)
-            is_save = step % config.save_every == 0 or step == steps or asked_to_stop()
-            if is_eval or is_save:  # all of them: a bad step must never be saved
-                clock = write_metrics(writer, unread, config, clock, is_new)
-            elif step % config.log_every == 0 or step == 2:
-                # One step late, so that the device is busy while the host reads.
-                clock = write_metrics(writer, unread[:-1], config, clock, is_new)
-                unread = unread[-1:]
-            eval_metrics = None
-            if is_eval:
-                eval_metrics = heldout_metrics(step_logps, state.params, heldout, config)
-                writer.write(step, "eval", eval_metrics)
-            if is_save:
-                writer.sync()
-                checkpoint.save(checkpoints, state, eval_metrics)
-            if is_eval or is_save:
-                unread, clock = [], time.perf_counter()
-            if asked_to_stop():
-                break
+        with contextlib.closing(writer):
+            if is_new and config.eval_every:
+                writer.write(0, "eval", heldout_metrics(step_logps, state.params, heldout, config))
+            step = first = restored_step or 0
+            unread: list[tuple[int, HostBatch, dict]] = []
+            clock = time.perf_counter()
+            for step, batch in enumerate(dataset.iterate(first, steps), start=first + 1):
+                state, metrics = train_step(state, ref_params, batch.batch)
+                unread.append((step, batch, metrics))
+                writer.advance()
+                is_last, is_stopped = step == steps, asked_to_stop()
+                is_eval = bool(config.eval_every) and (step % config.eval_every == 0 or is_last)
+                is_save = step % config.save_every == 0 or is_last or is_stopped
+                if is_eval or is_save:  # all of them: a bad step must never be saved
+                    clock = write_metrics(writer, unread, config, clock, is_new)
+                elif step % config.log_every == 0 or step == 2:
+                    # One step late, so that the device is busy while the host reads.
+                    clock = write_metrics(writer, unread[:-1], config, clock, is_new)
+                    unread = unread[-1:]
+                eval_metrics = None
+                if is_eval:
+                    eval_metrics = heldout_metrics(step_logps, state.params, heldout, config)
+                    writer.write(step, "eval", eval_metrics)
+                if is_save:
+                    writer.sync()
+                    checkpoint.save(checkpoints, state, eval_metrics)
+                if is_eval or is_save:
+                    unread, clock = [], time.perf_counter()
+                if is_stopped:
+                    break
 
     # ---- Close -------------------------------------------------------------------------------
-    writer.close()
     if step < steps:
         print(f"SIGTERM: saved after step {step} of {steps}; the same command goes on from there.")
     else:
