@@ -16,7 +16,7 @@ from tqdm import tqdm
 from nca_jax.build import Run
 from nca_jax.models import attention
 
-WIDTH_MULTIPLE = 32  # prompt slots are rounded up, so that few widths are compiled
+WIDTH_MULTIPLE = 16  # prompt slots are rounded up, so that few widths are compiled
 
 
 def make_generator(run: Run) -> Callable:

@@ -101,3 +101,38 @@ def test_packed_shared_rows_equal_separate_rows_in_value_and_gradient(variant):
     np.testing.assert_allclose(got, want, rtol=1e-5)
     for got, want in zip(jax.tree.leaves(grads), jax.tree.leaves(plain_grads), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
+
+
+def test_no_array_of_tokens_by_vocabulary_exists_forward_or_backward():
+    model = model_of("plain")
+    params = model.init(jax.random.key(0))
+    groups = make_groups(RAGGED, seed=1, vocab_size=model.config.vocab_size)
+    grad = jax.grad(lambda params: packed_logps(model, params, groups).sum())
+    rows = pack(groups, LAYOUT, num_slots=15)[0].tokens.size // ROW_LEN
+    tokens_by_vocab = rows * ROW_LEN * model.config.padded_vocab
+
+    def sizes(jaxpr):
+        for equation in jaxpr.eqns:
+            yield from (var.aval.size for var in equation.outvars)
+            for inner in jax.core.jaxprs_in_params(equation.params):
+                yield from sizes(inner)
+
+    largest = max(sizes(jax.make_jaxpr(grad)(params).jaxpr))
+    assert largest <= tokens_by_vocab * CHUNK // ROW_LEN * 4, "R * CHUNK * V, and the parameters"
+
+
+def test_bfloat16_activations_keep_float32_parameters_and_log_probabilities():
+    model = model_of("plain")
+    params = model.init(jax.random.key(0))
+    groups = make_groups(RAGGED, seed=1, vocab_size=model.config.vocab_size)
+    want = packed_logps(model, params, groups)
+    model = dataclasses.replace(model, dtype=jnp.bfloat16)
+    got = packed_logps(model, params, groups)
+    grads = jax.grad(lambda params: packed_logps(model, params, groups).sum())(params)
+    assert {x.dtype for x in jax.tree.leaves((params, got, grads))} == {jnp.dtype("float32")}
+    # bfloat16 has 8 bits: 2^-8 of a log-probability of about log V = 5.6 nats, for each token.
+    num_tokens = np.zeros_like(want)
+    for b, (_, responses) in enumerate(RAGGED):
+        num_tokens[b, : len(responses)] = responses
+    assert (np.abs(got - want) <= 5.6 * 2**-8 * num_tokens).all()
+    assert (got != want).any()

@@ -9,6 +9,7 @@ Trains and evaluates with the project's own commands, prints a table, and writes
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 from report import write_report
 
 ROOT = Path(__file__).parents[2]
+NUM_PROMPTS = 48  # held-out prompts that are answered before and after
 
 
 def main() -> None:
@@ -30,7 +32,7 @@ def main() -> None:
     shutil.rmtree(workdir, ignore_errors=True)  # the demo shows a whole run, not a resumed one
     config = f"--config=configs/demo.py:seed={args.seed}"
     command("train", config, f"--workdir={workdir}")
-    command("evaluate", config, f"--workdir={workdir}")
+    command("evaluate", config, f"--workdir={workdir}", f"--num_prompts={NUM_PROMPTS}")
 
     evaluation = json.loads((workdir / "evaluation.json").read_text())
     metrics = evaluation["metrics"]
@@ -54,7 +56,9 @@ def main() -> None:
 
 def command(name: str, *flags: str) -> None:
     """Runs `python -m nca_jax.NAME FLAGS`; stops the demo where it fails."""
-    done = subprocess.run([sys.executable, "-m", f"nca_jax.{name}", *flags], cwd=ROOT)
+    # Compiled programs are kept, so that a second demo starts sooner.
+    env = {"JAX_COMPILATION_CACHE_DIR": str(ROOT / "runs/compiled")} | os.environ
+    done = subprocess.run([sys.executable, "-m", f"nca_jax.{name}", *flags], cwd=ROOT, env=env)
     if done.returncode:
         sys.exit(done.returncode)
 

@@ -4,6 +4,7 @@
 installed Python package ships) or a repository of the Hugging Face Hub.
 """
 
+import functools
 import importlib.util
 import os
 import re
@@ -56,6 +57,7 @@ def resolve(where: str) -> Path:
         ) from error
 
 
+@functools.lru_cache(maxsize=4)  # parsing the header of a .gguf takes seconds
 def open_pretrained(where: str) -> tuple[ModelConfig, dict[str, Param]]:
     """Opens a model; its parameters are read only when asked, see `names.Param`.
 

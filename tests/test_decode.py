@@ -1,0 +1,197 @@
+"""Sampling with a cache is the model without one; evaluation of samples does what it says."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from commands import write_rows
+
+from nca_jax import evaluate, generate
+from nca_jax.data.pack import RowLayout
+from nca_jax.data.plan import causal_bound
+from nca_jax.decode import make_sampler
+from nca_jax.evaluators import Piece, make_kl, score_responses
+from nca_jax.logprobs import sequence_logps
+from nca_jax.mesh import make_mesh, rows_shardings
+from nca_jax.model_config import MODELS
+from nca_jax.models import attention
+from nca_jax.models.decoder import Model
+
+LENGTHS = np.array([9, 4, 1], np.int32)
+LAYOUT = RowLayout(row_len=64, rows=8, block=16, num_pairs=causal_bound(64, 16), align=1)
+
+
+def tiny(**changes) -> tuple[Model, dict]:
+    """A model whose greedy tokens vary: random weights, made a few times larger."""
+    model = Model(dataclasses.replace(MODELS["tiny"], **changes))
+    params = model.init(jax.random.key(0))
+    return model, jax.tree.map(lambda x: 3 * x if x.ndim > 2 else x, params)
+
+
+def prompts() -> np.ndarray:
+    return np.random.default_rng(0).integers(3, 259, (len(LENGTHS), 9)).astype(np.int32)
+
+
+def sampler(model, *, num_samples=2, temperature=0.0, top_p=1.0, eos_ids=(), max_new_tokens=6):
+    return jax.jit(
+        make_sampler(
+            model,
+            num_samples=num_samples,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            eos_ids=eos_ids,
+        )
+    )
+
+
+def keys(seed: int = 0) -> jax.Array:
+    return jax.random.split(jax.random.key(seed), len(LENGTHS))
+
+
+def uncached_logits(model: Model, params: dict, ids: list[int]) -> np.ndarray:
+    """[T, V]: one dense causal forward without any earlier state."""
+    place = jnp.arange(len(ids))
+    mask = place[:, None] >= place[None]
+    if model.config.sliding_window:
+        mask &= place[:, None] - place[None] < model.config.sliding_window
+    attend = attention.cached(mask[None], jnp.int32(0))
+    cache = model.make_cache(1, len(ids))
+    hidden, _ = model.hidden(params, jnp.asarray([ids]), place[None], attend, cache)
+    return np.asarray(model.logits(params, hidden)[0])
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(sliding_window=5), dict(tied_head=True)], ids=str)
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_greedy_tokens_are_those_of_an_uncached_forward(changes, scan_layers):
+    model, params = tiny(**changes)
+    model = dataclasses.replace(model, scan_layers=scan_layers)
+    tokens, sizes = sampler(model)(params, prompts(), LENGTHS, keys())
+    for n, length in enumerate(LENGTHS):
+        ids = prompts()[n, :length].tolist()
+        for _ in range(6):
+            ids.append(int(np.argmax(uncached_logits(model, params, ids)[-1])))
+        for s in range(2):
+            assert tokens[n, s].tolist() == ids[length:]
+    assert sizes.tolist() == [[6, 6]] * 3
+
+
+def test_a_sample_ends_with_any_end_of_turn_token_and_counts_it():
+    model, params = tiny()
+    free, _ = sampler(model, num_samples=1)(params, prompts(), LENGTHS, keys())
+    ends = (int(free[0, 0, 2]), int(free[1, 0, 4]))
+    tokens, sizes = sampler(model, num_samples=1, eos_ids=ends)(params, prompts(), LENGTHS, keys())
+    for n in range(3):
+        whole = free[n, 0].tolist()
+        stops = [t for t, token in enumerate(whole) if token in ends]
+        size = stops[0] + 1 if stops else 6
+        assert sizes[n, 0] == size
+        assert tokens[n, 0].tolist() == whole[:size] + [0] * (6 - size)
+
+
+def test_what_is_drawn_for_a_prompt_does_not_depend_on_its_batch():
+    model, params = tiny()
+    draw = sampler(model, temperature=1.0)
+    together, _ = draw(params, prompts(), LENGTHS, keys())
+    for n in range(3):
+        alone, _ = draw(params, prompts()[n : n + 1], LENGTHS[n : n + 1], keys()[n : n + 1])
+        np.testing.assert_array_equal(alone[0], together[n])
+    assert (together[:, 0] != together[:, 1]).any()
+
+
+def test_samples_follow_the_model_and_top_p_cuts_its_tail():
+    model, params = tiny()
+    prompt = prompts()[:1]
+    probs = jax.nn.softmax(uncached_logits(model, params, prompt[0].tolist())[-1])
+    num = 4000
+
+    def frequencies(top_p: float) -> np.ndarray:
+        draw = sampler(model, num_samples=num, temperature=1.0, top_p=top_p, max_new_tokens=1)
+        tokens, _ = draw(params, prompt, LENGTHS[:1], keys()[:1])
+        return np.bincount(np.asarray(tokens).reshape(-1), minlength=len(probs)) / num
+
+    # Five standard deviations of a binomial frequency.
+    spread = 5 * np.sqrt(np.asarray(probs) / num) + 1e-3
+    assert (np.abs(frequencies(1.0) - probs) < spread).all()
+    best_first = np.argsort(-probs)
+    kept = best_first[: int(np.searchsorted(np.cumsum(probs[best_first]), 0.5)) + 1]
+    assert set(np.flatnonzero(frequencies(0.5))) <= set(kept.tolist())
+
+
+def test_kl_of_equal_policies_is_zero_and_its_estimate_is_the_exact_kl():
+    model, params = tiny()
+    other = jax.tree.map(lambda x: x * 1.05, params)
+    num, prompt = 4000, prompts()[0].tolist()
+    draw = sampler(model, num_samples=num, temperature=1.0, max_new_tokens=1)
+    tokens, _ = draw(params, prompts()[:1], LENGTHS[:1], keys()[:1])
+    kl = jax.jit(make_kl(model, num_slots=1024, block=16, chunk=16))
+    shardings = rows_shardings(make_mesh({"data": -1, "fsdp": 1, "tensor": 1}))
+
+    def estimate(reference) -> np.ndarray:
+        pieces = [Piece(prompt, [[int(t)] for t in np.asarray(tokens).reshape(-1)])]
+        return score_responses(
+            lambda rows: kl(params, reference, rows),
+            pieces,
+            LAYOUT,
+            num_slots=1024,
+            shardings=shardings,
+        )
+
+    assert (estimate(params) == 0).all()
+    p = jax.nn.log_softmax(uncached_logits(model, params, prompt)[-1].astype(np.float64))
+    q = jax.nn.log_softmax(uncached_logits(model, other, prompt)[-1].astype(np.float64))
+    exact = float(np.sum(np.exp(p) * (p - q), where=np.exp(p) > 0))
+    values = estimate(other)
+    assert values.shape == (num,) and (values >= 0).all()
+    assert np.mean(values) == pytest.approx(exact, abs=5 * np.std(values) / math.sqrt(num))
+
+
+def test_scores_of_responses_come_in_order_however_they_are_packed():
+    model, params = tiny()
+    rng = np.random.default_rng(1)
+    pieces = [
+        Piece(rng.integers(3, 259, 5).tolist(), [rng.integers(3, 259, n).tolist() for n in sizes])
+        for sizes in ((3, 20, 25), (7,), (30, 1, 2, 9))
+    ]
+    shardings = rows_shardings(make_mesh({"data": -1, "fsdp": 1, "tensor": 1}))
+
+    @jax.jit
+    def logps(rows):
+        return sequence_logps(model, params, rows, shape=(1, 4), block=16, chunk=16)[0]
+
+    got = score_responses(logps, pieces, LAYOUT, num_slots=4, shardings=shardings)
+    want = []
+    for prompt, responses in pieces:
+        for response in responses:
+            all_logps = jax.nn.log_softmax(uncached_logits(model, params, [*prompt, *response]))
+            places = range(len(prompt) - 1, len(prompt) + len(response) - 1)
+            want.append(sum(float(all_logps[t, x]) for t, x in zip(places, response, strict=True)))
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_generate_writes_rows_that_train_reads_and_evaluate_writes_its_metrics(tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl")
+    config = (
+        f"--config=configs/jsonl.py:files={rows},smoke",
+        "--config.data.rows=8",
+        "--config.generate.num_samples=2",
+        "--config.generate.max_new_tokens=5",
+        "--config.data.eval_fraction=0.2",
+    )
+    out = tmp_path / "out.jsonl"
+    generate.main(["generate", *config, f"--prompts={rows}", f"--out={out}"])
+    written = [json.loads(line) for line in out.read_text().splitlines()]
+    prompts = [json.loads(line)["prompt"] for line in rows.read_text().splitlines()]
+    assert [row["prompt"] for row in written] == prompts
+    assert all(len(row["responses"]) == 2 for row in written)
+
+    evaluate.main(["evaluate", *config, f"--out={tmp_path / 'eval.json'}", "--num_prompts=3"])
+    result = json.loads((tmp_path / "eval.json").read_text())
+    assert result["metrics"]["loss"] == pytest.approx(2 * math.log(2), abs=1e-5)
+    assert result["metrics"]["kl"] == pytest.approx(0, abs=1e-5)
+    assert len(result["samples"]) == 3
+    assert all(row["policy"] == row["reference"] for row in result["samples"])
