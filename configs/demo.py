@@ -37,11 +37,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.data.prompt_keep, c.data.too_long, c.data.bad_rows = "end", "truncate", "stop"
     c.data.shuffle = True
     c.data.batch_size = 16  # prompts a step
-    c.data.row_len, c.data.rows = 512, 1  # tokens, rows in a micro-batch
+    c.data.row_len, c.data.rows = 896, 1  # tokens, rows in a micro-batch
     c.data.block, c.data.row_pairs, c.data.align, c.data.prefetch = 64, 0, 1, 2
 
     # alpha: the scores spread by about 0.3 within a prompt.
-    c.loss = ConfigDict(dict(name=arg.algo, alpha=0.1, beta=0.1, logits_chunk=256))
+    c.loss = ConfigDict(dict(name=arg.algo, alpha=0.1, beta=0.1, logits_chunk=448))
     c.optim = ConfigDict(dict(lr=5e-5, schedule="cosine", warmup_frac=0.1, clip_norm=1.0))
     c.optim.b1, c.optim.b2, c.optim.eps, c.optim.weight_decay = 0.9, 0.999, 1e-8, 0.0
     c.optim.mu_dtype = "float32"
