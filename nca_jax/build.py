@@ -140,13 +140,24 @@ def jit_step_logps(run: Run) -> Callable:
 
 
 def read_data(run: Run) -> Data:
-    """Reads, checks and encodes all rows of the config."""
-    return load_data(
-        run.config.data,
+    """Reads, checks and encodes all rows of the config.
+
+    Raises:
+      UserError: a file or row is unusable, or evaluation is asked for and no row is held out.
+    """
+    config = run.config
+    data = load_data(
+        config.data,
         tokenizer=run.tokenizer,
         vocab_size=run.model.config.vocab_size,
         eos_ids=run.eos_ids,
     )
+    if config.eval_every and not data.heldout:
+        raise UserError(
+            f"config.data.eval_fraction={config.data.eval_fraction} holds out none of "
+            f"{sum(map(len, data.sources))} rows; raise it, or set config.eval_every=0."
+        )
+    return data
 
 
 def num_steps(config, num_examples: int) -> int:

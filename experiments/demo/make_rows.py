@@ -1,17 +1,20 @@
-"""Writes the demo's prompts: openings of movie reviews, all of our own writing.
+"""Makes the demo's rows: openings of film reviews, answered and scored by the project itself.
 
-    python experiments/demo/make_prompts.py > prompts.jsonl
+    python experiments/demo/make_rows.py --out=experiments/demo/rows.jsonl
 
-Every film meets every opening once in a fixed order; every third pair is kept. The demo's rows are
-then samples of the model itself, scored:
-
-    python -m nca_jax.generate --config=configs/demo.py --config.generate.num_samples=4 \
-        --prompts=prompts.jsonl --out=experiments/demo/rows.jsonl
+The openings are of our own writing: every film meets every opening, and two of three pairs are
+kept. SmolLM2-135M-Instruct answers each one K = 4 times; VADER's sentiment is the score.
 """
 
+import argparse
 import itertools
 import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
+ROOT = Path(__file__).parents[2]
 FILMS = (
     "a slow drama about two lighthouse keepers",
     "a heist comedy set in a cheese factory",
@@ -66,10 +69,25 @@ REQUEST = "Finish this review of {film} in one sentence: {opening}"
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    out = parser.parse_args().out.absolute()
+    with tempfile.TemporaryDirectory() as folder:
+        prompts = Path(folder) / "prompts.jsonl"
+        prompts.write_text("".join(json.dumps({"prompt": x}) + "\n" for x in make_prompts()))
+        flags = ("--config=configs/demo.py", "--config.generate.num_samples=4")
+        command = [sys.executable, "-m", "nca_jax.generate", *flags]
+        subprocess.run([*command, f"--prompts={prompts}", f"--out={out}"], cwd=ROOT, check=True)
+
+
+def make_prompts() -> list[str]:
+    """Returns the 320 requests, in a fixed order."""
     pairs = itertools.product(enumerate(FILMS), enumerate(OPENINGS))
-    for (i, film), (j, opening) in pairs:
-        if (i + j) % 3 < 2:
-            print(json.dumps({"prompt": REQUEST.format(film=film, opening=opening)}))
+    return [
+        REQUEST.format(film=film, opening=opening)
+        for (i, film), (j, opening) in pairs
+        if (i + j) % 3 < 2
+    ]
 
 
 if __name__ == "__main__":

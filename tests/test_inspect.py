@@ -1,0 +1,51 @@
+"""nca_jax.inspect shows what the model will see."""
+
+import json
+
+import pytest
+
+from nca_jax import inspect
+
+
+@pytest.fixture
+def shown(tmp_path, capsys):
+    """The output for two rows, the first of which is shown."""
+    rows = [
+        {"prompt": "Say one:", "responses": ["sun", "a moon"], "scores": [1.0, 0.0]},
+        {"prompt": "Say two:", "responses": ["wind", "salt"], "scores": [0.5, 0.25]},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    inspect.main(
+        [
+            "inspect",
+            f"--config=configs/jsonl.py:files={path},k=2,alpha=1,smoke",
+            "--rows=2",
+            "--config.data.rows=8",
+            "--config.data.batch_size=2",
+            "--config.data.shuffle=False",
+            "--config.data.eval_fraction=0",
+            "--config.eval_every=0",
+        ]
+    )
+    return capsys.readouterr().out
+
+
+def test_inspect_shows_text_tokens_segments_scores_and_targets(shown):
+    assert "rows.jsonl:1" in shown and "rows.jsonl:2" in shown
+    assert "segment 1, the prompt; 8 tokens" in shown
+    # Bytes are shifted by the 3 special ids; a response ends with </s> = 1.
+    assert f"ids  {[ord(c) + 3 for c in 'Say one:']}" in shown
+    assert f"ids  {[*(ord(c) + 3 for c in 'sun'), 1]}" in shown
+    assert "Say one:" in shown and "a moon</s>" in shown
+    assert "response 0: score 1, target 0.7311" in shown  # 1 / (1 + 1/e)
+    assert "response 1: score 0, target 0.2689" in shown
+    assert "positions 8..11, scored" in shown
+
+
+def test_inspect_shows_packing_and_the_histogram_of_lengths(shown):
+    assert "step 1: 1 micro-batches of 8 rows of 512 tokens" in shown
+    assert "scored_tokens 21" in shown and "needed_tokens 37" in shown
+    assert "=== prompts: 2, mean 8.0 tokens, longest 8" in shown
+    assert "=== responses: 4, mean 5.2 tokens, longest 7" in shown
+    assert "2 prompts to train on, 0 held out" in shown
