@@ -10,7 +10,7 @@ COMPILE := $(BIN)/uv pip compile --quiet --upgrade --generate-hashes --no-annota
 
 # Lint, and all tests but the slow ones: under ten minutes.
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 # Those that train or compile for minutes.
 test-slow: .venv/installed
