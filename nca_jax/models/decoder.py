@@ -117,15 +117,17 @@ class Model:
             layer = jax.checkpoint(
                 layer, policy=REMAT[self.remat], prevent_cse=not self.scan_layers
             )
-        if self.scan_layers:
-            x, cache = jax.lax.scan(layer, x, (layers, cache))
+        if self.scan_layers or cache is None:
+            # Unrolled too, a scan stacks the layers' gradients in place.
+            unroll = 1 if self.scan_layers else self.config.num_layers
+            x, cache = jax.lax.scan(layer, x, (layers, cache), unroll=unroll)
         else:
             caches = []
-            for i in range(self.config.num_layers):
+            for i, layer_cache in enumerate(cache):
                 of_layer = jax.tree.map(lambda p, i=i: p[i], layers)
-                x, layer_cache = layer(x, (of_layer, cache and cache[i]))
+                x, layer_cache = layer(x, (of_layer, layer_cache))
                 caches.append(layer_cache)
-            cache = cache and tuple(caches)
+            cache = tuple(caches)
         return decoder.norm(x), cache
 
     def head(self, params: dict) -> jax.Array:
