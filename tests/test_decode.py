@@ -147,7 +147,7 @@ def test_kl_of_equal_policies_is_zero_and_its_estimate_is_the_exact_kl():
     exact = float(np.sum(np.exp(p) * (p - q), where=np.exp(p) > 0))
     values = estimate(other)
     assert values.shape == (num,) and (values >= 0).all()
-    assert np.mean(values) == pytest.approx(exact, abs=5 * np.std(values) / math.sqrt(num))
+    assert np.mean(values) == pytest.approx(exact, abs=5 * float(np.std(values)) / math.sqrt(num))
 
 
 def test_scores_of_responses_come_in_order_however_they_are_packed():

@@ -25,12 +25,11 @@ p {{ max-width: 46rem; }} svg {{ max-width: 100%; height: auto; }}
 </style></head><body>
 <h1>SmolLM2-135M learns to review films kindly</h1>
 <p>NCA (arXiv:2402.05369) on {steps} steps of scored responses that the model itself wrote, K = 4 a
-prompt. The reward is VADER's sentiment, in [-1, 1]. Everything below is measured on prompts that
-were held out.</p>
-<h2>Result</h2><table class="numbers">{numbers}</table>
+prompt. The reward is VADER's sentiment, in [-1, 1].</p>
+<h2>Result on held-out prompts</h2><table class="numbers">{numbers}</table>
 <h2>Training</h2>{curves}
 <h2>Held-out prompts, before and after</h2>
-<table class="samples"><tr><th>Opening</th><th>Before</th><th>After</th></tr>{samples}</table>
+<table class="samples"><tr><th>Prompt</th><th>Before</th><th>After</th></tr>{samples}</table>
 </body></html>
 """
 MEANING = {
@@ -63,7 +62,7 @@ def write_report(path: Path, summary: dict, lines: list[dict], samples: list[dic
 
 
 def _sample_row(sample: dict) -> str:
-    cells = [html.escape(sample["prompt"].split(": ", 1)[-1])]
+    cells = [html.escape(sample["prompt"])]
     for who in ("reference", "policy"):
         pairs = zip(sample[who], sample[f"{who}_scores"], strict=True)
         cells.append("<br>".join(_scored(text, score) for text, score in pairs))
