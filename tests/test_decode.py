@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +14,14 @@ from commands import write_rows
 from nca_jax import evaluate, generate
 from nca_jax.data.pack import RowLayout
 from nca_jax.data.plan import causal_bound
-from nca_jax.decode import make_sampler
+from nca_jax.decode import make_sampler, to_text
 from nca_jax.evaluators import Piece, make_kl, score_responses
 from nca_jax.logprobs import sequence_logps
 from nca_jax.mesh import make_mesh, rows_shardings
 from nca_jax.model_config import MODELS
 from nca_jax.models import attention
 from nca_jax.models.decoder import Model
+from nca_jax.models.pretrained import load_tokenizer
 
 LENGTHS = np.array([9, 4, 1], np.int32)
 LAYOUT = RowLayout(row_len=64, rows=8, block=16, num_pairs=causal_bound(64, 16), align=1)
@@ -171,6 +173,15 @@ def test_scores_of_responses_come_in_order_however_they_are_packed():
             places = range(len(prompt) - 1, len(prompt) + len(response) - 1)
             want.append(sum(float(all_logps[t, x]) for t, x in zip(places, response, strict=True)))
     np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_text_has_no_end_of_turn_token_and_stops_at_the_stop_string():
+    tokenizer = load_tokenizer("byte")
+    ids = np.array([*tokenizer("one. two. three", add_special_tokens=False)["input_ids"], 1])
+    for stop, text in (("", "one. two. three"), (". ", "one"), ("four", "one. two. three")):
+        config = SimpleNamespace(generate=SimpleNamespace(stop=stop))
+        run = SimpleNamespace(config=config, tokenizer=tokenizer, eos_ids=(1,))
+        assert to_text(run, ids) == text
 
 
 def test_generate_writes_rows_that_train_reads_and_evaluate_writes_its_metrics(tmp_path):

@@ -161,6 +161,17 @@ def test_non_finite_loss_names_step_and_rows_and_keeps_the_last_checkpoint(tmp_p
     assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == ["1", "2"]
 
 
+def test_the_last_and_the_best_checkpoint_are_kept(tmp_path, rows):
+    flags = ("--config.checkpoint.keep_last=1", "--config.checkpoint.keep_best=1")
+    flags += ("--config.checkpoint.best_metric=margin", "--config.checkpoint.best_mode=max")
+    flags += ("--config.eval_every=2", "--config.save_every=2", "--config.optim.lr=3e-3")
+    run(tmp_path / "run", rows, *flags, "--config.data.eval_fraction=0.3", "--config.steps=8")
+    saved = [line for line in metric_lines(tmp_path / "run", "eval") if line["step"] > 0]
+    best = max(saved, key=lambda line: line["margin"])["step"]
+    kept = {int(path.name) for path in (tmp_path / "run/checkpoints").iterdir()}
+    assert kept == {8, best}
+
+
 def test_resume_refuses_another_config_by_name(tmp_path, rows):
     run(tmp_path / "run", rows, "--config.steps=2", "--config.eval_every=0")
     with pytest.raises(UserError, match="optim.lr: 5e-06 there, 0.1 here"):
