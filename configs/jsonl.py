@@ -34,7 +34,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.model.name = "tiny" if arg.smoke else arg.model  # "": as init_from has it
     c.model.init_from = "" if arg.smoke else arg.init_from  # folder, .gguf, package:NAME, hub id
     c.model.dtype = "float32"  # of activations; parameters are float32
-    c.model.remat = "none"  # none, dots, full: from fastest to leanest
+    c.model.remat = "none"  # none, dots, full: from fastest to leanest; wants scan_layers
     c.model.scan_layers = False  # unrolled is faster on CPU; scan large models
 
     c.reference = ConfigDict(dict(kind="live", init_from="", cache=""))  # "": as the policy

@@ -161,6 +161,11 @@ def _check_together(config: ConfigDict) -> None:
             "set config.model.name (a size, with random weights) or config.model.init_from",
         ),
         (
+            model.remat != "none" and not model.scan_layers,
+            f"config.model.remat={model.remat!r} saves memory in scanned layers only: unrolled, all "
+            "layers are computed again at once; set config.model.scan_layers=True",
+        ),
+        (
             (config.reference.kind == "cached") != bool(config.reference.cache),
             "config.reference.cache is the folder of kind='cached', and is read by no other kind",
         ),

@@ -74,7 +74,7 @@ class Model:
     Attributes:
       config: sizes.
       dtype: of the activations; parameters stay float32.
-      remat: a key of REMAT.
+      remat: a key of REMAT; other than "none" wants scanned layers.
       scan_layers: one compiled layer run L times, or L layers unrolled over the same params.
     """
 
@@ -114,9 +114,7 @@ class Model:
             return nnx.merge(graph, state)(x, positions, attend, layer_cache)
 
         if self.remat != "none":
-            layer = jax.checkpoint(
-                layer, policy=REMAT[self.remat], prevent_cse=not self.scan_layers
-            )
+            layer = jax.checkpoint(layer, policy=REMAT[self.remat], prevent_cse=False)
         if self.scan_layers or cache is None:
             # Unrolled too, a scan stacks the layers' gradients in place.
             unroll = 1 if self.scan_layers else self.config.num_layers
