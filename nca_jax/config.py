@@ -162,8 +162,8 @@ def _check_together(config: ConfigDict) -> None:
         ),
         (
             model.remat != "none" and not model.scan_layers,
-            f"config.model.remat={model.remat!r} saves memory in scanned layers only: unrolled, all "
-            "layers are computed again at once; set config.model.scan_layers=True",
+            f"config.model.remat={model.remat!r} saves memory in scanned layers only: unrolled, "
+            "all are computed again at once; set config.model.scan_layers=True",
         ),
         (
             (config.reference.kind == "cached") != bool(config.reference.cache),
