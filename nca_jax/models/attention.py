@@ -100,11 +100,17 @@ def _attend_forward(q, k, v, mask, pairs, num_chunks):
         query_block, key_block, mask_i = _pair_chunk(pairs, mask, i)
         scores = _scores(_blocks_of(q, query_block), _blocks_of(k, key_block), mask_i)
         new_top = _into_blocks(top, query_block, jnp.max(scores, axis=-1), "max")
-        shrink = jnp.exp(top - new_top)
         weights = jnp.exp(scores - _blocks_of(new_top, query_block)[..., None])
         values = _product("rpgcd,rpgdh->rpgch", weights, _blocks_of(v, key_block))
-        total = _into_blocks(total * shrink, query_block, jnp.sum(weights, axis=-1), "add")
-        return new_top, total, _into_blocks(out * shrink[..., None], query_block, values, "add")
+        # Pairs are sorted, so a block that is in the chunk twice is shrunk where it comes first.
+        # Only these blocks are touched: the cost does not grow with the row.
+        is_first = jnp.diff(query_block, axis=1, prepend=-1) != 0  # [R, p]
+        shrink = jnp.exp(_blocks_of(top - new_top, query_block))
+        shrink = jnp.where(is_first[..., None, None], shrink, 1.0)  # [R, p, G, JC]
+        total = _into_blocks(total, query_block, shrink, "multiply")
+        out = _into_blocks(out, query_block, shrink[..., None], "multiply")
+        total = _into_blocks(total, query_block, jnp.sum(weights, axis=-1), "add")
+        return new_top, total, _into_blocks(out, query_block, values, "add")
 
     start = (
         jnp.full(q.shape[:-1], NEVER, jnp.float32),
@@ -163,7 +169,8 @@ def _blocks_of(x: jax.Array, blocks: jax.Array) -> jax.Array:
 
 
 def _into_blocks(x: jax.Array, blocks: jax.Array, values: jax.Array, how: str) -> jax.Array:
-    """Adds, or takes the maximum of, [R, p, ...] values into their blocks of [R, Q, ...]."""
+    """Adds, multiplies or maximises [R, p, ...] values into their blocks of [R, Q, ...]."""
+    values = jnp.broadcast_to(values, blocks.shape + x.shape[2:])
     return jax.vmap(lambda x, blocks, values: getattr(x.at[blocks], how)(values))(x, blocks, values)
 
 
