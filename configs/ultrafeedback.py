@@ -1,6 +1,6 @@
 r"""NCA and InfoNCA on UltraFeedback: K = 4 responses a prompt, each with GPT-4's score.
 
-Paper: arXiv:2402.05369, section 5.1; loss and optimizer settings are those of the released trainer.
+Paper: arXiv:2402.05369, section 5; loss and optimizer settings are those of the released trainer.
 It trained LoRA adapters; here every parameter moves, which wants a far smaller beta: sweep
 beta=1e-4 to 1e-3. A loss of pairs takes the best and the worst of the four (K = 2, hard labels).
 
