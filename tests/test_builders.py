@@ -1,7 +1,11 @@
 """The data sets of the paper, built from small files in the layouts that the hub has them in."""
 
+import hashlib
 import json
+import runpy
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -311,3 +315,32 @@ def test_the_command_fails_in_one_line_with_status_2():
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (2, "")
     assert err.startswith("error: --name=nothing") and err.count("\n") == 1
+
+
+# The rows with ten responses
+
+
+def test_alpaca_rows_have_the_preference_above_one_as_score_and_a_quarter_held_back(tmp_path):
+    script = Path(__file__).parent.parent / "experiments" / "data" / "alpaca_rewards.py"
+    make = runpy.run_path(script)
+    prompts = [f"Prompt {i} é" for i in range(40)]
+    for m, model in enumerate(make["MODELS"]):
+        items = [
+            {"instruction": p, "output_2": f"{model} {p}", "preference": 1.00000049 + 0.1 * m}
+            for p in prompts
+        ]
+        items[-1]["preference"] = None if m == 3 else 2.5
+        path = tmp_path / make["ANNOTATIONS"].format(model=model)
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(items))
+    out = tmp_path / "rows.jsonl.gz"
+    command = [sys.executable, script, f"--repo={tmp_path}", f"--out={out}"]
+    printed = subprocess.run(command, check=True, text=True, capture_output=True).stdout
+    kept = sorted(p for p in prompts[:-1] if hashlib.sha256(p.encode()).digest()[0] >= 64)
+    held_back = len(prompts) - 1 - len(kept)
+    assert f"{len(kept)} prompts; {held_back} held back, 1 without" in printed
+    rows = read(str(out))
+    assert [row["prompt"] for row in rows] == kept
+    for row in rows:
+        assert row["responses"] == [f"{model} {row['prompt']}" for model in make["MODELS"]]
+        assert row["scores"] == [round(0.1 * m, 6) for m in range(10)]
