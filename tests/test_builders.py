@@ -1,5 +1,6 @@
 """The data sets of the paper, built from small files in the layouts that the hub has them in."""
 
+import copy
 import hashlib
 import json
 import runpy
@@ -56,7 +57,7 @@ def build(tmp_path, data_dir, capsys):
     return run
 
 
-def write_parquet(tmp_path, name: str, rows: list[dict], schema: pa.Schema) -> None:
+def write_parquet(tmp_path, name: str, rows: list[dict], schema: pa.Schema | None) -> None:
     pq.write_table(pa.Table.from_pylist(rows, schema), tmp_path / "raw" / "data" / name)
 
 
@@ -78,9 +79,13 @@ def rewards(i: int) -> dict:
 
 
 def test_the_rewards_of_the_paper_keep_their_order_and_scores(build, tmp_path):
-    for split, indices in (("train_prefs", range(5)), ("test_prefs", range(5, 7))):
-        rows = [rewards(i) for i in indices]
-        write_parquet(tmp_path, f"{split}-00000-of-00001.parquet", rows, REWARD)
+    (tmp_path / "raw" / "data" / "test_prefs").mkdir()
+    for name, indices in (
+        ("train_prefs-00000-of-00002.parquet", range(3)),
+        ("train_prefs-00001-of-00002.parquet", range(3, 5)),
+        ("test_prefs/0000.parquet", range(5, 7)),
+    ):
+        write_parquet(tmp_path, name, [rewards(i) for i in indices], REWARD)
     printed = build("ultrafeedback_reward")
     assert "tfds:ultrafeedback_reward:train_prefs: 5 rows kept, 0 dropped" in printed
     assert "tfds:ultrafeedback_reward:test_prefs: 2 rows kept, 0 dropped" in printed
@@ -89,7 +94,7 @@ def test_the_rewards_of_the_paper_keep_their_order_and_scores(build, tmp_path):
         assert row["prompt"] == f"Question {i}?"
         assert row["responses"] == [f"Answer {i}.{k}" for k in range(4)]
         assert row["scores"] == [9.5 - i - 2 * k for k in range(4)]
-    assert test[0]["from"] == "test_prefs-00000-of-00001.parquet:1"
+    assert train[4]["from"] == "train_prefs-00001-of-00002.parquet:2"
 
 
 def completion(response, overall, ratings) -> dict:
@@ -118,6 +123,21 @@ RAW = [
 ]  # fmt: skip
 
 
+def write_raw(tmp_path, kind: str) -> None:
+    """Writes RAW as the hub's JSON lines, as parquet, or with the lists of older files."""
+    rows = copy.deepcopy(RAW)
+    for one in (one for row in rows for one in row["completions"]):
+        if kind == "lists":
+            one["annotations"] = {name: [x] for name, x in one["annotations"].items()}
+        if kind == "parquet" and one["overall_score"] == "N/A":
+            one["overall_score"] = float("nan")
+    if kind == "parquet":
+        write_parquet(tmp_path, "0000.parquet", rows, None)
+    else:
+        write(tmp_path / "raw" / "evol_instruct.jsonl", rows)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "lists"])
 @pytest.mark.parametrize(
     ("score", "responses", "scores"),
     [
@@ -127,16 +147,16 @@ RAW = [
     ],
 )
 def test_raw_ultrafeedback_is_scored_as_asked_with_the_best_first(
-    build, tmp_path, score, responses, scores
+    build, tmp_path, kind, score, responses, scores
 ):
-    write(tmp_path / "raw" / "evol_instruct.jsonl", RAW)
+    write_raw(tmp_path, kind)
     build("ultrafeedback_reward", f"--score={score}")
     row = read(f"tfds:ultrafeedback_reward/{score}:train")[0]
     assert (row["prompt"], row["responses"], row["scores"]) == ("Why?", responses, scores)
 
 
 def test_what_is_not_rated_is_left_out_and_counted(build, tmp_path):
-    write(tmp_path / "raw" / "flan.jsonl", RAW)
+    write_raw(tmp_path, "parquet")
     printed = build("ultrafeedback_reward", "--score=fine-grained")
     assert "2 rows kept, 1 dropped (1 fewer than 2 responses)" in printed
     assert "left out of rows that stay (6 ratings N/A, 1 responses not rated)" in printed

@@ -142,7 +142,7 @@ def find_files(raw: Path, origin: Origin) -> dict[str, list[Path]]:
         return {next(iter(origin.splits)): [raw]}
     candidates = sorted(path for path in raw.rglob("*") if path.name.endswith(SUFFIXES))
     files = {
-        split: [path for path in candidates if path.name.startswith(prefix)]
+        split: [path for path in candidates if _begins(path.relative_to(raw), prefix)]
         for split, prefix in origin.splits.items()
     }
     files = {split: paths for split, paths in files.items() if paths}
@@ -152,6 +152,11 @@ def find_files(raw: Path, origin: Origin) -> dict[str, list[Path]]:
             f"{raw} has no file {wanted} of {', '.join(SUFFIXES)}; give --raw=FOLDER or FILE."
         )
     return files
+
+
+def _begins(path: Path, prefix: str) -> bool:
+    """Whether a file is of a split: train-0.parquet, train/0.parquet."""
+    return path.name.startswith(prefix) or path.parent.name.startswith(prefix)
 
 
 def fetch(origin: Origin) -> Path:

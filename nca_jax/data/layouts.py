@@ -30,7 +30,7 @@ class Origin:
     """Where the raw files of a data set are, and how their rows are laid out."""
 
     hub: str  # repository of the Hugging Face Hub; "": the files are the user's own
-    splits: dict[str, str]  # split -> how the names of its files begin
+    splits: dict[str, str]  # split -> how the names of its files, or their folder, begin
     layout: Layout
 
 
@@ -52,13 +52,14 @@ def rated_row(row: dict[str, Any], left_out: Counter, *, score: str) -> dict[str
     """
     rated = []
     for completion in _field(row, "completions", list):
+        text = _field(completion, "response", str)
         value = _rating(completion, score, left_out)
         if value is None:
             left_out["responses not rated"] += 1
-        elif not _field(completion, "response", str).strip():
+        elif not text.strip():
             left_out["responses empty"] += 1
         else:
-            rated.append((value, completion["response"]))
+            rated.append((value, text))
     rated.sort(key=lambda pair: -pair[0])  # stable: ties stay in the order of the data
     prompt = [{"role": "user", "content": _field(row, "instruction", str)}]
     return _scored(prompt, [text for _, text in rated], [value for value, _ in rated])
@@ -126,16 +127,18 @@ DATA_SETS: dict[str, dict[str, Origin]] = {
 def _rating(completion: dict[str, Any], score: str, left_out: Counter) -> float | None:
     """Returns the score of a completion; None if it has none."""
     if score == "overall":
-        value = _field(completion, "overall_score", object)
+        value = completion.get("overall_score")
         return None if value in NOT_RATED or value != value else _number(value)
     annotations = _field(completion, "annotations", dict)
     ratings = []
     for aspect in ASPECTS if score == "fine-grained" else (score,):
-        rating = _field(_field(annotations, aspect, dict), "Rating", object)
-        if rating in NOT_RATED:
-            left_out["ratings N/A"] += 1
-        else:
-            ratings.append(_number(rating))
+        found = annotations.get(aspect)
+        # Files before the hub's have a list of annotations, of which the first is it.
+        match found[0] if isinstance(found, list) and found else found:
+            case {"Rating": rating} if rating not in NOT_RATED:
+                ratings.append(_number(rating))
+            case _:
+                left_out["ratings N/A"] += 1
     return sum(ratings) / len(ratings) if ratings else None
 
 
