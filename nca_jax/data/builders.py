@@ -51,8 +51,7 @@ class ScoredRows(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         message = {"role": tfds.features.Text(), "content": tfds.features.Text()}
         return tfds.core.DatasetInfo(
             builder=self,
-            description="Prompts with scored responses, made by nca_jax.prepare.",
-            homepage=f"https://huggingface.co/datasets/{self.origin.hub}",
+            description=f"Prompts with scored responses, from {self.origin.hub or 'own rows'}.",
             features=tfds.features.FeaturesDict(
                 {
                     "prompt": tfds.features.Sequence(message),

@@ -18,7 +18,10 @@ from typing import Any
 from nca_jax.data.sources import RowError
 
 ASPECTS = ("helpfulness", "honesty", "instruction_following", "truthfulness")
-ROLES = {"user": "user", "assistant": "assistant", "system": "system", "human": "user"}
+ROLES = {
+    "system": "system", "user": "user", "human": "user", "assistant": "assistant",
+    "gpt": "assistant",
+}  # fmt: skip
 NOT_RATED = ("N/A", "", None)
 
 # (the raw row, counts of what is left out) -> the row in the one form
