@@ -18,10 +18,8 @@ from typing import Any
 from nca_jax.data.sources import RowError
 
 ASPECTS = ("helpfulness", "honesty", "instruction_following", "truthfulness")
-ROLES = {
-    "system": "system", "user": "user", "human": "user", "assistant": "assistant",
-    "gpt": "assistant",
-}  # fmt: skip
+ROLES = {role: role for role in ("system", "user", "assistant")}
+ROLES |= {"human": "user", "gpt": "assistant"}
 NOT_RATED = ("N/A", "", None)
 
 # (the raw row, counts of what is left out) -> the row in the one form
