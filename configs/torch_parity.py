@@ -11,6 +11,8 @@ labels, and reads neither k nor alpha: the first response wins unless the second
 Run:   python -m nca_jax.train --workdir=runs/parity \
            --config=configs/torch_parity.py:model=HF_DIR,rows=ROWS.jsonl,algo=nca
 Mesh:  --config.mesh.data=2 --config.mesh.fsdp=2 --config.mesh.tensor=2, on 8 devices.
+Rows:  row_len holds any prompt that the rule leaves; short ones run faster at its true size, such
+       as --config.data.row_len=512.
 
 Expected (30 steps of a model of 2 layers against PyTorch): loss to 2e-5 and grad_norm to 5e-4
 relative, logps to 1e-3 nats, rewards to 1e-4; tests/test_released.py says so.
