@@ -46,7 +46,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.data.eval_files = ""  # held-out rows, or:
     c.data.eval_fraction = 0.05  # held out of `files`, by a hash of the prompt
     c.data.tokenizer = "byte" if arg.smoke else ""  # "": that of init_from
-    c.data.format = "plain" if arg.smoke else "chat"
+    c.data.format = "plain" if arg.smoke else "chat"  # or "released": as the PyTorch release
     c.data.num_responses = 2 if pair else arg.k  # K
     c.data.choose = "best_worst_random"  # which K of a row's responses
     c.data.max_prompt_len, c.data.max_response_len = (64, 96) if arg.smoke else (512, 512)  # tokens
@@ -54,13 +54,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.data.too_long = "truncate"
     c.data.bad_rows = "stop"
     c.data.shuffle = True
+    c.data.first_bonus = 0.0  # added to the score of each row's first response
     c.data.batch_size = 4 if arg.smoke else 16  # B, prompts a step
     c.data.row_len = 512 if arg.smoke else 512 * (1 + c.data.num_responses)  # T, tokens
     c.data.rows = 1  # rows in a micro-batch, a multiple of data * fsdp
     c.data.block = 64  # tokens in an attention block
     c.data.row_pairs = 0  # attention block pairs a row may hold; 0: all
     c.data.align = 1  # segments start at multiples of this
-    c.data.prefetch = 2  # steps made ahead
 
     c.loss = ConfigDict()
     c.loss.name = arg.algo
@@ -73,7 +73,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.optim.mu_dtype = "float32"  # of the first moment
 
     c.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))  # -1: all remaining devices
-    c.checkpoint = ConfigDict(dict(keep_last=2, keep_best=0, best_metric="loss", best_mode="min"))
+    c.checkpoint = ConfigDict(dict(keep_last=2, best_metric=""))
     c.generate = ConfigDict(dict(max_new_tokens=64, num_samples=1, temperature=1.0, top_p=1.0))
     c.generate.stop = ""  # a string that ends a response, "" for none
     c.generate.batch_size = 32  # samples at once

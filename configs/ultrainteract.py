@@ -42,6 +42,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.model.init_from = arg.init_from or (EURUS_BASE if c.model.name == "mistral_7b" else "")
     c.model.dtype = "bfloat16"  # of activations; parameters are float32
     c.model.remat, c.model.scan_layers = "full", True
+    c.model.attention = "auto"  # pairs (XLA) or splash (Pallas); auto: splash on TPU
     c.reference = ConfigDict(dict(kind="live", init_from="", cache=""))
 
     c.data = ConfigDict()
@@ -53,11 +54,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.data.max_response_len = 96 if arg.smoke else 1024
     c.data.prompt_keep, c.data.too_long, c.data.bad_rows = "end", "truncate", "skip"
     c.data.shuffle = True
+    c.data.first_bonus = 0.0  # 0.01 in the released trainer: ties go to the first response
     c.data.batch_size = 4 if arg.smoke else 32  # B, prompts a step
     c.data.row_len = 512 if arg.smoke else 4096  # T, tokens
     c.data.rows = 1 if arg.smoke else 8  # rows in a micro-batch, a multiple of data * fsdp
     c.data.block, c.data.row_pairs, c.data.align = 64 if arg.smoke else 512, 0, 16
-    c.data.prefetch = 2  # steps made ahead
 
     c.loss = ConfigDict(dict(name=arg.algo, alpha=0.0, beta=arg.beta))  # alpha 0: hard labels
     c.loss.logits_chunk = 128 if arg.smoke else 512  # tokens of a row whose logits exist at once
@@ -67,7 +68,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.optim.mu_dtype = "float32"
 
     c.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))  # -1: all remaining devices
-    c.checkpoint = ConfigDict(dict(keep_last=2, keep_best=0, best_metric="loss", best_mode="min"))
+    c.checkpoint = ConfigDict(dict(keep_last=2, best_metric=""))
     c.generate = ConfigDict(dict(max_new_tokens=1024, num_samples=1, temperature=1.0, top_p=1.0))
     c.generate.stop, c.generate.batch_size, c.generate.scorer = "", 32, ""
     c.log = ConfigDict(dict(tensorboard=True, wandb_project=""))

@@ -15,17 +15,18 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from nca_jax.axes import flatten_paths
 from nca_jax.checks import UserError
 from nca_jax.mesh import param_shardings
+from nca_jax.metrics import IS_BETTER_HIGH
 
 
 def open_checkpoints(workdir: Path, checkpoint) -> ocp.CheckpointManager:
     """Returns the manager of workdir/checkpoints, keeping what `config.checkpoint` says."""
     policies = [LatestN(checkpoint.keep_last)]
-    if checkpoint.keep_best:
+    if checkpoint.best_metric:
         policies.append(
             BestN(
                 get_metric_fn=lambda metrics: metrics[checkpoint.best_metric],
-                reverse=checkpoint.best_mode == "min",
-                n=checkpoint.keep_best,
+                reverse=not IS_BETTER_HIGH[checkpoint.best_metric],
+                n=1,
                 keep_checkpoints_without_metrics=False,
             )
         )

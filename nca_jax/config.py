@@ -13,7 +13,9 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from nca_jax.checks import UserError
+from nca_jax.data.chat import FORMATS
 from nca_jax.losses import LOSSES, PAIR_LOSSES
+from nca_jax.metrics import IS_BETTER_HIGH
 from nca_jax.model_config import MODELS
 
 
@@ -51,7 +53,7 @@ FIELDS = {
     "data.eval_files": TEXT,
     "data.eval_fraction": FRACTION,
     "data.tokenizer": TEXT,
-    "data.format": _one_of("chat", "plain"),
+    "data.format": _one_of(*FORMATS),
     "data.num_responses": (int, lambda x: x >= 2, "K, a whole number of at least 2"),
     "data.choose": _one_of("all", "first", "random", "best_worst_random"),
     "data.max_prompt_len": COUNT,
@@ -66,7 +68,7 @@ FIELDS = {
     "data.block": COUNT,
     "data.row_pairs": COUNT_OR_0,
     "data.align": (int, lambda x: x in (1, 8, 16), "1, 8 or 16"),
-    "data.prefetch": COUNT,
+    "data.first_bonus": NOT_NEGATIVE,
     "loss.name": _one_of(*LOSSES),
     "loss.alpha": NOT_NEGATIVE,
     "loss.beta": POSITIVE,
@@ -84,11 +86,7 @@ FIELDS = {
     "mesh.fsdp": AXIS,
     "mesh.tensor": AXIS,
     "checkpoint.keep_last": COUNT,
-    "checkpoint.keep_best": COUNT_OR_0,
-    "checkpoint.best_metric": _one_of(
-        "loss", "excess", "accuracy", "top1", "margin", "chosen_logp_drift"
-    ),
-    "checkpoint.best_mode": _one_of("min", "max"),
+    "checkpoint.best_metric": _one_of("", *IS_BETTER_HIGH),
     "generate.max_new_tokens": COUNT,
     "generate.num_samples": COUNT,
     "generate.temperature": NOT_NEGATIVE,
@@ -109,7 +107,6 @@ MAY_CHANGE = (
     "log_every",
     "eval_every",
     "save_every",
-    "data.prefetch",
     "model.remat",
     "model.scan_layers",
     "model.attention",
@@ -172,6 +169,11 @@ def _check_together(config: ConfigDict) -> None:
             "config.reference.cache is the folder of kind='cached', and is read by no other kind",
         ),
         (
+            data.format == "released" and (data.too_long, data.prompt_keep) != ("truncate", "end"),
+            "config.data.format='released' cuts as the PyTorch release does: set "
+            "config.data.too_long='truncate' and config.data.prompt_keep='end'",
+        ),
+        (
             bool(data.row_len % data.block),
             f"config.data.block={data.block} must divide config.data.row_len={data.row_len}",
         ),
@@ -202,8 +204,8 @@ def _check_together(config: ConfigDict) -> None:
             "config.data.eval_files",
         ),
         (
-            bool(config.checkpoint.keep_best) and not config.eval_every,
-            "config.checkpoint.keep_best goes by an evaluation metric; set config.eval_every",
+            bool(config.checkpoint.best_metric) and not config.eval_every,
+            "config.checkpoint.best_metric goes by evaluations; set config.eval_every",
         ),
     ):
         if is_bad:

@@ -38,7 +38,9 @@ def prompts() -> np.ndarray:
     return np.random.default_rng(0).integers(3, 259, (len(LENGTHS), 9)).astype(np.int32)
 
 
-def sampler(model, *, num_samples=2, temperature=0.0, top_p=1.0, eos_ids=(), max_new_tokens=6):
+def sampler(
+    model, *, num_samples=2, temperature=0.0, top_p=1.0, eos_ids=(), max_new_tokens=6, off=()
+):
     return jax.jit(
         make_sampler(
             model,
@@ -47,6 +49,7 @@ def sampler(model, *, num_samples=2, temperature=0.0, top_p=1.0, eos_ids=(), max
             temperature=temperature,
             top_p=top_p,
             eos_ids=eos_ids,
+            key_off_ids=off,
         )
     )
 
@@ -55,10 +58,10 @@ def keys(seed: int = 0) -> jax.Array:
     return jax.random.split(jax.random.key(seed), len(LENGTHS))
 
 
-def uncached_logits(model: Model, params: dict, ids: list[int]) -> np.ndarray:
-    """[T, V]: one dense causal forward without any earlier state."""
+def uncached_logits(model: Model, params: dict, ids: list[int], key_on=True) -> np.ndarray:
+    """[T, V]: one dense causal forward without any earlier state; `key_on` [T] as in Rows."""
     place = jnp.arange(len(ids))
-    mask = place[:, None] >= place[None]
+    mask = (place[:, None] >= place[None]) & jnp.broadcast_to(key_on, place.shape)[None]
     if model.config.sliding_window:
         mask &= place[:, None] - place[None] < model.config.sliding_window
     attend = attention.cached(mask[None], jnp.int32(0))
@@ -80,6 +83,20 @@ def test_greedy_tokens_are_those_of_an_uncached_forward(changes, scan_layers):
         for s in range(2):
             assert tokens[n, s].tolist() == ids[length:]
     assert sizes.tolist() == [[6, 6]] * 3
+
+
+def test_nothing_attends_to_a_prompt_token_that_is_switched_off_as_a_key():
+    model, params = tiny()
+    off = (int(prompts()[0, 0]), int(prompts()[0, 4]), int(prompts()[1, 3]))
+    tokens, _ = sampler(model, num_samples=1, off=off)(params, prompts(), LENGTHS, keys())
+    free, _ = sampler(model, num_samples=1)(params, prompts(), LENGTHS, keys())
+    assert (tokens != free).any()
+    for n, length in enumerate(LENGTHS):
+        ids = prompts()[n, :length].tolist()
+        for _ in range(6):
+            on = np.array([i >= length or token not in off for i, token in enumerate(ids)])
+            ids.append(int(np.argmax(uncached_logits(model, params, ids, on)[-1])))
+        assert tokens[n, 0].tolist() == ids[length:]
 
 
 def test_a_sample_ends_with_any_end_of_turn_token_and_counts_it():
@@ -159,6 +176,10 @@ def test_scores_of_responses_come_in_order_however_they_are_packed():
         Piece(rng.integers(3, 259, 5).tolist(), [rng.integers(3, 259, n).tolist() for n in sizes])
         for sizes in ((3, 20, 25), (7,), (30, 1, 2, 9))
     ]
+    # Of the last piece, three keys in four are on.
+    sizes = [5, *map(len, pieces[-1].responses)]
+    on_prompt, *on_responses = (rng.random(size) < 0.75 for size in sizes)
+    pieces[-1] = pieces[-1]._replace(key_on=(on_prompt, on_responses))
     shardings = rows_shardings(make_mesh({"data": -1, "fsdp": 1, "tensor": 1}))
 
     @jax.jit
@@ -167,9 +188,11 @@ def test_scores_of_responses_come_in_order_however_they_are_packed():
 
     got = score_responses(logps, pieces, LAYOUT, num_slots=4, shardings=shardings)
     want = []
-    for prompt, responses in pieces:
-        for response in responses:
-            all_logps = jax.nn.log_softmax(uncached_logits(model, params, [*prompt, *response]))
+    for prompt, responses, key_on in pieces:
+        for k, response in enumerate(responses):
+            on = True if key_on is None else np.concatenate([key_on[0], key_on[1][k]])
+            logits = uncached_logits(model, params, [*prompt, *response], on)
+            all_logps = jax.nn.log_softmax(logits)
             places = range(len(prompt) - 1, len(prompt) + len(response) - 1)
             want.append(sum(float(all_logps[t, x]) for t, x in zip(places, response, strict=True)))
     np.testing.assert_allclose(got, want, rtol=1e-5)

@@ -53,6 +53,7 @@ def flags(tmp_path):
         ("--config.loss.name=dpo", "config.data.num_responses=2"),
         ("--config.steps=0", "set one of config.steps and config.epochs"),
         ("--config.data.block=100", "must divide config.data.row_len"),
+        ("--config.data.format=releasd", "config.data.format must be one of 'chat'"),
         ("--config.model.remat=full", "set config.model.scan_layers=True"),
         ("--config.mesh.tensor=3", "does not fill the 8 devices"),
         ("--config.mesh.tensor=8", "does not divide"),

@@ -21,14 +21,20 @@ LAYOUT = RowLayout(ROW_LEN, rows=2, block=BLOCK, num_pairs=causal_bound(ROW_LEN,
 RAGGED = [(5, (7, 1, 12)), (1, (3, 3)), (17, (20, 16, 30)), (32, (32, 32, 32)), (9, (2, 40))]
 
 
-def make_groups(lengths, seed: int, vocab_size: int, k: int = 3) -> list[Group]:
+def make_groups(lengths, seed: int, vocab_size: int, k: int = 3, keys_off=0.0) -> list[Group]:
+    """Random groups; a share `keys_off` of the tokens are no keys."""
     rng = np.random.default_rng(seed)
 
     def draw(n):
         return rng.integers(0, vocab_size, n)
 
     return [
-        Group(draw(p), [draw(r) for r in responses], range(b * k, b * k + len(responses)))
+        Group(
+            draw(p),
+            [draw(r) for r in responses],
+            range(b * k, b * k + len(responses)),
+            (rng.random(p) >= keys_off, [rng.random(r) >= keys_off for r in responses]),
+        )
         for b, (p, responses) in enumerate(lengths)
     ]
 
@@ -36,19 +42,20 @@ def make_groups(lengths, seed: int, vocab_size: int, k: int = 3) -> list[Group]:
 def plain_logps(model: Model, params: dict, groups: list[Group], k: int = 3) -> jax.Array:
     """[B, K]: one row a response, dense causal attention, full logits, log_softmax, gather."""
     pairs = [(group.prompt, response) for group in groups for response in group.responses]
+    pairs_on = [(group.key_on[0], on) for group in groups for on in group.key_on[1]]
     slots = np.array([slot for group in groups for slot in group.slots])
     length = max(len(prompt) + len(response) for prompt, response in pairs)
     ids, scored = np.zeros((len(pairs), length), int), np.zeros((len(pairs), length - 1), bool)
+    key_on = np.ones(ids.shape, bool)
     for i, (prompt, response) in enumerate(pairs):
         ids[i, : len(prompt) + len(response)] = [*prompt, *response]
         scored[i, len(prompt) - 1 : len(prompt) + len(response) - 1] = True
+        key_on[i, : len(prompt) + len(response)] = np.concatenate(pairs_on[i])
     place = jnp.arange(length)
     mask = place[:, None] >= place[None]
     if model.config.sliding_window:
         mask &= place[:, None] - place[None] < model.config.sliding_window
-    attend = attention.cached(
-        jnp.broadcast_to(mask[None], (len(pairs), length, length)), jnp.int32(0)
-    )
+    attend = attention.cached(mask[None] & key_on[:, None], jnp.int32(0))
     positions = jnp.broadcast_to(place[None], ids.shape)
     cache = model.make_cache(*ids.shape)
     hidden, _ = model.hidden(params, jnp.asarray(ids), positions, attend, cache)
@@ -79,6 +86,7 @@ VARIANTS = {
     "bias": dict(qkv_bias=True),
     "qk_norm": dict(qk_norm=True),
     "moe": dict(),
+    "keys off": dict(),
 }
 
 
@@ -86,7 +94,8 @@ VARIANTS = {
 def test_packed_shared_rows_equal_separate_rows_in_value_and_gradient(variant):
     model = model_of(variant, **VARIANTS[variant])
     params = model.init(jax.random.key(0))
-    groups = make_groups(RAGGED, seed=1, vocab_size=model.config.vocab_size)
+    keys_off = 0.3 if variant == "keys off" else 0.0
+    groups = make_groups(RAGGED, seed=1, vocab_size=model.config.vocab_size, keys_off=keys_off)
     weights = jax.random.normal(jax.random.key(2), (len(groups), 3))
 
     def packed(params):
