@@ -23,7 +23,7 @@ from nca_jax.models.hf import open_hf, read_config
 GOLDEN = Path(__file__).parent / "data" / "families.npz"
 VOCAB, EOS = 61, 2
 
-_SIZES = {
+SIZES = {
     "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
     "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": EOS,
@@ -70,7 +70,7 @@ def pieces() -> list[Group]:
 
 def write_family(folder: Path, name: str) -> Path:
     """Writes config.json and model.safetensors; every machine gets the same values."""
-    (folder / "config.json").write_text(json.dumps(_SIZES | FAMILIES[name]))
+    (folder / "config.json").write_text(json.dumps(SIZES | FAMILIES[name]))
     rng = np.random.default_rng(sorted(FAMILIES).index(name))
     tensors = {}
     for tensor, shape in names.tensor_shapes(read_config(folder), "hf").items():
