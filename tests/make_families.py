@@ -32,7 +32,7 @@ def torch_logits(model) -> np.ndarray:
 @torch.no_grad()
 def torch_greedy(model) -> np.ndarray:
     """Returns the most likely tokens after each prompt, [prompts, NEW_TOKENS]."""
-    ends_never = dict(eos_token_id=-1, pad_token_id=0)
+    ends_never = dict(eos_token_id=10**6, pad_token_id=0)
     return np.stack(
         [
             model.generate(
