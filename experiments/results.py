@@ -15,14 +15,13 @@ from nca_jax.checks import UserError
 
 # The columns of a table, where a run has them.
 METRICS = {
-    "loss": "nats a prompt",
-    "excess": "loss above its floor, nats",
-    "accuracy": "the best response has the higher implicit reward; chance is 0.5",
-    "margin": "implicit reward of the best response above the mean of the others, nats",
-    "chosen_logp_drift": "change of the best response's log-probability, nats",
-    "kl": "KL(policy || reference), nats a response, on the policy's own samples",
     "reward": "mean score of the policy's own responses",
     "reward_reference": "mean score of the reference's responses to the same prompts",
+    "kl": "KL(policy || reference), nats a response, on the policy's own samples",
+    "accuracy": "the best response has the higher implicit reward; chance is 0.5",
+    "loss": "nats a prompt",
+    "excess": "loss above its floor, nats",
+    "chosen_logp_drift": "change of the best response's log-probability, nats",
 }
 Answers = dict[str, list[tuple[str, float | None]]]  # {prompt: [(response, its score)]}
 
@@ -52,10 +51,10 @@ def find_runs(folders: Iterable[Path]) -> list[Run]:
         if not found:
             raise UserError(f"{folder} holds no metrics.jsonl; give the workdir of runs.")
         for workdir in found:
-            is_seed = workdir.name.startswith("seed=")
-            place = workdir.parent if is_seed else workdir
-            name = str(place.relative_to(folder)) if place != folder else folder.absolute().name
-            is_one_of_several = len(folders) > 1 and place != folder
+            place = workdir.parent if workdir.name.startswith("seed=") else workdir
+            is_below = place != folder and folder in place.parents
+            name = str(place.relative_to(folder)) if is_below else place.absolute().name
+            is_one_of_several = len(folders) > 1 and is_below
             runs.append(read_run(workdir, f"{folder.name}/{name}" if is_one_of_several else name))
     return runs
 
@@ -131,7 +130,9 @@ def with_spread(values: Sequence[float]) -> str:
     mean, sd = mean_and_sd(values)
     if sd is None or not math.isfinite(sd):
         return f"{mean:.4g}"
-    decimals = min(max(1 - math.floor(math.log10(sd)), 0), 7) if sd else 4
+    if sd <= 1e-9 * abs(mean):  # equal but for rounding
+        return f"{mean:.4g} ± 0"
+    decimals = min(max(1 - math.floor(math.log10(sd)), 0), 7)
     return f"{mean:.{decimals}f} ± {sd:.{decimals}f}"
 
 
@@ -163,11 +164,12 @@ def table(runs: Sequence[Run]) -> list[list[str]]:
 
 
 def _split_setting(name: str) -> dict[str, str]:
-    """Returns {axis: value} of "axis=value,axis=value"; another name is the value of "run"."""
-    pairs = [piece.partition("=") for piece in name.split(",")]
-    if all(equals for _, equals, _ in pairs):
-        return {axis: value for axis, _, value in pairs}
-    return {"run": name}
+    """Returns {axis: value} of "FOLDER/axis=value,axis=value"; what has no "=" is under "run"."""
+    folder, _, last = name.rpartition("/")
+    pairs = [piece.partition("=") for piece in last.split(",")]
+    if not all(equals for _, equals, _ in pairs):
+        return {"run": name}
+    return ({"run": folder} if folder else {}) | {axis: value for axis, _, value in pairs}
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
