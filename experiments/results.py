@@ -35,8 +35,9 @@ class Run(NamedTuple):
 
 def read_lines(path: Path) -> list[dict]:
     """Returns the objects of a .jsonl file; a last line that a kill has torn is left out."""
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    # Not splitlines: a string of JSON may hold other ends of lines, such as U+2028.
+    *lines, _ = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines if line]
 
 
 def find_runs(folders: Iterable[Path]) -> list[Run]:
