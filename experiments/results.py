@@ -131,7 +131,7 @@ def with_spread(values: Sequence[float]) -> str:
     mean, sd = mean_and_sd(values)
     if sd is None or not math.isfinite(sd):
         return f"{mean:.4g}"
-    if sd <= 1e-9 * abs(mean):  # equal but for rounding
+    if sd <= 1e-6 * abs(mean):  # equal but for rounding
         return f"{mean:.4g} ± 0"
     decimals = min(max(1 - math.floor(math.log10(sd)), 0), 7)
     return f"{mean:.{decimals}f} ± {sd:.{decimals}f}"
