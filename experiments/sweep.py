@@ -50,20 +50,25 @@ def main(argv: list[str]) -> int:
     points, broken = make_points(args, overrides)
     tasks = [point.task for point in points]
     left = [point for point in points if commands_left(point.task)]
-    caches = {point.cache.name: point.cache for point in left if point.cache}
+    caches = [point.cache for point in left if point.cache and commands_left(point.cache)]
+    caches = list({cache.name: cache for cache in caches}.values())
     if args.is_print:
-        print_commands(list(caches.values()), tasks, broken)
+        print_commands(caches, tasks, broken)
         return bool(broken)
 
     args.out.mkdir(parents=True, exist_ok=True)
     # Points of one shape share their compiled programs.
     env = {"JAX_COMPILATION_CACHE_DIR": str(args.out.absolute() / "compiled")} | os.environ
-    lost = run_tasks(list(caches.values()), jobs=args.jobs, env=env)
-    for task, cache in left:
-        if cache and cache.name in lost:
-            broken[task.name] = f"{cache.name}: {lost[cache.name]}"
-    ready = [task for task in tasks if task.name not in broken]
-    broken |= run_tasks(ready, jobs=args.jobs, env=env)
+    try:
+        lost = run_tasks(caches, jobs=args.jobs, env=env)
+        for task, cache in left:
+            if cache and cache.name in lost:
+                broken[task.name] = f"{cache.name}: {lost[cache.name]}"
+        ready = [task for task in tasks if task.name not in broken]
+        broken |= run_tasks(ready, jobs=args.jobs, env=env)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from there")
+        return 1
     return report(args.out, broken)
 
 
@@ -80,6 +85,8 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--evaluate", type=int, default=0)
     parser.add_argument("--print", action="store_true", dest="is_print")
     args, overrides = parser.parse_known_args(argv[1:])
+    if min(args.seeds, args.jobs) < 1:
+        raise UserError(f"--seeds={args.seeds} and --jobs={args.jobs} must be at least 1.")
     for flag in overrides:
         if not flag.startswith("--config.") or "=" not in flag:
             raise UserError(f"Unknown argument {flag!r}; overrides are --config.field=value.")
@@ -203,11 +210,13 @@ def report(out: Path, broken: dict[str, str]) -> int:
     table = results.markdown(results.table(runs)) if runs else "No run has begun.\n"
     (out / "table.md").write_text(table + ("\n" + lines if lines else ""))
     print(table)
-    if not runs:
-        return 1
+    return bool(broken or not runs or write_page(out))
+
+
+def write_page(out: Path) -> int:
+    """Returns the exit status of experiments.report, a command: a pod may have no matplotlib."""
     command = [sys.executable, "-m", "experiments.report", str(out), f"--out={out}/report.html"]
-    status = subprocess.run(command).returncode
-    return bool(broken or status)
+    return subprocess.run(command).returncode
 
 
 if __name__ == "__main__":

@@ -232,8 +232,8 @@ def plot(path: Path, policies: dict, optima: dict, limit: np.ndarray, masses: di
         _draw_band(mass, steps, runs, loss if start == STARTS[0] else None, color)
     mass.axhline(0.5, color="black", ls="--", lw=1, label="under mu")
     mass.set(xscale="log", ylim=(0, 1), xlabel="step", title="mass of the answers that are drawn")
-    for axes in (by_step, by_k, mass):
-        axes.legend(fontsize=8)
+    for axes, place in ((by_step, "lower left"), (by_k, "center right"), (mass, "lower right")):
+        axes.legend(fontsize=8, loc=place)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
