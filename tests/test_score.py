@@ -5,9 +5,12 @@ import sys
 
 import pytest
 from commands import command, finish, metric_lines, write_rows
+from helpers import data_config
 
 from nca_jax import score
 from nca_jax.checks import UserError
+from nca_jax.data import encode
+from nca_jax.models.pretrained import load_tokenizer
 from nca_jax.rewards.scorers import SCORERS, get_scorer
 
 ROW = {"prompt": "6 * 7 =", "answer": 42}
@@ -123,6 +126,19 @@ def test_nothing_names_no_scorer():
     assert get_scorer("") is None
 
 
+def test_what_is_scored_is_what_train_reads(tmp_path):
+    run(tmp_path, "length", *[ROW | {"responses": ["a", "b c"]}] * 3)
+    (examples,), skipped = encode.load_examples(
+        str(tmp_path / "scored.jsonl"),
+        tokenizer=load_tokenizer("byte"),
+        config=data_config(num_responses=2),
+        vocab_size=300,
+        eos_ids=(),
+    )
+    assert [example.scores.tolist() for example in examples] == [[1, 2]] * 3 and not skipped
+
+
+@pytest.mark.slow
 def test_generate_score_train_is_a_loop_of_three_commands(tmp_path):
     rows = write_rows(tmp_path / "first.jsonl", num_rows=6)
     config = f"--config=configs/jsonl.py:files={rows},smoke,k=3"
