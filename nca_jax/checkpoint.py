@@ -1,6 +1,6 @@
 """Checkpoints of a run: asynchronous, whole or absent, the last few and the best kept.
 
-workdir/config.json     the config of the run      workdir/run.json   commit, reference
+workdir/config.json     the config of the run      workdir/run.json   commit, reference, steps
 workdir/checkpoints/N/  the TrainState after N updates
 """
 

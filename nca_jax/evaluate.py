@@ -96,7 +96,7 @@ def sample_metrics(run: build.Run, policy: dict, reference: dict, heldout) -> tu
         for row, responses in zip(rows, texts[who], strict=True):
             row[who] = responses
             if scorer:
-                scores = scorer([row["prompt"]] * len(responses), responses)
+                scores = scorer([{"prompt": row["prompt"]}] * len(responses), responses)
                 row[f"{who}_scores"] = [float(score) for score in scores]
         if scorer:
             metrics[name] = float(np.mean([row[f"{who}_scores"] for row in rows]))

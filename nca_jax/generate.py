@@ -1,13 +1,10 @@
 r"""Sample responses: python -m nca_jax.generate --config=FILE[:args] --prompts=FILE --out=FILE.
 
---prompts  JSON lines with a "prompt" (text or messages); other keys are ignored
---out      JSON lines {"prompt", "responses"}, with "scores" where config.generate.scorer names
-           a scorer: rows that nca_jax.train reads as they are
+--prompts  JSON lines with a "prompt" (text or messages); other keys, an "answer", go along
+--out      the same rows with "responses", and "scores" where config.generate.scorer names a scorer
+           (see nca_jax.score): rows that nca_jax.train reads as they are
 --workdir  of a training run: its latest checkpoint; without it the model of init_from
 """
-
-import json
-from pathlib import Path
 
 import jax
 
@@ -15,9 +12,11 @@ from nca_jax import build
 from nca_jax.checks import UserError, run_main
 from nca_jax.config import parse_flags
 from nca_jax.data.chat import encode_prompt
-from nca_jax.data.sources import JsonlSource
+from nca_jax.data.sources import JsonlSource, write_rows
 from nca_jax.decode import make_generator, to_text
-from nca_jax.rewards.scorers import get_scorer
+from nca_jax.rewards.scorers import get_scorer, score_rows
+
+ANSWERS = ("responses", "scores", "chosen", "rejected")  # of a row that had been answered before
 
 
 def main(argv: list[str]) -> int:
@@ -39,15 +38,11 @@ def main(argv: list[str]) -> int:
         samples = make_generator(run)(params, encoded, config.seed)
     texts = [[to_text(run, ids) for ids in of_prompt] for of_prompt in samples]
 
-    partial = Path(flags.out).with_suffix(".partial")
-    with open(partial, "w") as file:
-        for prompt, responses in zip(prompts, texts, strict=True):
-            row = {"prompt": prompt, "responses": responses}
-            if scorer:
-                scores = scorer([str(prompt)] * len(responses), responses)
-                row["scores"] = [round(float(score), 6) for score in scores]
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    partial.replace(flags.out)
+    answered = [
+        {key: x for key, x in row.items() if key not in ANSWERS} | {"responses": responses}
+        for (_, row), responses in zip(rows, texts, strict=True)
+    ]
+    write_rows(flags.out, score_rows(answered, scorer) if scorer else answered)
     print(f"{len(prompts)} prompts x {config.generate.num_samples} responses in {flags.out}")
     return 0
 

@@ -56,6 +56,7 @@ def main(argv: list[str]) -> int:
             )
             reference.write_part(folder, i, parts[i], scored)
             tokens += sum(len(ids) for example in parts[i] for ids in example.responses)
+    write_json(folder / "complete.json", {"examples": len(examples), "parts": len(parts)})
     seconds = time.perf_counter() - start
     print(
         f"{len(examples)} examples in {folder}: {len(missing)} of {len(parts)} parts made now, "

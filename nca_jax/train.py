@@ -81,7 +81,7 @@ def main(argv: list[str]) -> int:
             state = make_state(params)
         # The reference comes from where it first came, never from the workdir.
         ref_params = build.start_params(run, build.reference_init_from(config)) if live else None
-        record_run(workdir, config, ref_params)
+        record_run(workdir, config, steps, ref_params)
 
         # ---- Compile -------------------------------------------------------------------------
         train_step = jax.jit(
@@ -135,7 +135,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def record_run(workdir: Path, config, ref_params: dict | None) -> None:
+def record_run(workdir: Path, config, steps: int, ref_params: dict | None) -> None:
     """Writes config.json and run.json; on a resume, checks that the reference is still the same.
 
     Raises:
@@ -150,7 +150,8 @@ def record_run(workdir: Path, config, ref_params: dict | None) -> None:
             "use a new --workdir."
         )
     checkpoint.write_json(workdir / "config.json", flatten(config))
-    checkpoint.write_json(path, {"reference": reference, "commit": checkpoint.git_commit()})
+    commit = checkpoint.git_commit()
+    checkpoint.write_json(path, {"reference": reference, "commit": commit, "steps": steps})
 
 
 def write_metrics(writer, unread: list, config, clock: float, is_new: bool) -> float:

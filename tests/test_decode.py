@@ -222,6 +222,7 @@ def test_generate_writes_rows_that_train_reads_and_evaluate_writes_its_metrics(t
     prompts = [json.loads(line)["prompt"] for line in rows.read_text().splitlines()]
     assert [row["prompt"] for row in written] == prompts
     assert all(len(row["responses"]) == 2 for row in written)
+    assert all("scores" not in row for row in written)  # those of the responses before
 
     evaluate.main(["evaluate", *config, f"--out={tmp_path / 'eval.json'}", "--num_prompts=3"])
     result = json.loads((tmp_path / "eval.json").read_text())

@@ -28,7 +28,7 @@ CONFIG_FILES = sorted((ROOT / "configs").glob("*.py"))
 # commands, which nobody imports.
 LEAVES = {"checks", "batch", "axes", "model_config", "config_arg", "losses"}
 GROUPS = {"models", "data", "rewards"}
-MAINS = {"train", "precompute", "evaluate", "generate", "inspect", "export", "prepare"}
+MAINS = {"train", "precompute", "evaluate", "generate", "inspect", "export", "prepare", "score"}
 MAX_LINES, MAX_LEAVES = 400, 64
 
 FILES_ARGUMENT = {"torch_parity.py": "rows"}  # elsewhere "files"

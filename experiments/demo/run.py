@@ -16,10 +16,9 @@ import sys
 import time
 from pathlib import Path
 
-from report import write_report
-
 ROOT = Path(__file__).parents[2]
 NUM_PROMPTS = 48  # held-out prompts that are answered before and after
+TITLE = "SmolLM2-135M learns to review films kindly, by NCA on responses of its own"
 
 
 def main() -> None:
@@ -31,8 +30,8 @@ def main() -> None:
     workdir = args.out / "train"
     shutil.rmtree(workdir, ignore_errors=True)  # the demo shows a whole run, not a resumed one
     config = f"--config=configs/sentiment.py:seed={args.seed}"
-    command("train", config, f"--workdir={workdir}")
-    command("evaluate", config, f"--workdir={workdir}", f"--num_prompts={NUM_PROMPTS}")
+    command("nca_jax.train", config, f"--workdir={workdir}")
+    command("nca_jax.evaluate", config, f"--workdir={workdir}", f"--num_prompts={NUM_PROMPTS}")
 
     evaluation = json.loads((workdir / "evaluation.json").read_text())
     metrics = evaluation["metrics"]
@@ -45,8 +44,8 @@ def main() -> None:
         "seconds": round(time.perf_counter() - start, 1),
     }
     (args.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    write_report(args.out / "report.html", summary, lines, evaluation["samples"])
+    page = f"--out={args.out / 'report.html'}"
+    command("experiments.report", str(workdir), page, f"--title={TITLE}")
 
     print(f"\nHeld-out prompts: {len(evaluation['samples'])}")
     for name, value in summary.items():
@@ -54,11 +53,11 @@ def main() -> None:
     print(f"\n{args.out / 'summary.json'}\n{args.out / 'report.html'}")
 
 
-def command(name: str, *flags: str) -> None:
-    """Runs `python -m nca_jax.NAME FLAGS`; stops the demo where it fails."""
+def command(module: str, *flags: str) -> None:
+    """Runs `python -m MODULE FLAGS`; stops the demo where it fails."""
     # Compiled programs are kept, so that a second demo starts sooner.
     env = {"JAX_COMPILATION_CACHE_DIR": str(ROOT / "runs/compiled")} | os.environ
-    done = subprocess.run([sys.executable, "-m", f"nca_jax.{name}", *flags], cwd=ROOT, env=env)
+    done = subprocess.run([sys.executable, "-m", module, *flags], cwd=ROOT, env=env)
     if done.returncode:
         sys.exit(done.returncode)
 

@@ -8,6 +8,7 @@ import gzip
 import json
 import os
 import zlib
+from collections.abc import Iterable
 from typing import Any
 
 from nca_jax.checks import UserError
@@ -67,6 +68,14 @@ def open_source(entry: str) -> JsonlSource | TfdsSource:
       UserError: it names nothing that can be read.
     """
     return TfdsSource(entry) if entry.startswith(PREFIX) else JsonlSource(entry)
+
+
+def write_rows(path: str, rows: Iterable[dict[str, Any]]) -> None:
+    """Writes a .jsonl file that is whole or absent."""
+    partial = f"{path}.partial"
+    with open(partial, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    os.replace(partial, path)
 
 
 def split_globs(files: str) -> list[str]:

@@ -1,0 +1,139 @@
+"""Figures of runs: curves over steps and reward against KL, with mean and spread over seeds.
+
+A line is the mean over the seeds of a setting and its band one standard deviation to either side.
+"""
+
+from collections.abc import Sequence
+
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt  # noqa: E402  (after the backend)
+import numpy as np  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+from experiments.results import Run, by_setting, mean_and_sd  # noqa: E402
+
+# Panels of the curves: title, split and metrics. One of several metrics is for a single setting.
+CURVES = (
+    ("loss and its floor, nats", "train", ("loss", "floor")),
+    ("loss above its floor, nats", "train", ("excess",)),
+    ("accuracy, chance 0.5", "train", ("accuracy",)),
+    ("log-ratio of the best response, nats", "train", ("chosen_logp_drift",)),
+    ("implicit reward by rank, nats", "train", tuple(f"rewards/{k}" for k in range(16))),
+    ("held-out loss above its floor, nats", "eval", ("excess",)),
+    ("held-out accuracy, chance 0.5", "eval", ("accuracy",)),
+    ("held-out log-ratio of the best response, nats", "eval", ("chosen_logp_drift",)),
+)
+COLUMNS = 3
+plt.rcParams.update({"font.size": 9, "axes.titlesize": 10, "axes.grid": True, "grid.alpha": 0.3})
+plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
+
+
+def curves(runs: Sequence[Run]) -> Figure:
+    """Draws the metrics of training and of held-out rows over steps."""
+    settings = by_setting(runs)
+    panels = []
+    for title, split, names in CURVES:
+        names = [name for name in names if any(_series(run, split, name)[0] for run in runs)]
+        if names and (len(names) == 1 or len(settings) == 1):
+            panels.append((title, split, names))
+    rows = -(-len(panels) // COLUMNS)
+    figure, grid = plt.subplots(
+        rows, COLUMNS, figsize=(12, 3 * rows), layout="constrained", squeeze=False
+    )
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    colors = colors_of(len(settings))
+    for axes, (title, split, names) in zip(grid.flat, panels, strict=False):
+        for (setting, members), color in zip(settings.items(), colors, strict=True):
+            for name in names:
+                label = name if len(names) > 1 else setting
+                color = None if len(names) > 1 else color
+                _draw_mean(axes, [_series(run, split, name) for run in members], label, color)
+        axes.set_title(title)
+        axes.set_xlabel("step")
+        if len(names) > 1:
+            axes.legend(fontsize=8, ncols=-(-len(names) // 6))
+    if len(settings) > 1 and panels:
+        _legend_below(figure, grid.flat[0])
+    return figure
+
+
+def _series(run: Run, split: str, name: str) -> tuple[list[int], list[float]]:
+    """Returns the steps and values of a metric."""
+    lines = [line for line in run.lines if line["split"] == split and name in line]
+    return [line["step"] for line in lines], [line[name] for line in lines]
+
+
+def _draw_mean(axes: Axes, series: list[tuple[list, list]], label: str, color) -> None:
+    """Draws the mean and band of several seeds, at the steps that all of them have."""
+    by_step = [dict(zip(*one, strict=True)) for one in series]
+    steps = sorted(set.intersection(*map(set, by_step)))
+    values = np.array([[one[step] for step in steps] for one in by_step])  # [seeds, steps]
+    mean = values.mean(axis=0)
+    (line,) = axes.plot(steps, mean, label=label, color=color, marker="." if len(steps) < 8 else "")
+    if len(values) > 1:
+        sd = values.std(axis=0, ddof=1)
+        axes.fill_between(steps, mean - sd, mean + sd, color=line.get_color(), alpha=0.18, lw=0)
+
+
+def front(runs: Sequence[Run]) -> Figure | None:
+    """Draws reward against KL to the reference; None where no evaluation has both.
+
+    Faint points are seeds, strong ones their means with one standard deviation. The dashed line is
+    the front: the settings that no other one beats in reward at a smaller KL.
+    """
+    found = {
+        setting: np.array([[run.evaluation["kl"], run.evaluation["reward"]] for run in members])
+        for setting, members in by_setting(
+            run for run in runs if {"kl", "reward"} <= run.evaluation.keys()
+        ).items()
+    }  # {setting: [seeds, 2]}
+    if not found:
+        return None
+    figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
+    for (setting, points), color in zip(found.items(), colors_of(len(found)), strict=True):
+        (kl, kl_sd), (reward, reward_sd) = (mean_and_sd(column.tolist()) for column in points.T)
+        axes.scatter(*points.T, color=color, alpha=0.35, s=18, lw=0)
+        axes.errorbar(
+            kl, reward, xerr=kl_sd, yerr=reward_sd, fmt="o", color=color, label=setting, capsize=2
+        )
+    start = [run.evaluation["reward_reference"] for run in runs if run.evaluation]
+    axes.scatter(
+        [0], [np.mean(start)], marker="*", s=110, color="black", label="reference", zorder=3
+    )
+    best = front_of(
+        [(0.0, float(np.mean(start))), *(points.mean(axis=0) for points in found.values())]
+    )
+    axes.plot(*zip(*best, strict=True), color="black", lw=0.9, ls="--", label="front", zorder=0)
+    axes.set_xlabel("KL(policy || reference), nats a response")
+    axes.set_ylabel("mean reward")
+    _legend_below(figure, axes)
+    return figure
+
+
+def front_of(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Returns the points (KL, reward) that no point of smaller or equal KL beats, by KL."""
+    best: list[tuple[float, float]] = []
+    for kl, reward in sorted(
+        ((float(x), float(y)) for x, y in points), key=lambda p: (p[0], -p[1])
+    ):
+        if not best or reward > best[-1][1]:
+            best.append((kl, reward))
+    return best
+
+
+def colors_of(count: int) -> list:
+    """Returns colours that can be told apart as long as there are few of them."""
+    if count <= 10:
+        return [plt.get_cmap("tab10")(i) for i in range(count)]
+    return [plt.get_cmap("turbo")(x) for x in np.linspace(0.05, 0.95, count)]
+
+
+def _legend_below(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    width = figure.get_figwidth() / (0.5 + 0.075 * max(map(len, labels)))
+    columns = max(1, min(len(labels), int(width)))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8)

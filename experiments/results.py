@@ -1,0 +1,180 @@
+"""What runs left behind, gathered by setting: metrics.jsonl, evaluation.json and sampled rows.
+
+A run is a folder with a metrics.jsonl. Folders SETTING/seed=N, as a sweep makes them, are the seeds
+of one setting; any other folder is a setting of one run.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from nca_jax.checks import UserError
+
+# The columns of a table, where a run has them.
+METRICS = {
+    "reward": "mean score of the policy's own responses",
+    "reward_reference": "mean score of the reference's responses to the same prompts",
+    "kl": "KL(policy || reference), nats a response, on the policy's own samples",
+    "accuracy": "the best response has the higher implicit reward; chance is 0.5",
+    "loss": "nats a prompt",
+    "excess": "loss above its floor, nats",
+    "chosen_logp_drift": "change of the best response's log-probability, nats",
+}
+Answers = dict[str, list[tuple[str, float | None]]]  # {prompt: [(response, its score)]}
+
+
+class Run(NamedTuple):
+    setting: str  # "loss.alpha=0.1,algo=nca", or the name of the folder
+    lines: list[dict]  # of metrics.jsonl
+    evaluation: dict[str, float]  # metrics of evaluation.json; {}: there is none
+    samples: dict[str, Answers]  # by who answered
+
+
+def read_lines(path: Path) -> list[dict]:
+    """Returns the objects of a .jsonl file; a last line that a kill has torn is left out."""
+    # Not splitlines: a string of JSON may hold other ends of lines, such as U+2028.
+    *lines, _ = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines if line]
+
+
+def find_runs(folders: Iterable[Path]) -> list[Run]:
+    """Returns the runs in and below the folders, by setting and seed.
+
+    Raises:
+      UserError: there is none in one of them.
+    """
+    folders, runs = list(folders), []
+    for folder in folders:
+        found = sorted(path.parent for path in folder.rglob("metrics.jsonl"))
+        if not found:
+            raise UserError(f"{folder} holds no metrics.jsonl; give the workdir of runs.")
+        for workdir in found:
+            place = workdir.parent if workdir.name.startswith("seed=") else workdir
+            is_below = place != folder and folder in place.parents
+            name = str(place.relative_to(folder)) if is_below else place.absolute().name
+            is_one_of_several = len(folders) > 1 and is_below
+            runs.append(read_run(workdir, f"{folder.name}/{name}" if is_one_of_several else name))
+    return runs
+
+
+def read_run(workdir: Path, setting: str) -> Run:
+    """Reads one workdir: its metrics, its evaluation, and rows that nca_jax.generate sampled."""
+    evaluation, samples = {}, {}
+    if (workdir / "evaluation.json").exists():
+        content = json.loads((workdir / "evaluation.json").read_text())
+        evaluation = content["metrics"]
+        for who in ("reference", "policy") if content["samples"] else ():
+            samples[who] = _answers(content["samples"], who, f"{who}_scores")
+    for path in sorted(workdir.glob("*.jsonl")):
+        if path.name != "metrics.jsonl":
+            samples[path.stem] = read_samples(path)
+    return Run(setting, read_lines(workdir / "metrics.jsonl"), evaluation, samples)
+
+
+def read_samples(path: Path) -> Answers:
+    """Reads rows of nca_jax.generate or nca_jax.score."""
+    rows = read_lines(path)
+    if not all("prompt" in row and "responses" in row for row in rows):
+        raise UserError(f"{path}: wanted rows with 'prompt' and 'responses', as generate writes.")
+    return _answers(rows, "responses", "scores")
+
+
+def _answers(rows: Sequence[dict], responses: str, scores: str) -> Answers:
+    return {
+        _prompt_text(row["prompt"]): list(
+            zip(row[responses], row.get(scores, [None] * len(row[responses])), strict=True)
+        )
+        for row in rows
+    }
+
+
+def _prompt_text(prompt: str | list[dict]) -> str:
+    """A prompt of messages as text."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def by_setting(runs: Iterable[Run]) -> dict[str, list[Run]]:
+    """Returns {setting: its runs}, in the order in which they come."""
+    settings: dict[str, list[Run]] = {}
+    for run in runs:
+        settings.setdefault(run.setting, []).append(run)
+    return settings
+
+
+def final_metrics(run: Run) -> tuple[str, dict[str, float]]:
+    """Returns where they are from and the last metrics of a run: the most telling that there are.
+
+    evaluation.json before the last held-out line, and that before the last line of training.
+    """
+    if run.evaluation:
+        return "evaluation", run.evaluation
+    for split, source in (("eval", "held-out step"), ("train", "training step")):
+        lines = [line for line in run.lines if line["split"] == split]
+        if lines:
+            return f"{source} {lines[-1]['step']}", lines[-1]
+    return "no step yet", {}
+
+
+def mean_and_sd(values: Sequence[float]) -> tuple[float, float | None]:
+    """Returns the mean and the sample standard deviation; None for a single value."""
+    mean = statistics.fmean(values)
+    return mean, math.sqrt(statistics.variance(values, mean)) if len(values) > 1 else None
+
+
+def with_spread(values: Sequence[float]) -> str:
+    """Writes "mean ± sd", two digits of the sd; a single value with four digits."""
+    mean, sd = mean_and_sd(values)
+    if sd is None or not math.isfinite(sd):
+        return f"{mean:.4g}"
+    if sd <= 1e-6 * abs(mean):  # equal but for rounding
+        return f"{mean:.4g} ± 0"
+    decimals = min(max(1 - math.floor(math.log10(sd)), 0), 7)
+    return f"{mean:.{decimals}f} ± {sd:.{decimals}f}"
+
+
+def table(runs: Sequence[Run]) -> list[list[str]]:
+    """Returns a header and one row a setting: its values, seeds, source, and metrics with spread.
+
+    Only runs whose last metrics are from the same place are averaged, those of the most runs;
+    "2 of 3" seeds says that one is not so far.
+    """
+    settings = by_setting(runs)
+    split = {name: _split_setting(name) for name in settings}
+    axes = list(dict.fromkeys(axis for values in split.values() for axis in values))
+    rows = []
+    for name, members in settings.items():
+        finals = [final_metrics(run) for run in members]
+        source = statistics.mode(source for source, _ in finals)
+        metrics = [metrics for where, metrics in finals if where == source]
+        seeds = str(len(members))
+        seeds = seeds if len(metrics) == len(members) else f"{len(metrics)} of {seeds}"
+        common = [m for m in METRICS if all(m in of_run for of_run in metrics)]
+        cells = {metric: with_spread([x[metric] for x in metrics]) for metric in common}
+        rows.append(([split[name].get(axis, "") for axis in axes] + [seeds, source], cells))
+    shown = [metric for metric in METRICS if any(metric in cells for _, cells in rows)]
+    header = [*axes, "seeds", "from", *shown]
+    return [
+        header,
+        *([*left, *(cells.get(metric, "-") for metric in shown)] for left, cells in rows),
+    ]
+
+
+def _split_setting(name: str) -> dict[str, str]:
+    """Returns {axis: value} of "FOLDER/axis=value,axis=value"; what has no "=" is under "run"."""
+    folder, _, last = name.rpartition("/")
+    pairs = [piece.partition("=") for piece in last.split(",")]
+    if not all(equals for _, equals, _ in pairs):
+        return {"run": name}
+    return ({"run": folder} if folder else {}) | {axis: value for axis, _, value in pairs}
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Writes a table as Markdown."""
+    header, *rest = rows
+    lines = [header, ["---"] * len(header), *rest]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
