@@ -12,7 +12,7 @@ Units: nats, summed over the tokens of a response.
 import copy
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +20,6 @@ import torch
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-FIRST_BONUS = 0.01  # added to the score of each row's first response
 IGNORED = -100  # the label of a token that is not scored
 
 
@@ -35,7 +34,7 @@ class Row(NamedTuple):
 class Settings(NamedTuple):
     """What a run of the released trainer is told; AdamW is (0.9, 0.999, 1e-8) without decay."""
 
-    loss: str = "nca"  # a key of LOSSES
+    loss: str = "nca"  # of SCORED_LOSSES or PAIR_LOSSES
     alpha: float = 1e-4  # the temperature of the scores; no loss of pairs reads it
     beta: float = 0.1
     lr: float = 1e-3
@@ -43,6 +42,7 @@ class Settings(NamedTuple):
     batch_size: int = 4  # B
     warmup_frac: float = 0.1
     clip_norm: float = 1.0
+    first_bonus: float = 0.01  # added to the score of each row's first response
 
 
 class State(NamedTuple):
@@ -68,48 +68,51 @@ def batches(rows: Sequence[Row], batch_size: int) -> Iterator[list[Row]]:
         at += batch_size
 
 
-# Losses: [B, K] implicit rewards and scores -> one value
+# Losses: [B, K] implicit rewards and targets -> one value
 
 
-def targets(scores: torch.Tensor, alpha: float) -> torch.Tensor:
+def targets(scores: torch.Tensor, settings: Settings) -> torch.Tensor:
     """p = softmax(scores / alpha) after the bonus of the first response, [B, K]."""
     bonus = torch.zeros_like(scores)
-    bonus[:, 0] = FIRST_BONUS
-    return torch.softmax((scores + bonus) / alpha, dim=-1)
+    bonus[:, 0] = settings.first_bonus
+    return torch.softmax((scores + bonus) / settings.alpha, dim=-1)
 
 
-def nca(rewards: torch.Tensor, scores: torch.Tensor, alpha: float) -> torch.Tensor:
-    attract = -(targets(scores, alpha) * logsigmoid(rewards)).sum(-1).mean()
-    return attract - logsigmoid(-rewards).mean()
+def nca(rewards: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    return -(p * logsigmoid(rewards)).sum(-1).mean() - logsigmoid(-rewards).mean()
 
 
-def infonca(rewards: torch.Tensor, scores: torch.Tensor, alpha: float) -> torch.Tensor:
-    return -(targets(scores, alpha) * torch.log_softmax(rewards, dim=-1)).sum(-1).mean()
+def infonca(rewards: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    return -(p * torch.log_softmax(rewards, dim=-1)).sum(-1).mean()
 
 
-def dpo(rewards: torch.Tensor, scores: torch.Tensor, alpha: float) -> torch.Tensor:
-    return -logsigmoid(rewards[:, 0] - rewards[:, 1]).mean()
+SCORED_LOSSES = {"nca": nca, "infonca": infonca}
 
 
-def pairwise_nca(rewards: torch.Tensor, scores: torch.Tensor, alpha: float) -> torch.Tensor:
-    chosen, rejected = rewards.unbind(-1)
+# Losses of pairs: [B] implicit rewards of the chosen and of the rejected -> one value
+
+
+def dpo(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+    return -logsigmoid(chosen - rejected).mean()
+
+
+def pairwise_nca(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
     noise = 0.5 * (logsigmoid(-chosen) + logsigmoid(-rejected))
     return -(logsigmoid(chosen) + noise).mean()
 
 
-def biased_nca(rewards: torch.Tensor, scores: torch.Tensor, alpha: float) -> torch.Tensor:
-    chosen, rejected = rewards.unbind(-1)
+def biased_nca(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
     return -(logsigmoid(chosen) + logsigmoid(-rejected)).mean()
 
 
-LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]] = {
-    "nca": nca,
-    "infonca": infonca,
-    "dpo": dpo,
-    "pairwise_nca": pairwise_nca,
-    "biased_nca": biased_nca,
-}
-PAIR_LOSSES = ("dpo", "pairwise_nca", "biased_nca")  # K = 2
+PAIR_LOSSES = {"dpo": dpo, "pairwise_nca": pairwise_nca, "biased_nca": biased_nca}
+
+
+def loss_of(rewards: torch.Tensor, scores: torch.Tensor, settings: Settings) -> torch.Tensor:
+    """The loss of [B, K] implicit rewards; a loss of pairs takes the first response as chosen."""
+    if settings.loss in PAIR_LOSSES:
+        return PAIR_LOSSES[settings.loss](*rewards.unbind(-1))
+    return SCORED_LOSSES[settings.loss](rewards, targets(scores, settings))
 
 
 # Log-probabilities
@@ -181,7 +184,7 @@ def gradients(
             with torch.no_grad():
                 row_ref_logps = response_logps(state.reference, row)
         rewards = settings.beta * (row_logps - row_ref_logps)
-        loss = LOSSES[settings.loss](rewards[None], torch.tensor([row.scores]), settings.alpha)
+        loss = loss_of(rewards[None], torch.tensor([row.scores]), settings)
         (loss / len(rows)).backward()
         total += loss.item() / len(rows)
         logps.append(row_logps.detach())
