@@ -207,6 +207,9 @@ def test_old_and_new_rope_fields_agree(tmp_path, change):
     ("model_type", "change", "message"),
     [
         ("llama", {"model_type": "gpt2"}, "model_type 'gpt2'"),
+        ("llama", {"model_type": "phi3"}, "model_type 'phi3' is not one of llama, mistral"),
+        ("llama", {"model_type": "gemma2"}, "model_type 'gemma2'"),
+        ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "wanted LlamaForCausalLM"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ("llama", {"attention_bias": True}, "attention_bias True"),
         ("qwen3", {"attention_bias": True}, "attention_bias True"),
@@ -215,6 +218,7 @@ def test_old_and_new_rope_fields_agree(tmp_path, change):
         ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type 'linear'"),
         ("llama", {"rope_parameters": {"rope_type": "yarn"}}, "rope_type 'yarn'"),
         ("llama", {"rope_scaling": {"rope_type": "dynamic"}}, "rope_type 'dynamic'"),
+        ("mistral", {"rope_scaling": {"rope_type": "longrope"}}, "rope_type 'longrope'"),
         ("llama", {"rope_scaling": {"rope_type": "llama3"}}, "llama3 needs 'factor'"),
         ("qwen3", {"rope_parameters": {"full_attention": {}}}, "one for each kind of layer"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
@@ -223,7 +227,12 @@ def test_old_and_new_rope_fields_agree(tmp_path, change):
         (
             "qwen2",
             {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
-            "use_sliding_window in some layers",
+            "a sliding window in some layers only",
+        ),
+        (
+            "mistral",
+            {"layer_types": ["sliding_attention", "full_attention"]},
+            "a sliding window in some layers only",
         ),
     ],
 )
@@ -238,6 +247,15 @@ def test_what_would_be_computed_wrongly_is_refused_by_name(tmp_path, model_type,
         ({"use_sliding_window": False, "sliding_window": 8}, 0),
         ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 28}, 0),
         ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}, 8),
+        ({"sliding_window": 8, "layer_types": ["full_attention"] * 3}, 0),
+        (
+            {
+                "use_sliding_window": True,
+                "sliding_window": 8,
+                "layer_types": ["sliding_attention"] * 3,
+            },
+            8,
+        ),
     ],
 )
 def test_qwens_window_counts_if_every_layer_has_it(tmp_path, change, window):

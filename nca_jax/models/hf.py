@@ -12,6 +12,7 @@ from nca_jax.models import names
 
 # A config.json leaves out what equals the default of its class in transformers; a test compares.
 _EVERY_MODEL = {
+    "architectures": None,
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
     "rope_theta": 10_000.0,
@@ -23,6 +24,7 @@ _EVERY_MODEL = {
     "eos_token_id": None,
     "attention_bias": False,
     "mlp_bias": False,
+    "layer_types": None,
     "quantization_config": None,
 }
 _LLAMA = _EVERY_MODEL | {
@@ -49,7 +51,6 @@ _QWEN2 = _EVERY_MODEL | {
     "use_sliding_window": False,
     "sliding_window": 4096,
     "max_window_layers": 28,
-    "layer_types": None,
 }
 DEFAULTS = {
     "llama": _LLAMA,
@@ -57,6 +58,13 @@ DEFAULTS = {
     "mixtral": _MIXTRAL,
     "qwen2": _QWEN2,
     "qwen3": _QWEN2 | {"head_dim": 128},
+}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
 }
 SIZES = (
     "vocab_size",
@@ -141,6 +149,11 @@ def _refuse(file: Path, raw: dict) -> None:
     for key in SIZES:
         if not isinstance(raw.get(key), int) or raw[key] < 1:
             raise UserError(f"{file}: {key} must be a positive integer, not {raw.get(key)!r}.")
+    architecture = ARCHITECTURES[raw["model_type"]]
+    if raw["architectures"] not in (None, [architecture]):
+        raise UserError(
+            f"{file}: architectures {raw['architectures']} is not supported; wanted {architecture}."
+        )
     wanted = {
         "hidden_act": "silu",
         "attention_bias": False,
@@ -178,23 +191,21 @@ def _rope(file: Path, raw: dict) -> tuple[float, RopeScaling | None]:
 
 def _sliding_window(file: Path, raw: dict) -> int:
     """Returns the window of every layer, 0 for none."""
+    is_qwen = raw["model_type"] in ("qwen2", "qwen3")
+    kinds = raw["layer_types"]
+    if is_qwen and raw["use_sliding_window"] and not kinds:
+        full, layers = raw["max_window_layers"], range(raw["num_hidden_layers"])
+        kinds = ["sliding_attention" if i >= full else "full_attention" for i in layers]
+    if len(set(kinds or ())) > 1:
+        raise UserError(
+            f"{file}: a sliding window in some layers only (layer_types, max_window_layers) is not "
+            "supported; wanted all or none."
+        )
     if raw["model_type"] == "llama" or raw["sliding_window"] is None:
         return 0
-    if raw["model_type"] in ("mistral", "mixtral"):
-        return raw["sliding_window"]
-    if not raw["use_sliding_window"]:
+    if is_qwen and not (raw["use_sliding_window"] and kinds[0] == "sliding_attention"):
         return 0
-    full, layers = raw["max_window_layers"], range(raw["num_hidden_layers"])
-    kinds = raw["layer_types"] or [
-        "sliding_attention" if i >= full else "full_attention" for i in layers
-    ]
-    if set(kinds) == {"full_attention"}:
-        return 0
-    if set(kinds) == {"sliding_attention"}:
-        return raw["sliding_window"]
-    raise UserError(
-        f"{file}: use_sliding_window in some layers only is not supported; wanted all or none."
-    )
+    return raw["sliding_window"]
 
 
 def _eos_ids(raw: dict, generation_file: Path) -> tuple[int, ...]:

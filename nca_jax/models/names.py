@@ -9,7 +9,7 @@ Reading and writing take the same rows, so a name or a transpose is stated once.
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -66,6 +66,13 @@ class Row(NamedTuple):
     def tensor_shape(self, config: ModelConfig) -> tuple[int, ...]:
         sizes = axis_sizes(config)
         return tuple(math.prod(sizes[a] for a in word) for word in self.tensor_axes.split())
+
+
+class Place(NamedTuple):
+    """Which part of a parameter one tensor is."""
+
+    row: Row
+    index: tuple[int, ...]  # along the stacked axes: (), (layer,) or (layer, expert)
 
 
 _HF, _GGUF = "model.layers.{L}.", "blk.{L}."
@@ -142,16 +149,22 @@ def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {row.path: row.shape(config) for row in rows(config)}
 
 
-def tensor_shapes(config: ModelConfig, file_format: str) -> dict[str, tuple[int, ...]]:
-    """Returns {tensor name: shape} of a complete checkpoint; `file_format` is "hf" or "gguf"."""
+def places(config: ModelConfig, file_format: str) -> dict[str, Place]:
+    """Returns {tensor name: Place} of a complete checkpoint; `file_format` is "hf" or "gguf"."""
     sizes = axis_sizes(config)
     return {
-        row.template(file_format).format(**dict(zip(row.stacked, place, strict=True))): (
-            row.tensor_shape(config)
+        row.template(file_format).format(**dict(zip(row.stacked, index, strict=True))): (
+            Place(row, index)
         )
         for row in rows(config)
-        for place in itertools.product(*(range(sizes[a]) for a in row.stacked))
+        for index in itertools.product(*(range(sizes[a]) for a in row.stacked))
     }
+
+
+def tensor_shapes(config: ModelConfig, file_format: str) -> dict[str, tuple[int, ...]]:
+    """Returns {tensor name: shape} of a complete checkpoint; `file_format` is "hf" or "gguf"."""
+    found = places(config, file_format)
+    return {name: place.row.tensor_shape(config) for name, place in found.items()}
 
 
 def check_tensors(
@@ -200,6 +213,13 @@ def to_tensor(row: Row, config: ModelConfig, value: np.ndarray) -> np.ndarray:
     value = value[tuple(slice(sizes[a]) for a in row.inner)]
     value = value.transpose([row.inner.index(a) for a in letters])
     return np.ascontiguousarray(value.reshape(row.tensor_shape(config)))
+
+
+def read_tensor(config: ModelConfig, params: Mapping[str, Param], place: Place) -> np.ndarray:
+    """Returns one tensor of a checkpoint, float32; reads no more of its parameter than that."""
+    row, index = place
+    part = (*(slice(i, i + 1) for i in index), *(slice(None) for _ in row.inner))
+    return to_tensor(row, config, params[row.path].read(part)[(0,) * len(index)])
 
 
 def _read(

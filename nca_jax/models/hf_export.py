@@ -1,0 +1,202 @@
+"""Writes parameters as a Hugging Face folder that transformers and vLLM load: `hf` backwards.
+
+Files are written tensor by tensor, so nothing beside the parameters is ever whole in memory.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from nca_jax.checks import UserError
+from nca_jax.model_config import ModelConfig
+from nca_jax.models import hf, names
+
+SHARD_BYTES = 5 * 10**9  # of one .safetensors file; Hugging Face's own habit
+DTYPES = {
+    "float32": (np.dtype(np.float32), "F32"),
+    "bfloat16": (np.dtype(ml_dtypes.bfloat16), "BF16"),
+}
+
+
+def write_hf(
+    folder: str | Path,
+    config: ModelConfig,
+    params: Mapping[str, names.Param],
+    *,
+    dtype: str = "float32",
+    origin: str | Path | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes config.json, generation_config.json and the weights, all but a tokenizer.
+
+    `hf.open_hf` reads the same config and, for float32, the same parameters bit for bit. A tied
+    head and the padding of the vocabulary are not stored.
+
+    Args:
+      folder: is made if it does not exist.
+      config: sizes.
+      params: {path: Param}, as `open_hf` and `open_gguf` return.
+      dtype: what the tensors are stored in, a key of DTYPES.
+      origin: the folder that the parameters were first read from; fields of its two json files
+        that nca_jax does not know are kept.
+      shard_bytes: a file holds no more than this, but one tensor at least.
+    Raises:
+      UserError: no Hugging Face architecture computes this config, or `origin` has another one.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    content, generation = _json_files(config, Path(origin) if origin else None)
+    # transformers reads "dtype" from version 5 on, "torch_dtype" before.
+    _write_json(folder / "config.json", content | {"dtype": dtype, "torch_dtype": dtype})
+    _write_json(folder / "generation_config.json", generation)
+    if hf.read_config(folder) != config:
+        raise UserError(f"{origin} holds a model of another config than the one to be written.")
+    _write_weights(folder, config, params, dtype, shard_bytes)
+
+
+def model_type(config: ModelConfig) -> str:
+    """Returns the Hugging Face model_type that computes what this config says.
+
+    Raises:
+      UserError: there is none.
+    """
+    features = {
+        "mixtral": config.num_experts > 0,
+        "qwen3": config.qk_norm,
+        "qwen2": config.qkv_bias,
+        "mistral": config.sliding_window > 0,
+    }
+    found = [name for name, is_there in features.items() if is_there] or ["llama"]
+    # All but llama know a window.
+    others = [name for name in found[1:] if name != "mistral"]
+    if others:
+        raise UserError(
+            f"No Hugging Face model has what tells {found[0]} and {' and '.join(others)} from the "
+            "rest at once; this config cannot be exported."
+        )
+    return found[0]
+
+
+def config_json(config: ModelConfig) -> dict:
+    """Returns config.json of a config, complete but for the dtype.
+
+    RoPE is in the fields that every version of transformers and vLLM reads.
+    """
+    kind, c = model_type(config), config
+    content = {
+        "architectures": [hf.ARCHITECTURES[kind]],
+        "model_type": kind,
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.width,
+        "intermediate_size": c.mlp_width,
+        "num_hidden_layers": c.num_layers,
+        "num_attention_heads": c.num_heads,
+        "num_key_value_heads": c.num_kv_heads,
+        "head_dim": c.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": c.norm_eps,
+        "rope_theta": c.rope_theta,
+        "rope_scaling": None,
+        "max_position_embeddings": c.max_position,
+        "tie_word_embeddings": c.tied_head,
+    } | _token_ids(config)
+    if c.rope_scaling is not None:
+        content["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": c.rope_scaling.factor,
+            "low_freq_factor": c.rope_scaling.low_freq_factor,
+            "high_freq_factor": c.rope_scaling.high_freq_factor,
+            "original_max_position_embeddings": c.rope_scaling.original_max_position,
+        }
+    if kind != "llama":
+        content["sliding_window"] = c.sliding_window or None
+    if kind in ("qwen2", "qwen3"):
+        content["use_sliding_window"] = c.sliding_window > 0
+        content["max_window_layers"] = 0 if c.sliding_window else c.num_layers
+    if kind == "mixtral":
+        content |= {"num_local_experts": c.num_experts, "num_experts_per_tok": c.experts_per_token}
+    return content
+
+
+def _token_ids(config: ModelConfig) -> dict:
+    ends = list(config.eos_ids)
+    return {
+        "bos_token_id": config.bos_id,
+        "eos_token_id": ends if len(ends) > 1 else ends[0] if ends else None,
+    }
+
+
+def _json_files(config: ModelConfig, origin: Path | None) -> tuple[dict, dict]:
+    """Returns config.json without a dtype, and generation_config.json."""
+    if origin is None:
+        return config_json(config), _token_ids(config)
+    content = json.loads((origin / "config.json").read_text(encoding="utf-8"))
+    content.pop("auto_map", None)  # names code in files that are not copied
+    generation = origin / "generation_config.json"
+    if not generation.exists():
+        return content, _token_ids(config)
+    return content, json.loads(generation.read_text(encoding="utf-8"))
+
+
+def _write_weights(
+    folder: Path,
+    config: ModelConfig,
+    params: Mapping[str, names.Param],
+    dtype: str,
+    shard_bytes: int,
+) -> None:
+    """Writes model.safetensors, or numbered shards and their index."""
+    by_layer = sorted(names.places(config, "hf").items(), key=lambda item: item[1].index[:1])
+    itemsize = DTYPES[dtype][0].itemsize
+    shards, filled, total = [{}], 0, 0
+    for name, place in by_layer:
+        size = itemsize * math.prod(place.row.tensor_shape(config))
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = place
+        filled, total = filled + size, total + size
+
+    if len(shards) == 1:
+        _write_safetensors(folder / "model.safetensors", config, params, shards[0], dtype)
+        return
+    weight_map = {}
+    for i, shard in enumerate(shards, start=1):
+        file = folder / f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        _write_safetensors(file, config, params, shard, dtype)
+        weight_map |= dict.fromkeys(shard, file.name)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _write_safetensors(
+    file: Path,
+    config: ModelConfig,
+    params: Mapping[str, names.Param],
+    places: dict[str, names.Place],
+    dtype: str,
+) -> None:
+    """Writes one file: the header's length, the header, and the tensors in its order.
+
+    By hand, as the library's own writer wants the whole file in memory, twice.
+    """
+    numpy_dtype, stored_as = DTYPES[dtype]
+    header, end = {"__metadata__": {"format": "pt"}}, 0  # transformers asks for the format
+    for name, place in places.items():
+        shape = place.row.tensor_shape(config)
+        start, end = end, end + numpy_dtype.itemsize * math.prod(shape)
+        header[name] = {"dtype": stored_as, "shape": shape, "data_offsets": (start, end)}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors start aligned
+    with open(file, "wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for place in places.values():
+            out.write(names.read_tensor(config, params, place).astype(numpy_dtype).tobytes())
+
+
+def _write_json(file: Path, content: dict) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
