@@ -36,9 +36,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.data.max_prompt_len, c.data.max_response_len = 96, 40  # tokens
     c.data.prompt_keep, c.data.too_long, c.data.bad_rows = "end", "truncate", "stop"
     c.data.shuffle = True
+    c.data.first_bonus = 0.0  # added to the score of each row's first response
     c.data.batch_size = 16  # prompts a step
     c.data.row_len, c.data.rows = 896, 1  # tokens, rows in a micro-batch
-    c.data.block, c.data.row_pairs, c.data.align, c.data.prefetch = 64, 0, 1, 2
+    c.data.block, c.data.row_pairs, c.data.align = 64, 0, 1
 
     # alpha: the scores spread by about 0.3 within a prompt.
     c.loss = ConfigDict(dict(name=arg.algo, alpha=0.1, beta=0.1, logits_chunk=448))
@@ -47,7 +48,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.optim.mu_dtype = "float32"
 
     c.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))
-    c.checkpoint = ConfigDict(dict(keep_last=1, keep_best=0, best_metric="loss", best_mode="min"))
+    c.checkpoint = ConfigDict(dict(keep_last=1, keep_best=0, best_metric="loss"))
     c.generate = ConfigDict(dict(max_new_tokens=40, num_samples=2, temperature=1.0, top_p=1.0))
     c.generate.stop, c.generate.batch_size, c.generate.scorer = "", 96, "vader"
     c.log = ConfigDict(dict(tensorboard=True, wandb_project=""))

@@ -53,13 +53,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.data.too_long = "truncate"
     c.data.bad_rows = "stop"
     c.data.shuffle = True
+    c.data.first_bonus = 0.0  # added to the score of each row's first response
     c.data.batch_size = 4 if arg.smoke else 16  # B, prompts a step
     c.data.row_len = 512 if arg.smoke else 512 * (1 + c.data.num_responses)  # T, tokens
     c.data.rows = 1  # rows in a micro-batch, a multiple of data * fsdp
     c.data.block = 64  # tokens in an attention block
     c.data.row_pairs = 0  # attention block pairs a row may hold; 0: all
     c.data.align = 1  # segments start at multiples of this
-    c.data.prefetch = 2  # steps made ahead
 
     c.loss = ConfigDict()
     c.loss.name = arg.algo
@@ -72,7 +72,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.optim.mu_dtype = "float32"  # of the first moment
 
     c.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))  # -1: all remaining devices
-    c.checkpoint = ConfigDict(dict(keep_last=2, keep_best=0, best_metric="loss", best_mode="min"))
+    c.checkpoint = ConfigDict(dict(keep_last=2, keep_best=0, best_metric="loss"))
     c.generate = ConfigDict(dict(max_new_tokens=64, num_samples=1, temperature=1.0, top_p=1.0))
     c.generate.stop = ""  # a string that ends a response, "" for none
     c.generate.batch_size = 32  # samples at once

@@ -15,6 +15,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from nca_jax.axes import flatten_paths
 from nca_jax.checks import UserError
 from nca_jax.mesh import param_shardings
+from nca_jax.metrics import IS_BETTER_HIGH
 
 
 def open_checkpoints(workdir: Path, checkpoint) -> ocp.CheckpointManager:
@@ -24,7 +25,7 @@ def open_checkpoints(workdir: Path, checkpoint) -> ocp.CheckpointManager:
         policies.append(
             BestN(
                 get_metric_fn=lambda metrics: metrics[checkpoint.best_metric],
-                reverse=checkpoint.best_mode == "min",
+                reverse=not IS_BETTER_HIGH[checkpoint.best_metric],
                 n=checkpoint.keep_best,
                 keep_checkpoints_without_metrics=False,
             )

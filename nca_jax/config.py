@@ -13,7 +13,9 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from nca_jax.checks import UserError
+from nca_jax.data.chat import FORMATS
 from nca_jax.losses import LOSSES, PAIR_LOSSES
+from nca_jax.metrics import IS_BETTER_HIGH
 from nca_jax.model_config import MODELS
 
 
@@ -50,7 +52,7 @@ FIELDS = {
     "data.eval_files": TEXT,
     "data.eval_fraction": FRACTION,
     "data.tokenizer": TEXT,
-    "data.format": _one_of("chat", "plain"),
+    "data.format": _one_of(*FORMATS),
     "data.num_responses": (int, lambda x: x >= 2, "K, a whole number of at least 2"),
     "data.choose": _one_of("all", "first", "random", "best_worst_random"),
     "data.max_prompt_len": COUNT,
@@ -65,7 +67,7 @@ FIELDS = {
     "data.block": COUNT,
     "data.row_pairs": COUNT_OR_0,
     "data.align": (int, lambda x: x in (1, 8, 16), "1, 8 or 16"),
-    "data.prefetch": COUNT,
+    "data.first_bonus": NOT_NEGATIVE,
     "loss.name": _one_of(*LOSSES),
     "loss.alpha": NOT_NEGATIVE,
     "loss.beta": POSITIVE,
@@ -84,10 +86,7 @@ FIELDS = {
     "mesh.tensor": AXIS,
     "checkpoint.keep_last": COUNT,
     "checkpoint.keep_best": COUNT_OR_0,
-    "checkpoint.best_metric": _one_of(
-        "loss", "excess", "accuracy", "top1", "margin", "chosen_logp_drift"
-    ),
-    "checkpoint.best_mode": _one_of("min", "max"),
+    "checkpoint.best_metric": _one_of(*IS_BETTER_HIGH),
     "generate.max_new_tokens": COUNT,
     "generate.num_samples": COUNT,
     "generate.temperature": NOT_NEGATIVE,
@@ -108,7 +107,6 @@ MAY_CHANGE = (
     "log_every",
     "eval_every",
     "save_every",
-    "data.prefetch",
     "model.remat",
     "model.scan_layers",
 )
@@ -168,6 +166,11 @@ def _check_together(config: ConfigDict) -> None:
         (
             (config.reference.kind == "cached") != bool(config.reference.cache),
             "config.reference.cache is the folder of kind='cached', and is read by no other kind",
+        ),
+        (
+            data.format == "released" and (data.too_long, data.prompt_keep) != ("truncate", "end"),
+            "config.data.format='released' cuts as the PyTorch release does: set "
+            "config.data.too_long='truncate' and config.data.prompt_keep='end'",
         ),
         (
             bool(data.row_len % data.block),

@@ -14,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from nca_jax.build import Run
+from nca_jax.data.released import key_off_ids
 from nca_jax.models import attention
 
 WIDTH_MULTIPLE = 16  # prompt slots are rounded up, so that few widths are compiled
@@ -33,6 +34,9 @@ def make_generator(run: Run) -> Callable:
         temperature=how.temperature,
         top_p=how.top_p,
         eos_ids=run.eos_ids,
+        key_off_ids=(
+            key_off_ids(run.tokenizer, run.eos_ids) if run.config.data.format == "released" else ()
+        ),
     )
     sampler = jax.jit(sampler)
     batch = max(1, how.batch_size // how.num_samples)  # prompts at once
@@ -74,12 +78,14 @@ def make_sampler(
     temperature: float,
     top_p: float,
     eos_ids: tuple[int, ...],
+    key_off_ids: tuple[int, ...] = (),
 ) -> Callable:
     """Returns `sample(params, prompts, lengths, keys) -> (tokens, num_tokens)`, to be jitted.
 
     `prompts` [N, P] int32 with `lengths` [N] >= 1, and one random key a prompt, [N]: what is drawn
     for a prompt does not depend on its batch. `tokens` is [N, S, T] int32, `num_tokens` [N, S] is
-    how many are the response, its end-of-turn token included. temperature = 0 is greedy.
+    how many are the response, its end-of-turn token included. temperature = 0 is greedy. Nothing
+    attends to the `key_off_ids` of a prompt.
     """
 
     def sample(params, prompts, lengths, keys):
@@ -87,7 +93,9 @@ def make_sampler(
         slot = jnp.arange(width + max_new_tokens)  # [P + T]
         cache = model.make_cache(num_prompts, width + max_new_tokens)
         positions = jnp.broadcast_to(slot[None, :width], prompts.shape)
-        mask = _visible(model, positions, positions, lengths, width, slot)
+        key_on = positions < lengths[:, None]  # [N, P]
+        key_on &= ~jnp.isin(prompts, jnp.array(key_off_ids, jnp.int32))
+        mask = _visible(model, positions, positions, key_on, slot)
         attend = attention.cached(mask, jnp.int32(0))
         hidden, cache = model.hidden(params, prompts, positions, attend, cache)
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]  # [N, D]
@@ -96,7 +104,7 @@ def make_sampler(
         rows_axis = 1 if model.scan_layers else 0
         cache = jax.tree.map(lambda x: jnp.repeat(x, num_samples, axis=rows_axis), cache)
         logits = jnp.repeat(model.logits(params, last), num_samples, axis=0)  # [N * S, V]
-        lengths = jnp.repeat(lengths, num_samples)
+        lengths, key_on = (jnp.repeat(x, num_samples, axis=0) for x in (lengths, key_on))
         split = jax.vmap(lambda key: jax.random.split(key, num_samples))
         keys = split(keys).reshape(-1)  # [N * S]
         prompt_positions = jnp.repeat(positions, num_samples, axis=0)
@@ -119,7 +127,7 @@ def make_sampler(
             done |= jnp.any(token[:, None] == ends[None], axis=1)
 
             position = (lengths + step)[:, None]
-            mask = _visible(model, position, slot_positions, lengths, width, slot)
+            mask = _visible(model, position, slot_positions, key_on, slot)
             mask &= (slot <= width + step)[None, None]
             attend = attention.cached(mask, width + step)
             hidden, cache = model.hidden(params, token[:, None], position, attend, cache)
@@ -141,9 +149,10 @@ def make_sampler(
     return sample
 
 
-def _visible(model, query_positions, slot_positions, lengths, width, slot) -> jax.Array:
-    """[rows, queries, slots] bool: slots in use that lie behind the query, within the window."""
-    in_use = (slot[None] < lengths[:, None]) | (slot >= width)[None]  # [rows, P + T]
+def _visible(model, query_positions, slot_positions, key_on, slot) -> jax.Array:
+    """[rows, queries, slots] bool: keys that are on and lie behind the query, within the window."""
+    new = slot.shape[0] - key_on.shape[1]
+    in_use = jnp.pad(key_on, ((0, 0), (0, new)), constant_values=True)  # [rows, P + T]
     pad = slot.shape[0] - slot_positions.shape[1]  # before the first new token: all later slots
     slot_positions = jnp.pad(slot_positions, ((0, 0), (0, pad)), constant_values=2**30)
     distance = query_positions[:, :, None] - slot_positions[:, None]

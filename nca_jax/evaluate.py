@@ -15,6 +15,7 @@ import numpy as np
 from nca_jax import build, checkpoint
 from nca_jax.checks import UserError, run_main
 from nca_jax.config import parse_flags
+from nca_jax.data.encode import Example
 from nca_jax.data.pipeline import eval_batches, row_layout
 from nca_jax.decode import make_generator, to_text
 from nca_jax.evaluators import Piece, fill_reference, heldout_metrics, make_kl, score_responses
@@ -74,7 +75,7 @@ def sample_metrics(run: build.Run, policy: dict, reference: dict, heldout) -> tu
         )
         values = score_responses(
             lambda rows: kl(policy, reference, rows),
-            [Piece(*pair) for pair in zip(prompts, drawn["policy"], strict=True)],
+            [sampled_piece(*pair) for pair in zip(heldout, drawn["policy"], strict=True)],
             row_layout(config.data),
             num_slots=num_slots,
             shardings=rows_shardings(run.mesh),
@@ -100,6 +101,12 @@ def sample_metrics(run: build.Run, policy: dict, reference: dict, heldout) -> tu
         if scorer:
             metrics[name] = float(np.mean([row[f"{who}_scores"] for row in rows]))
     return metrics, rows
+
+
+def sampled_piece(example: Example, responses: list[np.ndarray]) -> Piece:
+    """Returns the example's prompt with sampled responses; an eos ends them, so all keys are on."""
+    on = example.key_on and (example.key_on[0], [np.ones(len(ids), bool) for ids in responses])
+    return Piece(example.prompt, responses, on)
 
 
 if __name__ == "__main__":

@@ -53,10 +53,11 @@ def heldout_metrics(
 
 
 class Piece(NamedTuple):
-    """A prompt and responses to score, as token ids."""
+    """A prompt and responses to score, as token ids; `key_on` is that of `pack.Group`."""
 
     prompt: Sequence[int]
     responses: Sequence[Sequence[int]]
+    key_on: tuple[Sequence[bool], Sequence[Sequence[bool]]] | None = None
 
 
 def score_responses(
@@ -95,15 +96,19 @@ def score_responses(
 
 def _split(piece: Piece, layout: RowLayout) -> list[Group]:
     """Returns groups that fit a row each; together they hold all responses, in order."""
+    whole = Group(piece.prompt, piece.responses, (), piece.key_on)
     groups: list[Group] = []
-    for response in piece.responses:
-        if groups:
-            longer = [*groups[-1].responses, response]
-            lengths = [len(piece.prompt), *map(len, longer)]
-            if segment_spans(lengths, 0, layout.align)[-1][1] <= layout.row_len:
-                groups[-1] = groups[-1]._replace(responses=longer)
-                continue
-        groups.append(Group(piece.prompt, [response], ()))
+    first = 0
+    for end in range(1, len(piece.responses) + 1):
+        longer = whole.take(range(first, end), ())
+        if (
+            end - first > 1
+            and segment_spans(longer.lengths(), 0, layout.align)[-1][1] <= layout.row_len
+        ):
+            groups[-1] = longer
+        else:
+            first = end - 1
+            groups.append(whole.take([first], ()))
     return groups
 
 

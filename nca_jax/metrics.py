@@ -10,6 +10,16 @@ import jax.numpy as jnp
 
 from nca_jax import losses
 
+# Metrics by which the best checkpoint may be kept, and whether it is where they are highest.
+IS_BETTER_HIGH = {
+    "loss": False,
+    "excess": False,
+    "accuracy": True,
+    "top1": True,
+    "margin": True,
+    "chosen_logp_drift": True,
+}
+
 
 def alignment_metrics(
     logps: jax.Array,

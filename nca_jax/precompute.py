@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
         for i in tqdm(missing, unit="part", disable=None):
             scored = score_responses(
                 lambda rows: logps(params, rows)[0],
-                [Piece(example.prompt, example.responses) for example in parts[i]],
+                [Piece(e.prompt, e.responses, e.key_on) for e in parts[i]],
                 row_layout(config.data),
                 num_slots=num_slots,
                 shardings=rows_shardings(run.mesh),

@@ -33,7 +33,7 @@ BASE = dict(
     block=8,
     row_pairs=0,
     align=1,
-    prefetch=2,
+    first_bonus=0.0,
 )
 
 

@@ -163,7 +163,7 @@ def test_non_finite_loss_names_step_and_rows_and_keeps_the_last_checkpoint(tmp_p
 
 def test_the_last_and_the_best_checkpoint_are_kept(tmp_path, rows):
     flags = ("--config.checkpoint.keep_last=1", "--config.checkpoint.keep_best=1")
-    flags += ("--config.checkpoint.best_metric=margin", "--config.checkpoint.best_mode=max")
+    flags += ("--config.checkpoint.best_metric=margin",)
     flags += ("--config.eval_every=2", "--config.save_every=2", "--config.optim.lr=3e-3")
     run(tmp_path / "run", rows, *flags, "--config.data.eval_fraction=0.3", "--config.steps=8")
     saved = [line for line in metric_lines(tmp_path / "run", "eval") if line["step"] > 0]

@@ -1,7 +1,8 @@
 """From text to token ids: one road for training, evaluation and generation.
 
-Formats:  "chat"   the tokenizer's chat template; a prompt is a text (one user turn) or messages.
-          "plain"  [bos] + prompt and response + [eos]; bos only if the tokenizer itself adds one.
+Formats:  "chat"      the tokenizer's chat template; a prompt is a text (one user turn) or messages.
+          "plain"     [bos] + prompt and response + [eos]; bos only if the tokenizer adds one.
+          "released"  that of the PyTorch release, see `nca_jax.data.released`.
 A message is {"role": str, "content": str}. Prompt and response are tokenised apart, so that all
 responses of a prompt share exactly the same prompt ids, and generation starts from them too.
 """
@@ -10,9 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from nca_jax.checks import UserError
+from nca_jax.data import released
 from nca_jax.data.sources import RowError
 
-FORMATS = ("chat", "plain")
+FORMATS = ("chat", "plain", "released")
 
 
 def encode_prompt(prompt: str | list[dict], tokenizer, format: str) -> list[int]:
@@ -20,10 +22,16 @@ def encode_prompt(prompt: str | list[dict], tokenizer, format: str) -> list[int]
 
     Raises:
       RowError: the prompt is not a text or messages, or the template refuses it.
-      UserError: the tokenizer has no chat template.
+      UserError: the tokenizer has no chat template, or no eos where one is written.
     """
     if format == "chat":
         return _ids(_apply_template(_messages(prompt), tokenizer, generate=True), tokenizer)
+    if format == "released":
+        messages = _messages(prompt)
+        if not any(message["role"] == "user" for message in messages):
+            raise RowError("released format wants a user's message", reason="prompt")
+        eos, _ = _eos(tokenizer, format)
+        return _ids(released.prompt_text(messages, eos), tokenizer)
     if not isinstance(prompt, str):
         raise RowError(
             f"plain format wants a prompt of text, got a {type(prompt).__name__}; messages want "
@@ -43,7 +51,8 @@ def encode_responses(
     """Returns the ids of each response, each ended by its end-of-turn token.
 
     Args:
-      responses: texts, or conversations of which the last assistant message counts.
+      responses: texts, or conversations: of these the last assistant message counts, in released
+        format all messages from the first assistant's on.
       eos_ids: ids that end a turn; empty: the tokenizer's eos.
     Raises:
       RowError: a response is empty or malformed.
@@ -54,9 +63,12 @@ def encode_responses(
         _, rendered = render(prompt, texts, tokenizer, eos_ids)
         ids = [_ids(text, tokenizer) for text in rendered]
     else:
-        if tokenizer.eos_token_id is None:
-            raise UserError("The tokenizer has no eos token; plain format needs one to end with.")
-        ids = [[*_ids(text, tokenizer), tokenizer.eos_token_id] for text in texts]
+        eos, eos_id = _eos(tokenizer, format)
+        rendered = texts
+        if format == "released":
+            turns = [_response_turns(response) for response in responses]
+            rendered = [released.response_text(messages, eos) for messages in turns]
+        ids = [[*_ids(text, tokenizer), eos_id] for text in rendered]
     for k, (text, response) in enumerate(zip(texts, ids, strict=True)):
         if not text or len(response) < 2:  # the end-of-turn token alone is no response
             raise RowError(f"response {k} is empty; leave it out", reason="response")
@@ -144,6 +156,21 @@ def _response_content(response: str | list[dict]) -> str:
             raise RowError("a response holds no assistant message", reason="response")
         return contents[-1]
     return _text(response)
+
+
+def _response_turns(response: str | list[dict]) -> list[dict]:
+    """Returns a text as one turn, or the messages from the first assistant's on."""
+    if isinstance(response, str):
+        return [{"role": "assistant", "content": response}]
+    is_prompt = [message["role"] != "assistant" for message in response]
+    return response[is_prompt.index(False) :]
+
+
+def _eos(tokenizer, format: str) -> tuple[str, int]:
+    """Returns the eos token and its id."""
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"The tokenizer has no eos token; {format} format needs one to end with.")
+    return tokenizer.eos_token, tokenizer.eos_token_id
 
 
 def _text(text: Any) -> str:

@@ -18,7 +18,7 @@ import grain
 import numpy as np
 
 from nca_jax.checks import UserError
-from nca_jax.data import chat
+from nca_jax.data import chat, released
 from nca_jax.data.sources import JsonlSource, RowError, split_globs
 
 FORMS = (
@@ -36,11 +36,13 @@ class Example:
     where: str  # "path:line"
     prompt: np.ndarray  # [P] int32
     responses: tuple[np.ndarray, ...]  # each [its length] int32
-    scores: np.ndarray  # [n] float32, in the data's unit
+    scores: np.ndarray  # [n] float32, in the data's unit, data.first_bonus added to the first
     prompt_text: str | list[dict] | None  # as the row has it, for generation; None: it has ids
     prompt_hash: float  # in [0, 1), of the whole prompt: what is held out goes by it
     num_tokens: int  # of prompt and responses, before cutting
     num_cut: int  # how many of these were cut off
+    # Which tokens may be attended to, as (prompt's, each response's) bools; None: all.
+    key_on: tuple[np.ndarray, tuple[np.ndarray, ...]] | None = None
 
 
 class Examples(NamedTuple):
@@ -127,6 +129,7 @@ def encode_row(
 def _encode(where, row, tokenizer, config, vocab_size, eos_ids) -> Example:
     prompt, responses, scores, is_ids = _normalise(row)
     scores = _check_scores(scores, responses)
+    scores[0] += config.first_bonus
     if is_ids:
         prompt_ids, response_ids = prompt, responses
     elif tokenizer is None:
@@ -138,7 +141,17 @@ def _encode(where, row, tokenizer, config, vocab_size, eos_ids) -> Example:
     whole_responses = [
         _as_ids(ids, f"response {k}", vocab_size) for k, ids in enumerate(response_ids)
     ]
-    cut_prompt, cut_responses = _cut(whole_prompt, whole_responses, config)
+    of_prompt, of_response = _cuts(len(whole_prompt), [*map(len, whole_responses)], config)
+    # Copies, so that what was cut off does not stay in memory.
+    cut_prompt = whole_prompt[of_prompt].copy()
+    cut_responses = tuple(ids[of_response].copy() for ids in whole_responses)
+    key_on = None
+    if config.format == "released":
+        off_ids = released.key_off_ids(tokenizer, eos_ids)
+        key_on = (
+            released.prompt_keys(cut_prompt, off_ids),
+            tuple(released.response_keys(ids, off_ids)[of_response] for ids in whole_responses),
+        )
     num_tokens = len(whole_prompt) + sum(map(len, whole_responses))
     return Example(
         where=where,
@@ -149,6 +162,7 @@ def _encode(where, row, tokenizer, config, vocab_size, eos_ids) -> Example:
         prompt_hash=hash_prompt(prompt),
         num_tokens=num_tokens,
         num_cut=num_tokens - len(cut_prompt) - sum(map(len, cut_responses)),
+        key_on=key_on,
     )
 
 
@@ -210,23 +224,24 @@ def _as_ids(ids: Any, who: str, vocab_size: int) -> np.ndarray:
     return np.asarray(ids, np.int32)
 
 
-def _cut(
-    prompt: np.ndarray, responses: list[np.ndarray], config
-) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
-    """Returns prompt and responses cut to their limits; raises RowError where that is not wanted.
+def _cuts(prompt_len: int, response_lens: list[int], config) -> tuple[slice, slice]:
+    """Returns what is kept of the prompt and of each response.
 
     A response keeps its first tokens, so a cut one has no end-of-turn token to learn from.
+
+    Raises:
+      RowError: something is too long, and `config.too_long` is not truncate.
     """
-    limits = {"max_prompt_len": [prompt], "max_response_len": responses}
-    for name, segments in limits.items():
-        longest = max(map(len, segments))
-        if longest > config[name] and config.too_long != "truncate":
+    limits = dict(max_prompt_len=config.max_prompt_len, max_response_len=config.max_response_len)
+    longest = dict(max_prompt_len=prompt_len, max_response_len=max(response_lens))
+    if config.format == "released":
+        return released.cuts(prompt_len, max(response_lens), **limits)
+    for name, limit in limits.items():
+        if longest[name] > limit and config.too_long != "truncate":
             raise RowError(
-                f"has {longest} tokens where data.{name} is {config[name]}; raise it, or set "
+                f"has {longest[name]} tokens where data.{name} is {limit}; raise it, or set "
                 "data.too_long to truncate or skip",
                 reason="too_long",
             )
-    start = max(0, len(prompt) - config.max_prompt_len) if config.prompt_keep == "end" else 0
-    # Copies, so that what was cut off does not stay in memory.
-    cut_prompt = prompt[start : start + config.max_prompt_len].copy()
-    return cut_prompt, tuple(ids[: config.max_response_len].copy() for ids in responses)
+    start = max(0, prompt_len - config.max_prompt_len) if config.prompt_keep == "end" else 0
+    return slice(start, start + config.max_prompt_len), slice(config.max_response_len)

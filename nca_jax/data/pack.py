@@ -23,6 +23,11 @@ class Group(NamedTuple):
     # Which tokens may be attended to, as (prompt's, each response's) bools; None: all.
     key_on: tuple[Sequence[bool], Sequence[Sequence[bool]]] | None = None
 
+    def take(self, chosen: Sequence[int], slots: Sequence[int]) -> "Group":
+        """Returns the prompt with the chosen ones of its responses, in these slots."""
+        key_on = self.key_on and (self.key_on[0], [self.key_on[1][i] for i in chosen])
+        return Group(self.prompt, [self.responses[i] for i in chosen], slots, key_on)
+
     def lengths(self) -> list[int]:
         """Returns the tokens of the prompt and of each response."""
         return [len(self.prompt), *map(len, self.responses)]

@@ -18,6 +18,7 @@ from nca_jax.data.encode import Example, load_examples
 from nca_jax.data.pack import Group, RowLayout, check_fits, pack, segment_spans
 from nca_jax.data.sources import split_globs
 
+PREFETCH = 2  # batches made ahead by a thread: one is packed while the device runs another
 EVAL_SEED = 0  # of the choice of responses, so that every evaluation of every run sees the same
 
 
@@ -82,9 +83,8 @@ class Dataset:
         return _make_batch(picks, self._config)
 
     def iterate(self, start: int, stop: int) -> Iterator[HostBatch]:
-        """Iterates over the batches of steps [start, stop), made ahead by `config.prefetch`."""
-        ahead = self._config.prefetch
-        options = grain.ReadOptions(num_threads=min(ahead, 1), prefetch_buffer_size=ahead)
+        """Iterates over the batches of steps [start, stop), PREFETCH of them made ahead."""
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH)
         return iter(grain.MapDataset.range(start, stop).map(self.batch_at).to_iter_dataset(options))
 
     def _pick(self, index: int, rng: np.random.Generator) -> _Pick:
@@ -240,9 +240,8 @@ def _make_batch(picks: Sequence[_Pick], config) -> HostBatch:
     groups = []
     for i, (example, chosen, ref) in enumerate(picks):
         n = len(chosen)
-        groups.append(
-            Group(example.prompt, [example.responses[j] for j in chosen], range(i * k, i * k + n))
-        )
+        whole = Group(example.prompt, example.responses, (), example.key_on)
+        groups.append(whole.take(chosen, range(i * k, i * k + n)))
         scores[i, :n], mask[i, :n] = example.scores[chosen], True
         if ref is not None:
             ref_logps[i, :n] = ref[chosen]
