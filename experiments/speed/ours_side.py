@@ -1,7 +1,7 @@
 """Ours: the step that `nca_jax.train` runs, built from an ordinary config.
 
 ours_fast keeps every activation of unrolled layers; ours_lean computes scanned layers again in the
-backward pass. `_live` runs the reference in the step, otherwise its log-probabilities are those that
+backward pass. `_live` runs the reference in the step; `_cached` is given the log-probabilities that
 the check wrote, as `nca_jax.precompute` does for a run.
 """
 
@@ -130,6 +130,7 @@ def open_side(job: dict, side: str) -> Side:
     data = run.config.data
     batch = Dataset(build.read_data(run).sources, data, seed=0).batch_at(0).batch
     facts = {"slots": int(batch.num_micro) * data.rows * data.row_len}
+    facts["reference"] = "live" if live else "cached"
 
     def check() -> dict:
         with jax.set_mesh(run.mesh):
