@@ -45,7 +45,9 @@ def read_cell(folder: Path) -> dict:
     first = next(iter(sides.values()), None)
     for side in sides.values():
         side["ratio"] = side["prompts_per_second"] / first["prompts_per_second"]
-    return {"job": job, "peak_flops_per_second": peak, "agreement": apart, "sides": sides}
+    found = {"job": job, "peak_flops_per_second": peak, "agreement": apart, "sides": sides}
+    ladder = folder / "ladder.json"
+    return found | ({"ladder": json.loads(ladder.read_text())} if ladder.exists() else {})
 
 
 def figures(job: dict, rounds: list[dict], check: dict, peak: float) -> dict[str, float]:
@@ -96,7 +98,21 @@ def table(name: str, cell: dict) -> str:
     lines += ["| side | " + " | ".join(quantities) + " |", "|---" * (len(quantities) + 1) + "|"]
     for side, apart in cell["agreement"].items():
         lines.append(f"| {side} | " + " | ".join(f"{apart[q]:.1e}" for q in quantities) + " |")
+    if "ladder" in cell:
+        lines += ["", *ladder_table(cell["ladder"])]
     return "\n".join(lines) + "\n"
+
+
+def ladder_table(ladder: dict[str, dict]) -> list[str]:
+    """Returns the rungs of our own step, each with its ratio to the one before."""
+    lines = ["Our own step, rung by rung:", "", "| rung | token slots | s a step | faster by |"]
+    lines.append("|---|---|---|---|")
+    before = None
+    for name, rung in ladder.items():
+        ratio = f"{before / rung['seconds']:.2f}x" if before else "-"
+        lines.append(f"| {name} | {rung['slots']} | {rung['seconds']:.2f} | {ratio} |")
+        before = rung["seconds"]
+    return lines
 
 
 def plot(path: Path, cells: dict) -> None:

@@ -71,12 +71,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1, help="timed in each process")
     parser.add_argument("--tunix_python", default="", help="a Python that has google-tunix")
     parser.add_argument("--ours_flags", default="", help="more flags of nca_jax, by spaces")
+    parser.add_argument("--ladder", default="real_k4", help="cells whose factors are taken apart")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes")
     args = parser.parse_args()
     args.out = args.out.resolve()  # sides run elsewhere
     args.out.mkdir(parents=True, exist_ok=True)
     for cell in args.cells.split(","):
         run_cell(cell, args)
+        if cell in args.ladder.split(",") and not (args.out / cell / "ladder.json").exists():
+            paths = (f"--{x}={args.out / cell / x}.json" for x in ("job", "ladder"))
+            start("experiments.speed.ladder", *paths)
     write_report(args.out)
 
 

@@ -16,21 +16,23 @@ QUANTITIES = {
 
 
 def write_report(out: Path, results: dict[str, dict]) -> None:
-    """Writes table.md, results.json and parity.png.
+    """Writes table.md, differences.json, results.json and parity.png.
 
     Args:
       results: {case: {trainer: {"log", "final_logps"} or None}}.
     """
     (out / "results.json").write_text(json.dumps(results) + "\n")
     found = {
-        (case, theirs): differences(of[theirs], of["ours"]) if of[theirs] else None
+        f"{case}/{theirs}": differences(of[theirs], of["ours"]) if of[theirs] else None
         for theirs in OTHERS
         for case, of in results.items()
     }
+    (out / "differences.json").write_text(json.dumps(found, indent=2) + "\n")
     lines = ["| loss | beside | " + " | ".join(QUANTITIES.values()) + " |"]
     lines.append("|---" * (len(QUANTITIES) + 2) + "|")
-    for (case, theirs), apart in found.items():
+    for name, apart in found.items():
         shown = [f"{apart[q]:.1e}" if apart else "-" for q in QUANTITIES]
+        case, theirs = name.split("/")
         lines.append(f"| {case} | {theirs} | " + " | ".join(shown) + " |")
     (out / "table.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

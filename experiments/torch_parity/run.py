@@ -5,8 +5,8 @@
 
 NCA and InfoNCA with K = 4, the losses of pairs with K = 2 (the first responses of each row); the
 released computation beside ours, and TRL's DPOTrainer beside ours where TRL is installed and has
-the loss. Writes OUT/table.md, the largest differences by quantity; OUT/results.json, every step of
-every trainer; OUT/parity.png. Wants the extras `torch` and `demo`.
+the loss. Writes OUT/table.md and OUT/differences.json, the largest differences by quantity;
+OUT/results.json, every step of every trainer; OUT/parity.png. Wants the extras `torch` and `demo`.
 
 ROWS: {"prompt_ids": [int, ...], "response_ids": [[int, ...], ...], "scores": [number, ...]} a line,
 best response first; without it, ragged rows of random ids are made.
