@@ -69,8 +69,8 @@ def model_of(cell: Cell, *, is_smoke: bool) -> ModelConfig:
 
 
 def smoke(cell: Cell) -> Cell:
-    """The same cell in seconds: short rows of random ids, two prompts, a tiny vocabulary."""
-    shrunk = {"prompt_len": cell.prompt_len // 16 or 24, "response_len": 16, "batch_size": 2}
+    """The same cell in seconds: short rows of random ids, a tiny vocabulary."""
+    shrunk = {"prompt_len": cell.prompt_len // 16 or 24, "response_len": 16}
     return cell._replace(**shrunk, vocab_size=max(512, cell.vocab_size // 64), row_len=128)
 
 

@@ -4,6 +4,7 @@ Run by a Python of its own that has google-tunix. The trainer's own `train` does
 `_prepare_inputs`, which runs the reference, then the jitted `_train_step`.
 """
 
+import functools
 import json
 import time
 from pathlib import Path
@@ -19,11 +20,14 @@ from tunix.sft.dpo import dpo_trainer
 from experiments.speed.clock import Lap, Side, laps, measure
 
 MICRO_BATCH = 4  # pairs
+ROPE = llama3.apply_rope
 
 
 def load_model(folder: str) -> nnx.Module:
     """Returns Tunix's Llama 3 with the weights of a Hugging Face folder, float32."""
     found = json.loads((Path(folder) / "config.json").read_text())
+    # The class of 0.1.7 does not read its config's rope_theta; without this the numbers differ.
+    llama3.apply_rope = functools.partial(ROPE, rope_theta=found["rope_theta"])
     config = llama3.ModelConfig(
         num_layers=found["num_hidden_layers"],
         vocab_size=found["vocab_size"],
