@@ -6,15 +6,19 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 COMPILE := $(BIN)/uv pip compile --quiet --upgrade --generate-hashes --no-annotate --no-header \
 	--no-emit-index-url --python-version 3.11 --python-platform x86_64-unknown-linux-gnu
 
-.PHONY: test test-slow lint demo lock clean
+.PHONY: test test-torch test-slow lint demo lock clean
 
-# Lint, and all tests but the slow ones: under ten minutes.
+# Lint, and all tests but the slow ones and those beside PyTorch: under ten minutes.
 test: lint
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and not torch" -n 2 --dist loadfile
+
+# Those that compare with PyTorch as it runs.
+test-torch: .venv/installed-torch
+	$(BIN)/python -m pytest -m torch
 
 # Those that train or compile for minutes.
 test-slow: .venv/installed
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not torch"
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -50,4 +54,9 @@ clean:
 
 .venv/installed-demo: requirements-demo.lock .venv/installed
 	$(PIP) --no-deps --require-hashes -r requirements-demo.lock
+	touch $@
+
+# Without hashes: which build of PyTorch fits (CPU, CUDA) is for the machine's package index to say.
+.venv/installed-torch: .venv/installed
+	$(PIP) --no-build-isolation -e ".[torch]"
 	touch $@

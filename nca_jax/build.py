@@ -49,7 +49,7 @@ def build(config) -> Run:
     jax.config.update("jax_numpy_rank_promotion", "raise")
     if config.model.dtype == "float32":  # throughout: TPU matmuls would otherwise be bfloat16
         jax.config.update("jax_default_matmul_precision", "highest")
-    model_config = _model_config(config.model)
+    model_config = open_model_config(config.model)
     mesh = make_mesh(config.mesh)
     check_divides(mesh, model_config, config.data.rows)
     model = Model(
@@ -61,7 +61,7 @@ def build(config) -> Run:
     return Run(config, mesh, model, _tokenizer(config, model_config))
 
 
-def _model_config(model) -> ModelConfig:
+def open_model_config(model) -> ModelConfig:
     """The sizes of `model.init_from`; with `model.name` too, both must say the same."""
     if not model.init_from:
         return MODELS[model.name]
@@ -82,9 +82,15 @@ def _model_config(model) -> ModelConfig:
     return found
 
 
-def _tokenizer(config, model_config: ModelConfig):
+def tokenizer_from(config) -> str:
+    """Where the tokenizer comes from; "" for none: rows of token ids need none."""
     where = config.data.tokenizer or config.model.init_from
-    if where in ("", "none"):  # rows of token ids need none; text rows will say so
+    return "" if where == "none" else where
+
+
+def _tokenizer(config, model_config: ModelConfig):
+    where = tokenizer_from(config)
+    if not where:  # text rows will say so
         return None
     tokenizer = load_tokenizer(where)
     if len(tokenizer) > model_config.vocab_size:

@@ -57,17 +57,29 @@ def restore(manager: ocp.CheckpointManager, step: int, abstract, shardings):
     return manager.restore(step, args=ocp.args.StandardRestore(target))
 
 
-def restore_params(workdir: Path, abstract: dict, mesh) -> dict:
-    """Returns the params alone of the latest checkpoint of a run.
+def saved_step(workdir: Path, step: int = 0) -> int:
+    """Returns `step` if the run has a checkpoint of it; 0 asks for the latest.
+
+    Raises:
+      UserError: there is none; names those that are there.
+    """
+    folder = (workdir / "checkpoints").absolute()
+    steps = sorted(ocp.utils.checkpoint_steps(folder)) if folder.exists() else []
+    if not steps:
+        raise UserError(f"{workdir} has no checkpoint; give the --workdir of a training run.")
+    if step and step not in steps:
+        raise UserError(f"{workdir} has no checkpoint of step {step}; it has those of {steps}.")
+    return step or steps[-1]
+
+
+def restore_params(workdir: Path, abstract: dict, mesh, *, step: int = 0) -> dict:
+    """Returns the params alone of a checkpoint of a run; step 0 is the latest.
 
     Raises:
       UserError: there is no checkpoint, or it is of another model.
     """
     folder = (workdir / "checkpoints").absolute()
-    steps = ocp.utils.checkpoint_steps(folder) if folder.exists() else []
-    if not steps:
-        raise UserError(f"{workdir} has no checkpoint; give the --workdir of a training run.")
-    path = folder / str(max(steps)) / "default"
+    path = folder / str(saved_step(workdir, step)) / "default"
     with ocp.PyTreeCheckpointer() as checkpointer:
         saved = checkpointer.metadata(path).item_metadata.tree["params"]
         _check_same_arrays(path, flatten_paths(saved), flatten_paths(abstract))

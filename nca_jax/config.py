@@ -123,6 +123,26 @@ def flatten(config: ConfigDict) -> dict[str, object]:
     return flat
 
 
+def read_saved(file: Path) -> ConfigDict:
+    """Returns the config of a run from its config.json, nested again.
+
+    It is the record of what was run, so it is not checked against the fields of today.
+
+    Raises:
+      UserError: the file is not there.
+    """
+    if not file.exists():
+        raise UserError(f"{file} is not there; give the --workdir of a training run.")
+    nested = {}
+    for name, value in json.loads(file.read_text()).items():
+        *sections, leaf = name.split(".")
+        section = nested
+        for part in sections:
+            section = section.setdefault(part, {})
+        section[leaf] = value
+    return ConfigDict(nested).lock()
+
+
 def check_config(config: ConfigDict) -> None:
     """Raises UserError unless every field is there, known, in range, and goes with the others."""
     flat = flatten(config)
@@ -223,27 +243,42 @@ def parse_flags(argv: list[str], **extra: str | int) -> tuple[ConfigDict, flags.
     config_flags.DEFINE_config_file(
         "config", None, "FILE[:args]", flag_values=values, sys_argv=argv
     )
+    _read_flags(values, argv, extra)
+    try:
+        config = values.config
+        # A file that failed to load answers every attribute with the error that it had.
+        config = config if config is None else ConfigDict(config.to_dict()).lock()
+    except (KeyError, AttributeError, TypeError, OSError, ValueError) as error:
+        raise UserError(f"Command line: {error}") from error
+    if config is None:
+        raise UserError("Give --config=FILE[:args]; see configs/.")
+    check_config(config)
+    return config, values
+
+
+def parse_own_flags(argv: list[str], **extra: str | int) -> flags.FlagValues:
+    """Reads the flags of a command that takes no config: those of `extra`, as in `parse_flags`."""
+    values = flags.FlagValues()
+    _read_flags(values, argv, extra)
+    return values
+
+
+def _read_flags(values: flags.FlagValues, argv: list[str], extra: dict[str, str | int]) -> None:
+    """Defines the flags of `extra` and reads the command line into `values`."""
     for name, default in extra.items():
         define = flags.DEFINE_integer if isinstance(default, int) else flags.DEFINE_string
         define(name, default, "", flag_values=values)
     try:
         rest = values(argv)
-        config = values.config
-        # A file that failed to load answers every attribute with the error that it had.
-        config = config if config is None else ConfigDict(config.to_dict()).lock()
     except UserError:
         raise
     except (flags.Error, KeyError, AttributeError, TypeError, OSError, ValueError) as error:
         raise UserError(f"Command line: {error}") from error
-    if config is None:
-        raise UserError("Give --config=FILE[:args]; see configs/.")
     if len(rest) > 1:
         raise UserError(f"Unknown argument {rest[1]!r}; flags are --name=value.")
     for name, default in extra.items():
         if default is None and values[name].value is None:
             raise UserError(f"Give --{name}=...")
-    check_config(config)
-    return config, values
 
 
 def check_same_run(config: ConfigDict, saved_file: Path) -> None:

@@ -32,6 +32,12 @@ def make_mesh(sizes: Mapping[str, int]) -> Mesh:
     return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
 
 
+def host_mesh() -> Mesh:
+    """Returns a mesh of one CPU device: arrays on it are whole, in the host's memory."""
+    device = np.array(jax.devices("cpu")[:1]).reshape((1,) * len(MESH_AXES))
+    return Mesh(device, MESH_AXES)
+
+
 def check_divides(mesh: Mesh, model_config: ModelConfig, rows: int) -> None:
     """Raises UserError, by name, where a split axis does not divide."""
     tensor, copies = mesh.shape["tensor"], mesh.shape["data"] * mesh.shape["fsdp"]

@@ -5,10 +5,11 @@ import json
 import pytest
 from commands import write_rows
 
-from nca_jax import checks, evaluate, generate, inspect, precompute, train
+from nca_jax import checks, evaluate, export, generate, inspect, precompute, train
 
 MAINS = {
-    main.__name__.split(".")[-1]: main for main in (train, inspect, generate, evaluate, precompute)
+    main.__name__.split(".")[-1]: main
+    for main in (train, inspect, generate, evaluate, precompute, export)
 }
 
 

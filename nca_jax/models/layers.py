@@ -8,6 +8,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from nca_jax.axes import constrain
@@ -53,22 +54,27 @@ class RMSNorm(nnx.Module):
         return (y * scale).astype(x.dtype)
 
 
-def rotary_frequencies(config: ModelConfig) -> jax.Array:
-    """[H / 2] float32 radians a position: theta^(-2i/H), stretched as Llama 3 does where asked."""
-    half = jnp.arange(config.head_dim // 2, dtype=jnp.float32)
-    freqs = config.rope_theta ** (-2.0 * half / config.head_dim)
+def rotary_frequencies(config: ModelConfig) -> np.ndarray:
+    """[H / 2] float32 radians a position: theta^(-2i/H), stretched as Llama 3 does where asked.
+
+    Made on the host, each step rounded to float32 as where the models were trained: at position
+    4000 one rounding of a frequency is 2e-4 radians.
+    """
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    powers = (config.rope_theta ** exponents.astype(np.float64)).astype(np.float32)
+    freqs = np.float32(1) / powers
     scaling = config.rope_scaling
     if scaling is None:
         return freqs
     # Long wavelengths are slowed by `factor`, short ones kept, those between blended linearly in
     # the number of turns over the original context.
-    turns = scaling.original_max_position * freqs / (2 * math.pi)
+    turns = scaling.original_max_position / (np.float32(2 * math.pi) / freqs)
     keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    keep = jnp.clip(keep, 0.0, 1.0)
-    return keep * freqs + (1 - keep) * freqs / scaling.factor
+    keep = np.clip(keep, 0, 1)
+    return (1 - keep) * freqs / np.float32(scaling.factor) + keep * freqs
 
 
-def rotate(x: jax.Array, positions: jax.Array, freqs: jax.Array) -> jax.Array:
+def rotate(x: jax.Array, positions: jax.Array, freqs: np.ndarray) -> jax.Array:
     """Rotary embedding of [R, T, heads, H], halves rotated; float32, as bfloat16 has no 257."""
     angles = positions.astype(jnp.float32)[..., None] * freqs[None, None]  # [R, T, H/2]
     sin, cos = jnp.sin(angles)[:, :, None], jnp.cos(angles)[:, :, None]

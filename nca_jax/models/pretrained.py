@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,8 @@ from nca_jax.models.names import Param
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+TOKENIZER_PATTERNS = ("tokenizer*", "*.model", "*.jinja", "tekken.json", "special_tokens_map.json",
+                      "added_tokens.json", "vocab.json", "merges.txt")  # fmt: skip
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "merges.txt"]
 # Weights that are stored a second time in another layout.
 HUB_IGNORED = ["*/*", "consolidated*"]
@@ -90,6 +93,21 @@ def load_tokenizer(where: str) -> "PreTrainedTokenizerBase":
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"Cannot load the tokenizer in {path}: {reason}") from error
+
+
+def save_tokenizer(where: str, folder: Path) -> None:
+    """Writes the tokenizer of a model into a folder: its own files, as they are, if it has any.
+
+    Raises:
+      UserError: as `load_tokenizer`.
+    """
+    tokenizer = load_tokenizer(where)
+    if where == "byte" or not resolve(where).is_dir():
+        tokenizer.save_pretrained(folder)
+        return
+    for pattern in TOKENIZER_PATTERNS:
+        for file in resolve(where).glob(pattern):
+            shutil.copyfile(file, folder / file.name)
 
 
 def _packaged_gguf(package: str) -> Path:

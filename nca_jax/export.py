@@ -1,0 +1,121 @@
+r"""Write a trained policy as a Hugging Face folder.
+
+    python -m nca_jax.export --workdir=DIR --out=HF_DIR [--dtype=float32|bfloat16] [--step=N]
+
+--workdir  of a training run; its config.json says which model and tokenizer it is
+--out      a folder that is empty or not there yet: it is whole when the command succeeds
+--dtype    of the stored weights
+--step     of a checkpoint that was kept; by default the latest
+
+The folder has config.json, generation_config.json, safetensors (several with an index from 5 GB
+on), the tokenizer's files, and a model card: README.md with the config, metrics and commit.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from nca_jax import build
+from nca_jax.axes import flatten_paths
+from nca_jax.checkpoint import restore_params, saved_step
+from nca_jax.checks import UserError, run_main
+from nca_jax.config import flatten, parse_own_flags, read_saved
+from nca_jax.mesh import host_mesh
+from nca_jax.models.decoder import Model
+from nca_jax.models.hf_export import DTYPES, write_hf
+from nca_jax.models.names import Param
+from nca_jax.models.pretrained import resolve, save_tokenizer
+
+
+def main(argv: list[str]) -> int:
+    flags = parse_own_flags(argv, workdir=None, out=None, dtype="float32", step=0)
+    workdir, out = Path(flags.workdir), Path(flags.out)
+    if flags.dtype not in DTYPES:
+        raise UserError(f"--dtype must be one of {', '.join(DTYPES)}; it is {flags.dtype!r}.")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out={out} is not an empty folder; give another, or remove it first.")
+    step = saved_step(workdir, flags.step)
+    config = read_saved(workdir / "config.json")
+    model_config = build.open_model_config(config.model)
+
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+    partial.mkdir(parents=True)
+    tokenizer = build.tokenizer_from(config)
+    if tokenizer:
+        save_tokenizer(tokenizer, partial)
+    else:
+        print("no tokenizer: the run's rows were token ids, so the folder has weights alone")
+    abstract = Model(model_config).abstract_params()
+    params = restore_params(workdir, abstract, host_mesh(), step=step)
+    write_hf(partial, model_config, opened(params), dtype=flags.dtype, origin=origin(config.model))
+    (partial / "README.md").write_text(model_card(workdir, config, step), encoding="utf-8")
+    partial.replace(out)
+    print(f"step {step} of {workdir} in {out}, {flags.dtype}")
+    return 0
+
+
+def opened(params: dict) -> dict[str, Param]:
+    """Returns parameters that are in memory as `open_hf` does those on disk; copies nothing."""
+    arrays = {path: np.asarray(x) for path, x in flatten_paths(params).items()}
+    return {path: Param(x.shape, x.__getitem__) for path, x in arrays.items()}
+
+
+def origin(model) -> Path | None:
+    """The Hugging Face folder that the policy was first read from; None for a .gguf or random."""
+    where = resolve(model.init_from) if model.init_from else None
+    return where if where and where.is_dir() else None
+
+
+def model_card(workdir: Path, config, step: int) -> str:
+    """Returns README.md: what was trained, from what, and what it reached."""
+    start, loss = config.model.init_from or "random weights", config.loss
+    commit = json.loads((workdir / "run.json").read_text())["commit"]
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [alignment, {loss.name}]
+---
+
+# {config.model.init_from or config.model.name}, aligned by {loss.name}
+
+Trained with explicit rewards by nca_jax; the method is "Noise Contrastive Alignment of Language
+Models with Explicit Rewards" (arXiv:2402.05369).
+
+- start, and reference where the config names no other: {start}
+- step {step}; K = {config.data.num_responses}, alpha = {loss.alpha}, beta = {loss.beta}
+- commit of nca_jax: {commit}
+
+## Metrics
+
+| split | step | metric | value |
+|---|---|---|---|
+{_metric_rows(workdir, step)}
+
+## Config
+
+```json
+{json.dumps(flatten(config), indent=2)}
+```
+"""
+
+
+def _metric_rows(workdir: Path, step: int) -> str:
+    """The last training and evaluation metrics up to `step`, a row each."""
+    last = {}
+    for line in (workdir / "metrics.jsonl").read_text().splitlines():
+        metrics = json.loads(line)
+        if metrics["step"] <= step:
+            last[metrics.pop("split")] = metrics
+    return "\n".join(
+        f"| {split} | {metrics['step']} | {name} | {value:.6g} |"
+        for split, metrics in last.items()
+        for name, value in metrics.items()
+        if name != "step"
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)

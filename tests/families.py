@@ -1,0 +1,131 @@
+"""One tiny random model of every family, as a Hugging Face folder made from a numpy seed alone.
+
+What PyTorch computes with them is in data/families.npz, written by make_families.py.
+"""
+
+import itertools
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+from safetensors.numpy import save_file
+
+from nca_jax.axes import flatten_paths
+from nca_jax.batch import Rows
+from nca_jax.data.pack import Group, RowLayout, pack
+from nca_jax.data.plan import causal_bound
+from nca_jax.decode import make_sampler
+from nca_jax.models import names
+from nca_jax.models.decoder import Model
+from nca_jax.models.hf import open_hf, read_config
+
+GOLDEN = Path(__file__).parent / "data" / "families.npz"
+VOCAB, EOS = 61, 2
+
+SIZES = {
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": EOS,
+}  # fmt: skip
+_LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+_WINDOW = {"sliding_window": 5}  # shorter than a prompt
+_QWEN_WINDOW = _WINDOW | {"use_sliding_window": True, "max_window_layers": 0}
+FAMILIES = {
+    "mistral": {"model_type": "mistral", "sliding_window": None},
+    "mistral with a window": {"model_type": "mistral", "head_dim": 12} | _WINDOW,
+    "llama 2": {"model_type": "llama", "num_key_value_heads": 4},
+    "llama 3": {"model_type": "llama", "rope_theta": 5e5, "rope_scaling": _LLAMA3},
+    "smollm2": {
+        "model_type": "llama", "num_attention_heads": 3, "num_key_value_heads": 1,
+        "hidden_size": 24, "rope_theta": 1e5, "tie_word_embeddings": True,
+    },
+    "qwen2": {"model_type": "qwen2", "rope_theta": 1e6, "tie_word_embeddings": True},
+    "qwen2 with a window": {"model_type": "qwen2"} | _QWEN_WINDOW,
+    "qwen3": {"model_type": "qwen3", "head_dim": 16, "rope_theta": 1e6},
+    "qwen3 with a window": {"model_type": "qwen3", "head_dim": 16} | _QWEN_WINDOW,
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+}  # fmt: skip
+
+# Prompts with ragged responses; the longest goes beyond llama 3's old context.
+LENGTHS = [(9, (5, 2)), (1, (3,)), (21, (2, 4))]
+NEW_TOKENS = 12
+
+
+def pieces() -> list[Group]:
+    """Returns prompts with their responses, which fill two rows; slots count the responses."""
+    rng, slots = np.random.default_rng(0), itertools.count()
+    return [
+        Group(
+            rng.integers(3, VOCAB, length).tolist(),
+            [rng.integers(3, VOCAB, n).tolist() for n in responses],
+            [next(slots) for _ in responses],
+        )
+        for length, responses in LENGTHS
+    ]
+
+
+def write_family(folder: Path, name: str) -> Path:
+    """Writes config.json and model.safetensors; every machine gets the same values."""
+    (folder / "config.json").write_text(json.dumps(SIZES | FAMILIES[name]))
+    rng = np.random.default_rng(sorted(FAMILIES).index(name))
+    tensors = {}
+    for tensor, shape in names.tensor_shapes(read_config(folder), "hf").items():
+        value = rng.normal(size=shape)
+        if "norm" in tensor:
+            value = 1 + 0.2 * value
+        elif tensor == "model.embed_tokens.weight":
+            value = value / 2
+        elif tensor.endswith("bias"):
+            value = value / 3
+        else:  # logits of several nats, layers that matter
+            value = (2 if tensor == "lm_head.weight" else 1.4) * value / np.sqrt(shape[1])
+        tensors[tensor] = value.astype(np.float32)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def packed_logits(model: Model, params: dict) -> np.ndarray:
+    """Returns the logits that predict the response tokens of `pieces`, [tokens, V], in order."""
+    layout = RowLayout(row_len=32, rows=2, block=16, num_pairs=causal_bound(32, 16), align=1)
+    num_slots = sum(len(responses) for _, responses in LENGTHS)
+    packed, _, _ = pack(pieces(), layout, num_slots=num_slots, num_micro=1)
+    rows = Rows(*(x[0] for x in packed))
+
+    @jax.jit
+    def row_logits(params):
+        return model.logits(params, model.rows(params, rows, block=16))
+
+    logits = np.asarray(row_logits(params))  # [R, T, V]
+    found = []
+    for slot in range(num_slots):
+        row, place = np.nonzero(rows.scored_slot == slot)
+        found.append(logits[row, rows.scored_at[row, place], :VOCAB])
+    return np.concatenate(found)
+
+
+def greedy(model: Model, params: dict) -> np.ndarray:
+    """Returns the most likely NEW_TOKENS after each prompt of `pieces`, [prompts, NEW_TOKENS]."""
+    sample = make_sampler(
+        model, num_samples=1, max_new_tokens=NEW_TOKENS, temperature=0.0, top_p=1.0, eos_ids=()
+    )
+    lengths = np.array([length for length, _ in LENGTHS], np.int32)
+    prompts = [np.pad(group.prompt, (0, max(lengths) - len(group.prompt))) for group in pieces()]
+    keys = jax.random.split(jax.random.key(0), len(prompts))
+    return np.asarray(jax.jit(sample)(params, np.stack(prompts), lengths, keys)[0])[:, 0]
+
+
+def read_params(folder: Path) -> tuple[Model, dict]:
+    """Returns the decoder of a Hugging Face folder and its parameters."""
+    config, weights = open_hf(folder)
+    model = Model(config)
+    read = [weight.read((slice(None),) * len(weight.shape)) for weight in weights.values()]
+    by_path = dict(zip(weights, read, strict=True))
+    paths, tree = (
+        flatten_paths(model.abstract_params()),
+        jax.tree.structure(model.abstract_params()),
+    )
+    return model, jax.tree.unflatten(tree, [by_path[path] for path in paths])

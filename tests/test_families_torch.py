@@ -1,0 +1,151 @@
+"""Beside PyTorch itself: models that transformers made, and what it reads of our export."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from families import (  # noqa: E402  (torch may not be there)
+    FAMILIES,
+    GOLDEN,
+    SIZES,
+    VOCAB,
+    greedy,
+    packed_logits,
+    read_params,
+    write_family,
+)
+from make_families import load, torch_greedy, torch_logits  # noqa: E402
+from safetensors.numpy import load_file, save_file  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: E402
+
+from nca_jax import export, train  # noqa: E402
+from nca_jax.model_config import MODELS, RopeScaling  # noqa: E402
+from nca_jax.models.hf import open_hf  # noqa: E402
+from nca_jax.models.hf_export import write_hf  # noqa: E402
+from nca_jax.models.layers import rotary_frequencies  # noqa: E402
+
+pytestmark = pytest.mark.torch
+DATA = Path(__file__).parent / "data"
+
+
+def made_by_transformers(name: str):
+    """Returns a random model of a family; biases and norms are random too."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(**SIZES | FAMILIES[name], initializer_range=0.25)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.2 * torch.randn(parameter.shape)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_model_that_transformers_saved_in_shards_gives_its_logits_and_comes_back(tmp_path, name):
+    theirs = made_by_transformers(name)
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
+    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
+    model, params = read_params(tmp_path / "theirs")
+    logits, tokens = torch_logits(theirs), torch_greedy(theirs)
+    found = packed_logits(model, params)
+    print(f"{name}: logits differ by {np.abs(found - logits).max():.1e}")
+    np.testing.assert_allclose(found, logits, rtol=0, atol=1e-4)
+    np.testing.assert_array_equal(greedy(model, params), tokens)
+
+    # With the first config.json kept, and with ours alone.
+    for origin in (tmp_path / "theirs", None):
+        out = tmp_path / f"ours, origin {origin is not None}"
+        write_hf(out, *open_hf(tmp_path / "theirs"), origin=origin, shard_bytes=20_000)
+        again = load(out)
+        np.testing.assert_array_equal(torch_logits(again), logits)
+        np.testing.assert_array_equal(torch_greedy(again), tokens)
+
+
+def test_bfloat16_files_are_read_as_transformers_reads_them_and_written_as_it_does(tmp_path):
+    theirs = made_by_transformers("qwen2").to(torch.bfloat16)
+    theirs.save_pretrained(tmp_path / "theirs")
+    found = packed_logits(*read_params(tmp_path / "theirs"))
+    np.testing.assert_allclose(found, torch_logits(load(tmp_path / "theirs")), rtol=0, atol=1e-4)
+
+    write_hf(tmp_path / "ours", *open_hf(tmp_path / "theirs"), dtype="bfloat16")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype="auto")
+    assert again.dtype == torch.bfloat16
+    for (name, ours), value in zip(again.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(ours, value), name
+
+
+def test_a_tied_head_that_is_stored_all_the_same_changes_nothing(tmp_path):
+    write_family(tmp_path, "smollm2")
+    before = packed_logits(*read_params(tmp_path))
+    tensors = load_file(tmp_path / "model.safetensors")
+    stored = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    np.testing.assert_array_equal(packed_logits(*read_params(tmp_path)), before)
+    found = torch_logits(AutoModelForCausalLM.from_pretrained(tmp_path).eval())
+    np.testing.assert_allclose(before, found, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_golden_file_is_what_pytorch_gives_today(tmp_path, name):
+    model = load(write_family(tmp_path, name))
+    with np.load(GOLDEN) as golden:
+        np.testing.assert_allclose(torch_logits(model), golden[f"{name}/logits"], atol=2e-5)
+        np.testing.assert_array_equal(torch_greedy(model), golden[f"{name}/greedy"])
+
+
+@pytest.mark.parametrize("theta", [1e4, 1e5, 5e5, 1e6])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("factor", [None, 8.0, 32.0])
+def test_rotary_frequencies_are_pytorchs_but_for_an_ulp(theta, head_dim, factor):
+    rope, scaling = {"rope_type": "default"}, None
+    if factor:
+        scaling = RopeScaling(factor, 1.0, 4.0, 8192)
+        rope = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # fmt: skip
+    theirs = AutoConfig.for_model(
+        "llama", hidden_size=4 * head_dim, num_attention_heads=4, rope_theta=theta,
+        rope_scaling=rope, max_position_embeddings=131072,
+    )  # fmt: skip
+    if factor:
+        expected = ROPE_INIT_FUNCTIONS["llama3"](theirs, "cpu")[0].numpy()
+    else:
+        expected = (1.0 / theta ** (torch.arange(0, head_dim, 2).float() / head_dim)).numpy()
+    config = dataclasses.replace(
+        MODELS["tiny"], rope_theta=theta, head_dim=head_dim, rope_scaling=scaling
+    )
+    found = rotary_frequencies(config)
+    np.testing.assert_array_max_ulp(found, expected, maxulp=1)
+    assert np.mean(found == expected) > 0.95
+
+
+def test_transformers_gives_the_logits_of_a_policy_that_was_trained_and_exported(tmp_path):
+    rng = np.random.default_rng(0)
+    with open(tmp_path / "rows.jsonl", "w") as file:
+        for _ in range(8):
+            ids = {"prompt_ids": rng.integers(3, 257, 6).tolist()}
+            ids["response_ids"] = [rng.integers(3, 257, 5).tolist() for _ in range(4)]
+            file.write(json.dumps(ids | {"scores": [0.1, 0.9, 0.3, 0.5]}) + "\n")
+    rows, start = tmp_path / "rows.jsonl", DATA / "tiny_mistral"
+    flags = ("data.tokenizer=none", "data.rows=8", "data.row_len=64", "loss.logits_chunk=64",
+             "data.block=16", "data.max_prompt_len=8", "data.max_response_len=8", "steps=2",
+             "epochs=0", "eval_every=0", "data.eval_fraction=0", "data.batch_size=4",
+             "optim.lr=1e-2", "log.tensorboard=False")  # fmt: skip
+    train.main(
+        ["train", f"--config=configs/jsonl.py:files={rows},init_from={start},k=4"]
+        + [f"--workdir={tmp_path / 'run'}"]
+        + [f"--config.{flag}" for flag in flags]
+    )
+    export.main(["export", f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'hf'}"])
+
+    theirs = torch_logits(load(tmp_path / "hf"))[:, :VOCAB]
+    np.testing.assert_allclose(
+        packed_logits(*read_params(tmp_path / "hf")), theirs, rtol=0, atol=1e-4
+    )
+    before = torch_logits(load(start))[:, :VOCAB]
+    assert np.abs(theirs - before).max() > 0.1  # it was trained
