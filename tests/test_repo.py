@@ -26,7 +26,7 @@ CONFIG_FILES = sorted((ROOT / "configs").glob("*.py"))
 
 # Layers, from the bottom. A leaf imports leaves; a group imports leaves and itself; mains are
 # commands, which nobody imports.
-LEAVES = {"checks", "batch", "axes", "model_config", "config_arg", "losses"}
+LEAVES = {"checks", "batch", "axes", "model_config", "config_arg", "losses", "flops"}
 GROUPS = {"models", "data", "rewards"}
 MAINS = {"train", "precompute", "evaluate", "generate", "inspect", "export", "prepare", "score"}
 MAX_LINES, MAX_LEAVES = 400, 64

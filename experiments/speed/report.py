@@ -1,0 +1,144 @@
+"""What was measured, as one table a cell, one JSON and one plot. Needs no JAX and no PyTorch.
+
+A step's time is the median over all timed steps of all rounds.
+"""
+
+import json
+from pathlib import Path
+from statistics import median
+
+COLUMNS = {
+    "prompts_per_second": ("prompts/s", "{:.4f}"),
+    "ratio": ("of the first", "{:.2f}x"),
+    "prompts_per_second_1_epoch": ("with reference pass, 1 epoch", "{:.4f}"),
+    "prompts_per_second_3_epochs": ("3 epochs", "{:.4f}"),
+    "scored_tokens_per_second": ("useful tokens/s", "{:.1f}"),
+    "needed_tokens_per_cpu_second": ("needed tokens/CPU s", "{:.1f}"),
+    "peak_gib": ("peak GiB", "{:.2f}"),
+    "peak_share": ("needed GFLOP/s of peak", "{:.0%}"),
+    "compile_seconds": ("compile s", "{:.0f}"),
+}
+
+
+def write_report(out: Path) -> None:
+    """Writes results.json, table.md and speed.png from what the cells' folders hold."""
+    cells = {path.parent.name: read_cell(path.parent) for path in sorted(out.glob("*/job.json"))}
+    cells = {name: cell for name, cell in cells.items() if cell["sides"]}
+    (out / "results.json").write_text(json.dumps(cells, indent=2) + "\n")
+    (out / "table.md").write_text("\n".join(table(name, cell) for name, cell in cells.items()))
+    plot(out / "speed.png", cells)
+
+
+def read_cell(folder: Path) -> dict:
+    """Returns {"job", "peak_flops_per_second", "agreement", "sides": {name: figures}}."""
+    job = json.loads((folder / "job.json").read_text())
+    peaks = [json.loads(path.read_text()) for path in folder.glob("peak.*.json")]
+    peak = median(x["flops_per_second"] for x in peaks) if peaks else 0.0
+    agreement = folder / "agreement.json"
+    apart = json.loads(agreement.read_text()) if agreement.exists() else {}
+    sides = {}
+    for name in apart:
+        rounds = [json.loads(p.read_text()) for p in sorted(folder.glob(f"{name}.[0-9]*.json"))]
+        if rounds:
+            check = json.loads((folder / f"{name}.check.json").read_text())
+            sides[name] = figures(job, rounds, check, peak)
+    first = next(iter(sides.values()), None)
+    for side in sides.values():
+        side["ratio"] = side["prompts_per_second"] / first["prompts_per_second"]
+    found = {"job": job, "peak_flops_per_second": peak, "agreement": apart, "sides": sides}
+    ladder = folder / "ladder.json"
+    return found | ({"ladder": json.loads(ladder.read_text())} if ladder.exists() else {})
+
+
+def figures(job: dict, rounds: list[dict], check: dict, peak: float) -> dict[str, float]:
+    """Returns the figures of one side in one cell; seconds are medians over steps and rounds."""
+    seconds = median(x for r in rounds for x in r["seconds"])
+    cpu_seconds = median(x for r in rounds for x in r["cpu_seconds"])
+    # A live reference is in the step already.
+    is_cached = rounds[0]["reference"] == "cached"
+    ref_seconds = check["ref_seconds"] if is_cached else 0.0
+    found = {
+        "seconds": seconds,
+        "seconds_of_all": [x for r in rounds for x in r["seconds"]],
+        "prompts_per_second": job["batch_size"] / seconds,
+        "prompts_per_second_1_epoch": job["batch_size"] / (seconds + ref_seconds),
+        "prompts_per_second_3_epochs": job["batch_size"] / (seconds + ref_seconds / 3),
+        "scored_tokens_per_second": job["scored_tokens"] / seconds,
+        "needed_tokens_per_cpu_second": job["needed_tokens"] / cpu_seconds,
+        "peak_gib": max(r["peak_bytes"] for r in rounds) / 2**30,
+        "needed_gflops_per_second": job["needed_flops"] / seconds / 1e9,
+        "peak_share": job["needed_flops"] / seconds / peak,
+    }
+    if "compile_seconds" in rounds[0]:
+        found["compile_seconds"] = median(r["compile_seconds"] for r in rounds)
+    return found
+
+
+def table(name: str, cell: dict) -> str:
+    """Returns one cell as Markdown."""
+    job = cell["job"]
+    lines = [
+        f"## {name}",
+        "",
+        f"{job['batch_size']} prompts, K = {job['k']}, loss {job['loss']}: {job['needed_tokens']} "
+        f"needed tokens ({job['scored_tokens']} scored), {job['padded_tokens']} as the released "
+        f"trainer pads them. Head: {job['head_flops'] / job['needed_flops']:.0%} of the needed "
+        f"operations. float32 matmul peak: {cell['peak_flops_per_second'] / 1e9:.0f} GFLOP/s.",
+        "",
+        "| side | " + " | ".join(title for title, _ in COLUMNS.values()) + " |",
+        "|---" * (len(COLUMNS) + 1) + "|",
+    ]
+    for side, found in cell["sides"].items():
+        shown = [
+            form.format(found[key]) if key in found else "-" for key, (_, form) in COLUMNS.items()
+        ]
+        lines.append(f"| {side} | " + " | ".join(shown) + " |")
+    lines += ["", "Largest differences from the first side, before any timing:", ""]
+    quantities = list(next(iter(cell["agreement"].values())))
+    lines += ["| side | " + " | ".join(quantities) + " |", "|---" * (len(quantities) + 1) + "|"]
+    for side, apart in cell["agreement"].items():
+        lines.append(f"| {side} | " + " | ".join(f"{apart[q]:.1e}" for q in quantities) + " |")
+    if "ladder" in cell:
+        lines += ["", *ladder_table(cell["ladder"])]
+    return "\n".join(lines) + "\n"
+
+
+def ladder_table(ladder: dict[str, dict]) -> list[str]:
+    """Returns the rungs of our own step, each with its ratio to the one before."""
+    lines = ["Our own step, rung by rung:", "", "| rung | token slots | s a step | faster by |"]
+    lines.append("|---|---|---|---|")
+    before = None
+    for name, rung in ladder.items():
+        ratio = f"{before / rung['seconds']:.2f}x" if before else "-"
+        lines.append(f"| {name} | {rung['slots']} | {rung['seconds']:.2f} | {ratio} |")
+        before = rung["seconds"]
+    return lines
+
+
+def plot(path: Path, cells: dict) -> None:
+    """Draws prompts/s against the first side and peak memory, a group of bars a cell."""
+    import matplotlib  # the extra `demo` has it
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = list(dict.fromkeys(name for cell in cells.values() for name in cell["sides"]))
+    figure, axes = plt.subplots(2, 1, figsize=(2 + 2.2 * len(cells), 8), squeeze=False)
+    for axis, key, title in zip(
+        axes[:, 0],
+        ("ratio", "peak_gib"),
+        ("prompts/s, of the first side", "peak memory of a fresh process, GiB"),
+        strict=True,
+    ):
+        for i, name in enumerate(names):
+            places = [
+                c + 0.8 * i / len(names) for c, x in enumerate(cells.values()) if name in x["sides"]
+            ]
+            heights = [x["sides"][name][key] for x in cells.values() if name in x["sides"]]
+            axis.bar(places, heights, width=0.8 / len(names), label=name, align="edge")
+        axis.set_xticks([c + 0.4 for c in range(len(cells))], list(cells))
+        axis.set_ylabel(title)
+    axes[0, 0].legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

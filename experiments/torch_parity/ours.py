@@ -1,0 +1,53 @@
+"""nca_jax on the same rows: the train command, then its last checkpoint scored once more."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+
+from nca_jax import build
+from nca_jax.config import parse_flags
+from nca_jax.data.pipeline import Dataset
+
+ROOT = Path(__file__).parents[2]
+
+
+def train(model_dir: Path, rows_file: Path, settings, k: int, workdir: Path) -> dict:
+    """Runs `python -m nca_jax.train`; returns what `released.train` returns.
+
+    Args:
+      settings: as `released.Settings`; the config has the others as released.
+    """
+    shutil.rmtree(workdir, ignore_errors=True)  # a whole run, not a resumed one
+    values = {
+        "model": model_dir,
+        "rows": rows_file,
+        "algo": settings.loss,
+        "alpha": settings.alpha,
+        "beta": settings.beta,
+        "steps": settings.steps,
+        "batch_size": settings.batch_size,
+        "lr": settings.lr,
+        "k": k,
+    }
+    arg = ",".join(f"{name}={value}" for name, value in values.items())
+    config_flag = f"--config={ROOT}/configs/torch_parity.py:{arg}"
+    command = [sys.executable, "-m", "nca_jax.train", config_flag, f"--workdir={workdir}"]
+    subprocess.run(command, cwd=ROOT, check=True)
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    log = [line for line in lines if line["split"] == "train"]
+    return {"log": log, "final_logps": final_logps(config_flag, workdir)}
+
+
+def final_logps(config_flag: str, workdir: Path) -> list[list[float]]:
+    """Returns the log-probabilities of the last batch under the last checkpoint, [B, K]."""
+    config, _ = parse_flags(["ours", config_flag])
+    run = build.build(config)
+    dataset = Dataset(build.read_data(run).sources, config.data, seed=config.seed)
+    batch = dataset.batch_at(config.steps - 1).batch
+    with jax.set_mesh(run.mesh):
+        params = build.policy_params(run, str(workdir))
+        return build.jit_step_logps(run)(params, batch).tolist()
