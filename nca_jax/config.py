@@ -82,6 +82,7 @@ FIELDS = {
     "mesh.data": AXIS,
     "mesh.fsdp": AXIS,
     "mesh.tensor": AXIS,
+    "mesh.expert": AXIS,
     "checkpoint.keep_last": COUNT,
     "checkpoint.keep_best": COUNT_OR_0,
     "checkpoint.best_metric": _one_of(

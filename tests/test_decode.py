@@ -131,7 +131,7 @@ def test_kl_of_equal_policies_is_zero_and_its_estimate_is_the_exact_kl():
     draw = sampler(model, num_samples=num, temperature=1.0, max_new_tokens=1)
     tokens, _ = draw(params, prompts()[:1], LENGTHS[:1], keys()[:1])
     kl = jax.jit(make_kl(model, num_slots=1024, block=16, chunk=16))
-    shardings = rows_shardings(make_mesh({"data": -1, "fsdp": 1, "tensor": 1}))
+    shardings = rows_shardings(make_mesh({"data": -1, "fsdp": 1, "tensor": 1, "expert": 1}))
 
     def estimate(reference) -> np.ndarray:
         pieces = [Piece(prompt, [[int(t)] for t in np.asarray(tokens).reshape(-1)])]
@@ -159,7 +159,7 @@ def test_scores_of_responses_come_in_order_however_they_are_packed():
         Piece(rng.integers(3, 259, 5).tolist(), [rng.integers(3, 259, n).tolist() for n in sizes])
         for sizes in ((3, 20, 25), (7,), (30, 1, 2, 9))
     ]
-    shardings = rows_shardings(make_mesh({"data": -1, "fsdp": 1, "tensor": 1}))
+    shardings = rows_shardings(make_mesh({"data": -1, "fsdp": 1, "tensor": 1, "expert": 1}))
 
     @jax.jit
     def logps(rows):
