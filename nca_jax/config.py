@@ -100,6 +100,13 @@ FIELDS = {
     "log.wandb_project": TEXT,
 }
 
+DEFINE_FLAG = {
+    bool: flags.DEFINE_boolean,
+    int: flags.DEFINE_integer,
+    str: flags.DEFINE_string,
+    type(None): flags.DEFINE_string,
+}
+
 # What a resumed run may change: nothing here moves a number of the steps that follow.
 MAY_CHANGE = (
     "log",
@@ -206,7 +213,7 @@ def _check_together(config: ConfigDict) -> None:
             raise UserError(message + ".")
 
 
-def parse_flags(argv: list[str], **extra: str | int) -> tuple[ConfigDict, flags.FlagValues]:
+def parse_flags(argv: list[str], **extra: str | int | bool) -> tuple[ConfigDict, flags.FlagValues]:
     """Reads `--config=FILE[:args] --config.key=value` and the command's own flags.
 
     Args:
@@ -222,7 +229,7 @@ def parse_flags(argv: list[str], **extra: str | int) -> tuple[ConfigDict, flags.
         "config", None, "FILE[:args]", flag_values=values, sys_argv=argv
     )
     for name, default in extra.items():
-        define = flags.DEFINE_integer if isinstance(default, int) else flags.DEFINE_string
+        define = DEFINE_FLAG[type(default)]
         define(name, default, "", flag_values=values)
     try:
         rest = values(argv)

@@ -1,0 +1,78 @@
+"""Floating-point operations that a step needs, counted from the sizes of the model and the tokens.
+
+A multiply and an add are two operations. Counted are the matrix products of the layers, those of
+attention over the pairs of tokens that may attend, and the head on the tokens that are scored. Left
+out are norms, rotary angles, softmax and the update.
+What a program computes beyond that (padding, a prompt again for each response, logits of a prompt)
+is its own loss: `needed` says what the work is, not what a program does.
+
+Axes: D width, N query heads, G kv heads, H head width, F MLP width, L layers, E experts.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from nca_jax.model_config import ModelConfig
+
+
+class Flops(NamedTuple):
+    """Operations by part, of one pass or of a whole step."""
+
+    trunk: int  # q, k, v, o, MLP or experts, router
+    attention: int  # scores and their products with the values
+    head: int  # hidden states to logits
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+def trunk_params(config: ModelConfig) -> int:
+    """Parameters that a token is multiplied with, all layers; of experts those it is routed to."""
+    c = config
+    attention = c.width * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
+    mlp = 3 * c.width * c.mlp_width * (c.experts_per_token if c.num_experts else 1)
+    return c.num_layers * (attention + mlp + c.width * c.num_experts)
+
+
+def head_params(config: ModelConfig) -> int:
+    """Parameters of the head without padded columns, tied or not."""
+    return config.width * config.vocab_size
+
+
+def forward_flops(config: ModelConfig, prompt_len: int, response_lens: Sequence[int]) -> Flops:
+    """One forward pass of a prompt, computed once, and its responses.
+
+    Args:
+      prompt_len: tokens of the prompt, P.
+      response_lens: tokens of each response; all of them are scored.
+    """
+    scored = sum(response_lens)
+    pairs = _attended(0, prompt_len, config.sliding_window)
+    for length in response_lens:
+        pairs += _attended(prompt_len, length, config.sliding_window)
+    return Flops(
+        trunk=2 * trunk_params(config) * (prompt_len + scored),
+        attention=4 * config.num_layers * config.num_heads * config.head_dim * pairs,
+        head=2 * head_params(config) * scored,
+    )
+
+
+def needed_flops(config: ModelConfig, prompt_len: int, response_lens: Sequence[int]) -> Flops:
+    """A policy's forward and backward pass, the reference being known.
+
+    A backward pass is two forward passes. The head's logits are computed again in it, as nobody
+    can keep them: 6 operations a trunk parameter and token, 8 a head parameter and scored token.
+    """
+    trunk, attention, head = forward_flops(config, prompt_len, response_lens)
+    return Flops(3 * trunk, 3 * attention, 4 * head)
+
+
+def _attended(before: int, length: int, window: int) -> int:
+    """Pairs (query, key) of a segment that follows `before` tokens, all causal.
+
+    A query at position t sees t + 1 keys, or `window` of them where that is less.
+    """
+    if not window:
+        return length * before + length * (length + 1) // 2
+    return sum(min(before + i + 1, window) for i in range(length))
