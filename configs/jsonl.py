@@ -36,6 +36,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.model.dtype = "float32"  # of activations; parameters are float32
     c.model.remat = "none"  # none, dots, full: from fastest to leanest; wants scan_layers
     c.model.scan_layers = False  # unrolled is faster on CPU; scan large models
+    c.model.attention = "auto"  # pairs (XLA) or splash (Pallas); auto: splash on TPU
 
     c.reference = ConfigDict(dict(kind="live", init_from="", cache=""))  # "": as the policy
 

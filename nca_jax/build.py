@@ -28,6 +28,7 @@ from nca_jax.mesh import (
     rows_shardings,
 )
 from nca_jax.model_config import MODELS, ModelConfig
+from nca_jax.models import splash
 from nca_jax.models.decoder import Model
 from nca_jax.models.pretrained import load_tokenizer, open_pretrained
 from nca_jax.optim import make_optimizer, make_schedule
@@ -82,6 +83,9 @@ def _assemble(config, devices, model_config: ModelConfig, tokenizer) -> Run:
         dtype=jnp.dtype(config.model.dtype),
         remat=config.model.remat,
         scan_layers=config.model.scan_layers,
+        attention_kernel=_attention_kernel(config, model_config, mesh),
+        align=config.data.align,
+        interpret=platform_of(mesh) != "tpu",
     )
     return Run(config, mesh, model, tokenizer)
 
@@ -105,6 +109,38 @@ def _model_config(model) -> ModelConfig:
                 f"{'; '.join(differs)}. Set config.model.name='' to take what is there."
             )
     return found
+
+
+def platform_of(mesh: Mesh) -> str:
+    """What kernels are chosen by: the mesh's devices, which may be those of a compile only."""
+    return mesh.devices.flat[0].platform
+
+
+def _attention_kernel(config, model_config: ModelConfig, mesh: Mesh) -> str:
+    """Returns "pairs" or "splash". Raises UserError where splash cannot compute these rows."""
+    data, window = config.data, model_config.sliding_window
+    asked = config.model.attention
+    if asked == "pairs" or (asked == "auto" and platform_of(mesh) != "tpu"):
+        return "pairs"
+    for is_bad, message in (
+        (
+            data.block % splash.LANES,
+            f"wants config.data.block in multiples of {splash.LANES}; it is {data.block}",
+        ),
+        (
+            splash.Code.of(data.row_len, data.align) is None,
+            f"of config.data.row_len={data.row_len} wants segments that start at larger multiples "
+            f"than config.data.align={data.align}: 8 up to rows of 4096, 16 up to 8192",
+        ),
+        (
+            0 < window < data.max_prompt_len + data.max_response_len,
+            f"cannot hide keys beyond the model's sliding window of {window}; lower "
+            "config.data.max_prompt_len or max_response_len",
+        ),
+    ):
+        if is_bad:
+            raise UserError(f"Splash attention {message}, or set config.model.attention='pairs'.")
+    return "splash"
 
 
 def _tokenizer(config, model_config: ModelConfig):

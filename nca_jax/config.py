@@ -42,6 +42,7 @@ FIELDS = {
     "model.dtype": _one_of("float32", "bfloat16"),
     "model.remat": _one_of("none", "dots", "full"),
     "model.scan_layers": FLAG,
+    "model.attention": _one_of("auto", "pairs", "splash"),
     "reference.kind": _one_of("live", "cached"),
     "reference.init_from": TEXT,
     "reference.cache": TEXT,
@@ -119,6 +120,7 @@ MAY_CHANGE = (
     "data.prefetch",
     "model.remat",
     "model.scan_layers",
+    "model.attention",
 )
 
 

@@ -61,6 +61,7 @@ def flags(tmp_path):
         ("--config.data.files=nothing-*.jsonl", "No file matches"),
         ("--config.reference.kind=cached", "config.reference.cache"),
         ("--config.model.init_from=no/where/at/all", "no/where/at/all"),
+        ("--config.model.attention=splash", "config.data.block in multiples of 128"),
         ("--confg.steps=1", "confg.steps"),
         ("extra", "Unknown argument"),
     ],

@@ -120,8 +120,14 @@ def several_micro_batches(tmp_path_factory):
             "--config.model.scan_layers=True",
             "--config.model.remat=full",
         ),
+        (
+            "--config.data.row_len=512",
+            "--config.data.align=8",
+            "--config.data.block=128",
+            "--config.model.attention=splash",
+        ),
     ],
-    ids=["other mesh, more rows", "one micro-batch, aligned, scanned, remat"],
+    ids=["other mesh, more rows", "one micro-batch, aligned, scanned, remat", "splash"],
 )
 def test_how_a_step_is_laid_out_does_not_change_its_numbers(tmp_path, several_micro_batches, flags):
     rows, want = several_micro_batches

@@ -17,7 +17,7 @@ from flax import nnx
 from nca_jax.axes import constrain
 from nca_jax.batch import Rows
 from nca_jax.model_config import ModelConfig
-from nca_jax.models import attention
+from nca_jax.models import attention, splash
 from nca_jax.models.layers import Attention, Kernel, Mlp, RMSNorm
 from nca_jax.models.moe import Moe
 
@@ -76,12 +76,18 @@ class Model:
       dtype: of the activations; parameters stay float32.
       remat: a key of REMAT; other than "none" wants scanned layers.
       scan_layers: one compiled layer run L times, or L layers unrolled over the same params.
+      attention_kernel: of packed rows: "pairs" (XLA, any platform) or "splash" (Pallas, for TPU).
+      align: for splash, what the segments' starts in a row are multiples of.
+      interpret: run Pallas kernels in Python, where there is no TPU.
     """
 
     config: ModelConfig
     dtype: jnp.dtype = jnp.float32
     remat: str = "none"
     scan_layers: bool = True
+    attention_kernel: str = "pairs"
+    align: int = 1
+    interpret: bool = False
 
     @functools.cached_property
     def _graphdef(self):
@@ -136,11 +142,14 @@ class Model:
 
     def rows(self, params: dict, rows: Rows, *, block: int) -> jax.Array:
         """[R, T, D]: the hidden states of packed rows, attention in blocks of `block` tokens."""
-        attend = attention.packed(
-            rows,
-            sliding_window=self.config.sliding_window,
-            num_blocks=rows.tokens.shape[1] // block,
-        )
+        num_blocks = rows.tokens.shape[1] // block
+        if self.attention_kernel == "splash":
+            attend = splash.packed(
+                rows, num_blocks=num_blocks, align=self.align, interpret=self.interpret
+            )
+        else:
+            window = self.config.sliding_window
+            attend = attention.packed(rows, sliding_window=window, num_blocks=num_blocks)
         return self.hidden(params, rows.tokens, rows.positions, attend)[0]
 
     def make_cache(self, num_rows: int, num_slots: int) -> dict | tuple[dict, ...]:

@@ -1,0 +1,190 @@
+"""Splash attention over packed rows: the Pallas kernel of TPUs, by the same plan as `attention`.
+
+Axes: R rows, T tokens, N query heads, G kv heads, H head width, Q = T / block blocks of tokens.
+
+The kernel of `jax.experimental` takes a mask function of one integer a query token. Here it is a
+code, made at run time, that says where the token's own segment starts and which tokens before it
+are other responses; prompt ids, as segment ids of the kernel, part the prompts of a row; and the
+live pairs of `Rows.pairs` say which blocks are computed at all. So rows of any lengths share one
+compiled program. The codes lean on private fields of the kernel (`MaskInfo`), hence the pinned jax.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.sharding import PartitionSpec as P
+
+from nca_jax.axes import ACTIVATION_RULES
+from nca_jax.batch import PROMPT_SEGMENT, Rows
+from nca_jax.models.attention import Attend
+
+LANES = 128  # the kernel wants blocks that are multiples of this
+CODE_BITS = 31  # a code is a non-negative int32
+
+
+class Code(NamedTuple):
+    """How a query token's integer is laid out: [gap / align | start / align | place in the row].
+
+    `start` is the first token of its segment, `gap` how many tokens between the first response's
+    start and its own are hidden from it (those of other responses); both 0 in a prompt.
+    """
+
+    place_bits: int
+    span_bits: int
+    align: int
+
+    @classmethod
+    def of(cls, row_len: int, align: int) -> "Code | None":
+        """Returns the layout for rows whose segments start at multiples of `align`, if one fits."""
+        place_bits = max(1, math.ceil(math.log2(row_len)))
+        span_bits = max(1, math.ceil(math.log2(row_len / align)))
+        fits = place_bits + 2 * span_bits <= CODE_BITS
+        return cls(place_bits, span_bits, align) if fits else None
+
+    def pack(self, place: jax.Array, start: jax.Array, gap: jax.Array) -> jax.Array:
+        start, gap = start // self.align, gap // self.align
+        return place | start << self.place_bits | gap << (self.place_bits + self.span_bits)
+
+    def allows(self, code, key):
+        """Whether the query of this code may attend to the token at `key`, prompt ids aside."""
+        place = code & ((1 << self.place_bits) - 1)
+        span = (1 << self.span_bits) - 1
+        start = (code >> self.place_bits & span) * self.align
+        gap = (code >> (self.place_bits + self.span_bits) & span) * self.align
+        return (key <= place) & ((key >= start) | (key < start - gap))
+
+
+class _CodeMask(masks._ComputableMask):
+    """A mask of [T, T] that the kernel computes from the codes it is given at run time."""
+
+    def __init__(self, row_len: int, code: Code):
+        self.code = code
+        super().__init__((row_len, row_len), code.allows)
+
+    def __eq__(self, other):
+        return (self.shape, self.code) == (other.shape, other.code)
+
+    def __hash__(self):
+        return hash((self.shape, self.code))
+
+
+def packed(rows: Rows, *, num_blocks: int, align: int, interpret: bool) -> Attend:
+    """Returns the attention of these rows by the rule of `nca_jax.batch`; the cache is unused.
+
+    Codes and block masks are made here, once for all layers.
+
+    Args:
+      rows: one micro-batch; T / num_blocks is a multiple of LANES.
+      num_blocks: Q, blocks a row.
+      align: segments start at multiples of this, and `Code.of(T, align)` fits.
+      interpret: run the kernel in Python, on any platform.
+    """
+    row_len = rows.tokens.shape[1]
+    code = Code.of(row_len, align)
+    live = jax.vmap(lambda pairs: _live_blocks(pairs, num_blocks))(rows.pairs)  # [R, Q, Q]
+    plan = (
+        jax.vmap(lambda rows: _codes(rows, code))(rows),
+        rows.prompt_ids,
+        jnp.where(rows.key_on, rows.prompt_ids, -1),
+        live.astype(jnp.int8),
+        jax.vmap(_next_live)(live),
+        jax.vmap(lambda live: _next_live(live.T).T)(live),
+    )
+
+    def attend(q, k, v, cache):
+        by_head = P(ACTIVATION_RULES["rows"], ACTIVATION_RULES["heads"], None, None)
+        by_row = P(ACTIVATION_RULES["rows"])
+        heads_first = [x.transpose(0, 2, 1, 3) for x in (q * q.shape[-1] ** -0.5, k, v)]
+        attend_here = _local(code, row_len // num_blocks, interpret)
+        if not jax.sharding.get_abstract_mesh().empty:
+            attend_here = jax.shard_map(
+                attend_here,
+                in_specs=(*[by_head] * 3, *[by_row] * len(plan)),
+                out_specs=by_head,
+                check_vma=False,  # a Pallas call says nothing of replication
+            )
+        return attend_here(*heads_first, *plan).transpose(0, 2, 1, 3), cache
+
+    return attend
+
+
+def _local(code: Code, block: int, interpret: bool) -> Callable:
+    """Returns the attention of the rows and heads that one device holds, q [R, N, T, H]."""
+
+    def attend(q, k, v, codes, query_ids, key_ids, live, next_key, next_query):
+        num_heads, row_len = q.shape[1:3]
+        block_sizes = kernels.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_q_dq=block,
+            block_kv_dq=block,
+        )
+        kernel = kernels.make_splash_mha(
+            masks.MultiHeadMask([_CodeMask(row_len, code)] * num_heads),
+            block_sizes=block_sizes,
+            head_shards=1,
+            q_seq_shards=1,
+            interpret=interpret,
+        )
+
+        def one_row(q, k, v, codes, query_ids, key_ids, live, next_key, next_query):
+            def with_plan(info, following):
+                return info._replace(
+                    q_sequence=codes, block_mask=live[None], data_next=following[None]
+                )
+
+            of_row = kernels.SplashAttentionKernel(
+                with_plan(kernel.fwd_mask_info, next_key),
+                with_plan(kernel.dq_mask_info, next_key),
+                with_plan(kernel.dkv_mask_info, next_query),
+                **kernel.kwargs,
+            )
+            return of_row(q, k, v, kernels.SegmentIds(query_ids, key_ids))
+
+        return jax.vmap(one_row)(q, k, v, codes, query_ids, key_ids, live, next_key, next_query)
+
+    return attend
+
+
+def _codes(rows: Rows, code: Code) -> jax.Array:
+    """Returns the code of each token of one row, [T] int32."""
+    place = jnp.arange(rows.tokens.shape[0], dtype=jnp.int32)
+
+    def differs(x):  # from the token before
+        return jnp.diff(x, prepend=-1) != 0
+
+    def last(there):  # where the latest one was
+        return jax.lax.cummax(jnp.where(there, place, 0))
+
+    begins = differs(rows.segments) | differs(rows.prompt_ids)
+    start = last(begins)
+    first_response = last(begins & (rows.segments == PROMPT_SEGMENT + 1))
+    is_response = rows.segments > PROMPT_SEGMENT
+    start = jnp.where(is_response, start, 0)
+    return code.pack(place, start, jnp.where(is_response, start - first_response, 0))
+
+
+def _live_blocks(pairs: jax.Array, num_blocks: int) -> jax.Array:
+    """[P, 2] pairs of one row -> [Q, Q] bool, queries first. Filler is (-1, -1)."""
+    live = jnp.zeros((num_blocks + 1, num_blocks + 1), bool)  # filler goes to the last, dropped
+    return live.at[pairs[:, 0], pairs[:, 1]].set(True)[:num_blocks, :num_blocks]
+
+
+def _next_live(live: jax.Array) -> jax.Array:
+    """For each place of [Q, Q], row by row: the column of the first live pair from there on.
+
+    The kernel fetches that block ahead. After the last live pair it is that of the first.
+    """
+    flat = live.reshape(-1)
+    at = jnp.where(flat, jnp.arange(flat.size), flat.size)
+    following = jax.lax.cummin(at, reverse=True)
+    following = jnp.where(following == flat.size, at.min(), following)
+    dtype = jnp.int8 if live.shape[1] <= 128 else jnp.int32  # scalar memory is scarce
+    return (following % live.shape[1]).astype(dtype).reshape(live.shape)

@@ -1,0 +1,102 @@
+"""Splash attention equals attention over block pairs, in value and gradient, by interpretation."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_logprobs import make_groups
+
+from nca_jax.batch import Rows
+from nca_jax.data.pack import RowLayout, pack
+from nca_jax.data.plan import causal_bound
+from nca_jax.models import attention, splash
+
+ROW_LEN, BLOCK, ALIGN = 512, 128, 8
+LAYOUT = RowLayout(
+    ROW_LEN, rows=2, block=BLOCK, num_pairs=causal_bound(ROW_LEN, BLOCK), align=ALIGN
+)
+LENGTHS = [(100, (90, 50, 128)), (61, (17, 90, 41)), (1, (3, 3)), (33, (200, 7))]
+
+
+def make_rows() -> Rows:
+    """Two rows, several prompts in each, with keys that are off here and there; [R, ...]."""
+    groups = make_groups(LENGTHS, seed=0, vocab_size=100)
+    packed, num_micro, _ = pack(groups, LAYOUT, num_slots=len(groups) * 3)
+    assert num_micro == 1
+    rows = Rows(*(jnp.asarray(x[0]) for x in packed))
+    is_off = (np.arange(ROW_LEN) % 11 == 5)[None] & (np.asarray(rows.positions) > 0)
+    return rows._replace(key_on=rows.key_on & ~is_off)
+
+
+def value_and_grads(attend, rows: Rows, q, k, v):
+    """A sum over the real tokens of a nonlinear function of the output, and its gradients."""
+
+    def total(q, k, v):
+        out = attend(rows)(q, k, v, None)[0]
+        return jnp.sum(jnp.sin(out), where=(rows.segments > 0)[..., None, None])
+
+    return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))(q, k, v)
+
+
+def make_qkv(num_heads: int = 4, num_kv_heads: int = 2, head_dim: int = 64):
+    rng = np.random.default_rng(1)
+    shapes = [(2, ROW_LEN, heads, head_dim) for heads in (num_heads, num_kv_heads, num_kv_heads)]
+    return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+
+
+PAIRS = functools.partial(attention.packed, sliding_window=0, num_blocks=ROW_LEN // BLOCK)
+SPLASH = functools.partial(splash.packed, num_blocks=ROW_LEN // BLOCK, align=ALIGN, interpret=True)
+
+
+def assert_same(got, want):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+def test_splash_equals_block_pairs_in_value_and_gradient():
+    rows, qkv = make_rows(), make_qkv()
+    assert_same(value_and_grads(SPLASH, rows, *qkv), value_and_grads(PAIRS, rows, *qkv))
+
+
+def test_splash_on_eight_devices_equals_one():
+    rows, qkv = make_rows(), make_qkv()
+    want = value_and_grads(PAIRS, rows, *qkv)
+    mesh = jax.make_mesh(
+        (2, 1, 2),
+        ("data", "fsdp", "tensor"),
+        axis_types=(jax.sharding.AxisType.Auto,) * 3,
+        devices=jax.devices()[:4],
+    )
+    with jax.set_mesh(mesh):
+        assert_same(value_and_grads(SPLASH, rows, *qkv), want)
+
+
+@pytest.mark.parametrize(
+    ("row_len", "align", "fits"),
+    [(1024, 1, True), (2048, 1, False), (4096, 8, True), (8192, 8, False), (8192, 16, True)],
+)
+def test_codes_say_how_long_rows_may_be(row_len, align, fits):
+    assert (splash.Code.of(row_len, align) is not None) == fits
+
+
+def test_every_code_allows_exactly_what_the_row_layout_allows():
+    rows = make_rows()
+    code = splash.Code.of(ROW_LEN, ALIGN)
+    codes = jax.vmap(lambda rows: splash._codes(rows, code))(rows)
+    r = jax.tree.map(np.asarray, rows)
+    place = np.arange(ROW_LEN)
+    for row in range(2):
+        allowed = code.allows(np.asarray(codes[row])[:, None], place[None])
+        allowed &= r.prompt_ids[row][:, None] == r.prompt_ids[row][None]
+        own = r.segments[row][:, None] == r.segments[row][None]
+        wanted = (place[None] <= place[:, None]) & (own | (r.segments[row][None] == 1))
+        wanted &= r.prompt_ids[row][:, None] == r.prompt_ids[row][None]
+        real = r.segments[row] > 0
+        np.testing.assert_array_equal(allowed[real][:, real], wanted[real][:, real])
+
+
+def test_next_live_is_the_next_pair_in_order_and_wraps():
+    live = jnp.asarray([[1, 0, 0], [0, 1, 0], [1, 0, 0]], bool)
+    np.testing.assert_array_equal(splash._next_live(live), [[0, 1, 1], [1, 1, 0], [0, 0, 0]])
