@@ -21,19 +21,22 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from nca_jax import build
-from nca_jax.aot_report import implied, print_report
-from nca_jax.axes import flatten_paths
+from nca_jax.aot_report import (
+    implied,
+    largest_allocations,
+    largest_arguments,
+    print_report,
+    prompts_a_row,
+)
 from nca_jax.batch import Rows
 from nca_jax.checkpoint import write_json
 from nca_jax.checks import UserError, run_main
 from nca_jax.config import check_config, flatten, parse_flags
-from nca_jax.data.pack import segment_spans
 from nca_jax.decode import WIDTH_MULTIPLE, jit_sampler, prompts_at_once
 from nca_jax.hlo import collectives
 from nca_jax.mesh import check_split, make_mesh, row_shards, slice_of
 from nca_jax.topology import MEMORY_GIB, topology_devices
 
-PROGRAMS = ("train", "precompute", "decode")
 LEANER = ("none", "dots", "full")  # recomputation, from none to all of a layer
 MAX_ROWS = 16  # a chip; --fit looks no further
 GIB = 2**30
@@ -46,13 +49,13 @@ def main(argv: list[str]) -> int:
         topology=None,
         num_slices=1,
         rows_per_chip=0,
-        programs=",".join(PROGRAMS),
+        programs=",".join(PREPARE),
         fit=False,
         json="",
     )
     programs = flags.programs.split(",")
-    if unknown := set(programs) - set(PROGRAMS):
-        raise UserError(f"--programs: wanted some of {', '.join(PROGRAMS)}, got {sorted(unknown)}.")
+    if unknown := set(programs) - set(PREPARE):
+        raise UserError(f"--programs: wanted some of {', '.join(PREPARE)}, got {sorted(unknown)}.")
     devices = topology_devices(flags.topology, flags.num_slices)
     if flags.fit:
         config, rows_per_chip = find_fit(config, devices)
@@ -99,11 +102,43 @@ def changes_for(config: ConfigDict, devices, rows_per_chip: int) -> dict[str, ob
     shards = row_shards(make_mesh(changed(config, changes).mesh, devices))
     rows = rows_per_chip * shards if rows_per_chip else -(-data.rows // shards) * shards
     if rows != data.rows:
-        lengths = [data.max_prompt_len] + [data.max_response_len] * data.num_responses
-        prompts_a_row = max(1, data.row_len // segment_spans(lengths, 0, data.align)[-1][1])
         changes["data.rows"] = rows
-        changes["data.batch_size"] = max(data.batch_size, rows * prompts_a_row)
+        changes["data.batch_size"] = max(data.batch_size, rows * prompts_a_row(data))
     return changes
+
+
+def prepare_train(run: build.Run) -> tuple:
+    """Returns (the jitted train step of `nca_jax.train`, the shapes of its arguments)."""
+    optimizer = build.build_optimizer(run.config, run.config.steps or 1000)  # a constant in it
+    state, _ = build.abstract_state(run, optimizer.tx)
+    ref_params = state.params if run.config.reference.kind == "live" else None
+    step = build.jit_train_step(run, optimizer)
+    return step, (state, ref_params, build.abstract_batch(run))
+
+
+def prepare_precompute(run: build.Run) -> tuple:
+    """Returns (the jitted forward pass of `nca_jax.precompute`, the shapes of its arguments)."""
+    data = run.config.data
+    num_slots = data.batch_size * data.num_responses
+    rows = build.abstract_batch(run).rows
+    micro = Rows(*(jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in rows))
+    return build.jit_rows_logps(run, num_slots), (run.model.abstract_params(), micro)
+
+
+def prepare_decode(run: build.Run) -> tuple:
+    """Returns (the jitted sampler of `nca_jax.generate`, the shapes of its arguments).
+
+    Prompts have the longest width, as many of them at once as fill `config.generate.batch_size`.
+    """
+    n, width = prompts_at_once(run), run.config.data.max_prompt_len
+    width = -(-width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+    prompts = jax.ShapeDtypeStruct((n, width), jnp.int32)
+    lengths = jax.ShapeDtypeStruct((n,), jnp.int32)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), n))
+    return jit_sampler(run), (run.model.abstract_params(), prompts, lengths, keys)
+
+
+PREPARE = {"train": prepare_train, "precompute": prepare_precompute, "decode": prepare_decode}
 
 
 def find_fit(config: ConfigDict, devices) -> tuple[ConfigDict, int]:
@@ -142,10 +177,14 @@ def compile_program(name: str, run: build.Run) -> dict:
         return {
             "fits": False,
             "reason": str(error).splitlines()[0],
-            "largest": largest_allocations(str(error)) + largest_arguments(arguments, jitted, run),
+            "largest": largest_allocations(str(error)) + largest_arguments(run),
             "compile_seconds": time.perf_counter() - start,
         }
     seconds = time.perf_counter() - start
+    if name == "train":  # what the compiler was given, not what was meant
+        state, _, batch = compiled.input_shardings[0]
+        check_split(run.mesh, arguments[0], state, copied_over="data")
+        check_split(run.mesh, arguments[2], batch, copied_over="tensor")
     memory = compiled.memory_analysis()
     limit = MEMORY_GIB[run.mesh.devices.flat[0].device_kind]
     arguments_bytes, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
@@ -166,3 +205,7 @@ def compile_program(name: str, run: build.Run) -> dict:
         "collectives": [one._asdict() for one in sent],
         "compile_seconds": seconds,
     }
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -84,6 +84,7 @@ def _assemble(config, devices, model_config: ModelConfig, tokenizer) -> Run:
         remat=config.model.remat,
         scan_layers=config.model.scan_layers,
         attention_kernel=_attention_kernel(config, model_config, mesh),
+        expert_kernel="grouped" if platform_of(mesh) == "tpu" else "dense",
         align=config.data.align,
         interpret=platform_of(mesh) != "tpu",
     )

@@ -71,7 +71,9 @@ def shape_bytes(shape: str) -> int:
 
 def replica_groups(line: str, num_devices: int) -> np.ndarray:
     """Returns which devices take part together, [groups, devices in each]; three notations."""
-    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}", line)
+    mesh = re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}", line
+    )
     if mesh:
         axes, ids, along = mesh.groups()
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", axes))

@@ -91,9 +91,10 @@ def check_split(mesh: Mesh, arrays, shardings, *, copied_over: str) -> None:
       copied_over: the one mesh axis along which copies are meant: "data" for parameters and
         moments, "tensor" for a batch.
     """
-    for (path, x), sharding in zip(
-        flatten_paths(arrays).items(), jax.tree.leaves(shardings), strict=True
-    ):
+    given = jax.tree.leaves(shardings, is_leaf=lambda sharding: sharding is None)
+    for (path, x), sharding in zip(flatten_paths(arrays).items(), given, strict=True):
+        if sharding is None:  # an argument that the program does not read
+            continue
         num_bytes = x.size * x.dtype.itemsize
         parts = x.size // int(np.prod(sharding.shard_shape(x.shape)))
         copies = mesh.size // parts

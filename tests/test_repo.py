@@ -29,7 +29,7 @@ CONFIG_FILES = sorted((ROOT / "configs").glob("*.py"))
 # commands, which nobody imports.
 LEAVES = {"checks", "batch", "axes", "model_config", "config_arg", "losses"}
 GROUPS = {"models", "data", "rewards"}
-MAINS = {"train", "precompute", "evaluate", "generate", "inspect"}
+MAINS = {"train", "precompute", "evaluate", "generate", "inspect", "aot"}
 MAX_LINES, MAX_LEAVES = 400, 64
 
 # Configs whose rows and alpha are for K > 2 soft labels: a loss of pairs is refused by name.
