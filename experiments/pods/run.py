@@ -89,3 +89,91 @@ def compile_missing(only: str) -> None:
         status = subprocess.run(command(cell, out), cwd=ROOT).returncode
         if not out.exists():
             raise SystemExit(f"{cell.name} stopped with status {status}.")
+
+
+def read_cells() -> dict[str, dict]:
+    """Returns the reports that are there, by the name of the cell."""
+    paths = {cell.name: CELLS / f"{cell.name.replace(':', '_')}.json" for cell in cells()}
+    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+
+
+def sent_bytes(program: dict, network: str) -> int:
+    return sum(one["bytes"] for one in program["collectives"] if one["network"] == network)
+
+
+def table(reports: dict[str, dict]) -> str:
+    """Returns the Markdown table: one line a cell, "-" where it is not compiled yet."""
+    lines = [
+        "| cell | chips | mesh | rows a chip | GiB a chip | of | margin | ICI GiB | DCN GiB "
+        "| FLOPs a step and chip | compile s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for cell in cells():
+        report = reports.get(cell.name)
+        if report is None:
+            lines.append(f"| {cell.name} |" + " - |" * 10)
+            continue
+        program = report["programs"]["train"]
+        mesh = " ".join(f"{axis}={n}" for axis, n in report["mesh"].items() if n > 1)
+        start = f"| {cell.name} | {report['chips']} | {mesh} | {report['rows_a_chip']} |"
+        work = f" {report['flops_a_step_and_chip']:.2e} | {program['compile_seconds']:.0f} |"
+        if not program["fits"]:
+            lines.append(f"{start} does not fit | - | - | - | - |{work}")
+            continue
+        memory = program["memory"]
+        margin = memory["margin"] / memory["limit"]
+        sent = [sent_bytes(program, network) / 2**30 for network in ("ici", "dcn")]
+        lines.append(
+            f"{start} {memory['total']:.2f} | {memory['limit']:.2f} | {margin:.0%} "
+            f"| {sent[0]:.1f} | {sent[1]:.2f} |{work}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def plot(reports: dict[str, dict], out: Path) -> None:
+    """Draws memory a chip, and bytes sent a chip and micro-batch, against the number of chips."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    series: dict[str, list[tuple]] = {}
+    for cell in cells():
+        report = reports.get(cell.name)
+        if report is None or cell.name.startswith("choice") or cell.num_slices > 1:
+            continue
+        program = report["programs"]["train"]
+        if program["fits"]:
+            point = (report["chips"], program["memory"]["total"], program["memory"]["arguments"])
+            sent = sent_bytes(program, "ici") / 2**30
+            series.setdefault(f"{cell.model}, {cell.reference}", []).append((*point, sent))
+    for name, points in series.items():
+        chips, total, state, sent = zip(*sorted(points), strict=True)
+        (line,) = axes[0].plot(chips, total, "o-", label=name)
+        axes[0].plot(chips, state, ":", color=line.get_color())  # the state alone: 1 / chips
+        axes[1].plot(chips, sent, "o-", label=name)
+    axes[0].set(ylabel="GiB a chip (dotted: arguments)", yscale="log")
+    axes[1].set(ylabel="GiB in collectives, a chip and micro-batch", ylim=(0, None))
+    for ax in axes:
+        ax.set(xlabel="chips", xscale="log")
+        ax.legend()
+    figure.savefig(out, metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="")
+    parser.add_argument("--table", action="store_true")
+    args = parser.parse_args()
+    if not args.table:
+        compile_missing(args.only)
+    reports = read_cells()
+    (HERE / "table.md").write_text(table(reports))
+    print(table(reports))
+    if reports:
+        plot(reports, HERE / "growth.svg")
+
+
+if __name__ == "__main__":
+    main()
