@@ -27,6 +27,7 @@ from nca_jax.model_config import MODELS
 from nca_jax.models.decoder import Model
 
 ONE = {"data": 1, "fsdp": 1, "tensor": 1, "expert": 1}
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 LAYOUT = RowLayout(128, rows=8, block=16, num_pairs=causal_bound(128, 16), align=1)
 # Eight heads of each kind, so that tensor=8 divides them.
 DENSE = dataclasses.replace(MODELS["tiny"], num_heads=8, num_kv_heads=8, head_dim=8)
@@ -53,6 +54,7 @@ def logps_and_gradient(config, mesh) -> tuple[jax.Array, dict]:
             jax.grad(loss, has_aux=True),
             in_shardings=(shardings, rows_shardings(mesh)),
             out_shardings=(shardings, None),
+            compiler_options=QUICK,
         )
         grads, logps = grad(params, rows)
     return jax.device_get((logps, grads))
@@ -65,23 +67,22 @@ def on_one_device():
 
 
 PERMUTED = (5, 2, 7, 0, 3, 6, 1, 4)
-MESHES = {
+MESHES = {  # each axis alone, and together
     "data": (DENSE, {"data": 8}),
     "fsdp": (DENSE, {"fsdp": 8}),
     "tensor": (DENSE, {"tensor": 8}),
-    "expert": (DENSE, {"expert": 8}),
     "2 x 2 x 2": (DENSE, {"data": 2, "fsdp": 2, "tensor": 2}),
     "experts": (MOE, {"data": 2, "fsdp": 2, "expert": 2}),
-    "experts and tensor": (MOE, {"tensor": 2, "expert": 4}),
+    "expert": (MOE, {"expert": 4, "tensor": 2}),
 }
 
 
-@pytest.mark.parametrize("name", [*MESHES, "permuted", "experts permuted"])
+@pytest.mark.parametrize("name", [*MESHES, "permuted"])
 def test_every_mesh_gives_the_numbers_of_one_device(on_one_device, name):
     devices = np.array(jax.devices())
-    if name.endswith("permuted"):  # a device's place in the mesh must not matter
+    if name == "permuted":  # a device's place in the mesh must not matter
         devices = devices[list(PERMUTED)]
-        name = "experts" if "experts" in name else "2 x 2 x 2"
+        name = "2 x 2 x 2"
     config, sizes = MESHES[name]
     logps, grads = logps_and_gradient(config, make_mesh(ONE | sizes, list(devices)))
     want_logps, want_grads = on_one_device[config]
