@@ -35,6 +35,7 @@ setup(
         "gguf>=0.17",
         "tensorflow-datasets>=4.9.9",
         "importlib_resources>=6",  # tensorflow-datasets imports it without asking for it
+        "pyarrow>=20",  # raw data sets in parquet
         "ml_collections>=1.0",
         "absl-py>=2.1",
         "numpy>=2.0",

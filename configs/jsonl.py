@@ -41,7 +41,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.reference = ConfigDict(dict(kind="live", init_from="", cache=""))  # "": as the policy
 
     c.data = ConfigDict()
-    c.data.files = arg.files  # globs, separated by commas; each is one source
+    c.data.files = arg.files  # globs or tfds:NAME:SPLIT, separated by commas
     c.data.weights = ""  # mixture weights of the sources; "": every row once an epoch
     c.data.eval_files = ""  # held-out rows, or:
     c.data.eval_fraction = 0.05  # held out of `files`, by a hash of the prompt

@@ -29,7 +29,7 @@ from nca_jax.aot_report import (
     prompts_a_row,
 )
 from nca_jax.batch import Rows
-from nca_jax.checkpoint import write_json
+from nca_jax.checkpoint import git_commit, write_json
 from nca_jax.checks import UserError, run_main
 from nca_jax.config import check_config, flatten, parse_flags
 from nca_jax.decode import WIDTH_MULTIPLE, jit_sampler, prompts_at_once
@@ -64,6 +64,7 @@ def main(argv: list[str]) -> int:
     changes = changes_for(config, devices, rows_per_chip)
     run = build.build_for(changed(config, changes), devices)
     report = {
+        "commit": git_commit(),
         "topology": flags.topology,
         "num_slices": flags.num_slices,
         "chips": len(devices),

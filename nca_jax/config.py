@@ -200,7 +200,10 @@ def _check_together(config: ConfigDict) -> None:
             list(config.mesh.values()).count(-1) > 1,
             "only one axis of config.mesh may be -1",
         ),
-        (not data.files, "config.data.files names no rows; give a path or glob of .jsonl files"),
+        (
+            not data.files,
+            "config.data.files names no rows; give a glob of .jsonl files or tfds:NAME:SPLIT",
+        ),
         (
             bool(config.eval_every) and not data.eval_files and not data.eval_fraction,
             "config.eval_every is set, but no rows are held out: set config.data.eval_fraction or "

@@ -75,7 +75,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         prompts = Path(folder) / "prompts.jsonl"
         prompts.write_text("".join(json.dumps({"prompt": x}) + "\n" for x in make_prompts()))
-        flags = ("--config=configs/demo.py", "--config.generate.num_samples=4")
+        flags = ("--config=configs/sentiment.py", "--config.generate.num_samples=4")
         command = [sys.executable, "-m", "nca_jax.generate", *flags]
         subprocess.run([*command, f"--prompts={prompts}", f"--out={out}"], cwd=ROOT, check=True)
 

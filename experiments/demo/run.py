@@ -30,7 +30,7 @@ def main() -> None:
     start = time.perf_counter()
     workdir = args.out / "train"
     shutil.rmtree(workdir, ignore_errors=True)  # the demo shows a whole run, not a resumed one
-    config = f"--config=configs/demo.py:seed={args.seed}"
+    config = f"--config=configs/sentiment.py:seed={args.seed}"
     command("train", config, f"--workdir={workdir}")
     command("evaluate", config, f"--workdir={workdir}", f"--num_prompts={NUM_PROMPTS}")
 

@@ -105,18 +105,19 @@ def table(reports: dict[str, dict]) -> str:
     """Returns the Markdown table: one line a cell, "-" where it is not compiled yet."""
     lines = [
         "| cell | chips | mesh | rows a chip | GiB a chip | of | margin | ICI GiB | DCN GiB "
-        "| FLOPs a step and chip | compile s |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| FLOPs a step and chip | compile s | commit |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for cell in cells():
         report = reports.get(cell.name)
         if report is None:
-            lines.append(f"| {cell.name} |" + " - |" * 10)
+            lines.append(f"| {cell.name} |" + " - |" * 11)
             continue
         program = report["programs"]["train"]
         mesh = " ".join(f"{axis}={n}" for axis, n in report["mesh"].items() if n > 1)
         start = f"| {cell.name} | {report['chips']} | {mesh} | {report['rows_a_chip']} |"
-        work = f" {report['flops_a_step_and_chip']:.2e} | {program['compile_seconds']:.0f} |"
+        work = f" {report['flops_a_step_and_chip']:.2e} | {program['compile_seconds']:.0f} "
+        work += f"| {report['commit']} |"
         if not program["fits"]:
             lines.append(f"{start} does not fit | - | - | - | - |{work}")
             continue

@@ -19,7 +19,7 @@ import numpy as np
 
 from nca_jax.checks import UserError
 from nca_jax.data import chat
-from nca_jax.data.sources import JsonlSource, RowError, split_globs
+from nca_jax.data.sources import RowError, open_source, split_globs
 
 FORMS = (
     ("prompt_ids", "response_ids", "scores"),
@@ -33,7 +33,7 @@ READ_THREADS, READ_AHEAD = 2, 64  # rows
 class Example:
     """A prompt and all responses of its row, encoded and cut to length."""
 
-    where: str  # "path:line"
+    where: str  # "path:line", or "tfds:NAME:SPLIT:index"
     prompt: np.ndarray  # [P] int32
     responses: tuple[np.ndarray, ...]  # each [its length] int32
     scores: np.ndarray  # [n] float32, in the data's unit
@@ -44,7 +44,7 @@ class Example:
 
 
 class Examples(NamedTuple):
-    """What files gave: one list of examples a glob, and how many rows were skipped by reason."""
+    """What files gave: one list of examples an entry, and how many rows were skipped by reason."""
 
     sources: list[list[Example]]
     skipped: dict[str, int]
@@ -53,18 +53,18 @@ class Examples(NamedTuple):
 def load_examples(
     files: str, *, tokenizer, config, vocab_size: int, eos_ids: Sequence[int]
 ) -> Examples:
-    """Reads and encodes every row of comma-separated globs, all of it into memory.
+    """Reads and encodes every row of comma-separated entries, all of it into memory.
 
     Args:
       tokenizer: None will do where all rows are ids.
       config: the `data` section; `bad_rows` and `too_long` say which rows stop or are skipped.
       eos_ids: ids that end a turn; empty: the tokenizer's eos.
     Raises:
-      UserError: no glob is named, a file or a row is unusable, or no row of a glob is left.
+      UserError: no glob is named, a file or a row is unusable, or no row of an entry is left.
     """
     patterns = split_globs(files)
     if not patterns:
-        raise UserError("No data is named; set data.files to one or more globs.")
+        raise UserError("No data is named; set data.files to one or more globs or tfds: entries.")
     skipped: Counter[str] = Counter()
     sources = []
     for pattern in patterns:
@@ -83,8 +83,8 @@ def load_examples(
 
 
 def _read(pattern: str, tokenizer, config, vocab_size: int, eos_ids: Sequence[int]):
-    """Iterates over one glob in order: an Example or, for a row that is at fault, its RowError."""
-    source = JsonlSource(pattern)
+    """Iterates over one entry in order: an Example or, for a row that is at fault, its RowError."""
+    source = open_source(pattern)
 
     def read(index: int) -> Example | RowError:
         try:

@@ -1,4 +1,7 @@
-"""JSON lines as a grain random-access source, and the error that says which line is at fault."""
+"""Sources of rows as grain reads them, and the error that says which row is at fault.
+
+An entry of data.files is a glob of JSON lines, or tfds:NAME[/BUILDER_CONFIG]:SPLIT.
+"""
 
 import glob
 import gzip
@@ -8,6 +11,7 @@ import zlib
 from typing import Any
 
 from nca_jax.checks import UserError
+from nca_jax.data.tfds_source import PREFIX, TfdsSource, record_files
 
 
 class RowError(UserError):
@@ -33,7 +37,7 @@ class JsonlSource:
     """
 
     def __init__(self, pattern: str):
-        paths = list_files(pattern)
+        paths = _files_of(pattern)
         if not paths:
             raise UserError(f"No file matches {pattern!r}; wanted .jsonl or .jsonl.gz files.")
         self._lines = [(path, *line) for path in paths for line in _read_lines(path)]
@@ -56,18 +60,29 @@ class JsonlSource:
         return where, row
 
 
+def open_source(entry: str) -> JsonlSource | TfdsSource:
+    """Returns the rows of one entry of data.files: `len`, and `[i]` -> (where, row).
+
+    Raises:
+      UserError: it names nothing that can be read.
+    """
+    return TfdsSource(entry) if entry.startswith(PREFIX) else JsonlSource(entry)
+
+
 def split_globs(files: str) -> list[str]:
-    """Returns the globs of a comma-separated list."""
+    """Returns the entries of a comma-separated list."""
     return [pattern.strip() for pattern in files.split(",") if pattern.strip()]
 
 
 def list_files(files: str) -> list[str]:
-    """Returns the files of comma-separated globs: glob by glob, sorted within each."""
-    return [
-        path
-        for pattern in split_globs(files)
-        for path in sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
-    ]
+    """Returns the files of comma-separated entries: entry by entry, sorted within each."""
+    return [path for entry in split_globs(files) for path in _files_of(entry)]
+
+
+def _files_of(entry: str) -> list[str]:
+    if entry.startswith(PREFIX):
+        return record_files(entry)
+    return sorted(filter(os.path.isfile, glob.glob(entry, recursive=True)))
 
 
 def _read_lines(path: str) -> list[tuple[int, bytes]]:

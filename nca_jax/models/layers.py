@@ -15,8 +15,41 @@ from nca_jax.model_config import ModelConfig
 from nca_jax.models.attention import Attend
 
 
+@jax.custom_vjp
+def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """[R, T, *in], [*in, *out] -> [R, T, *out] in the dtype of x; the kernel is cast to it.
+
+    The gradient of the kernel is summed in float32, as x^T g or (g^T x)^T: whichever transposes
+    the narrower of the two, which costs a CPU a copy. Automatic differentiation takes the latter.
+    """
+    return jnp.tensordot(x, kernel.astype(x.dtype), axes=x.ndim - 2)
+
+
+def _product_forward(x, kernel):
+    return product(x, kernel), (x, kernel)
+
+
+def _product_backward(saved, grad):
+    x, kernel = saved
+    axes_out = grad.ndim - 2
+    last = [tuple(range(y.ndim - axes_out, y.ndim)) for y in (grad, kernel)]
+    grad_x = jnp.tensordot(grad, kernel.astype(grad.dtype), axes=last)
+    if x.size <= grad.size:
+        return grad_x, _outer(x, grad)
+    return grad_x, jnp.moveaxis(_outer(grad, x), range(axes_out), range(-axes_out, 0))
+
+
+def _outer(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Sums over tokens: [R, T, *a], [R, T, *b] -> [*a, *b] float32."""
+    tokens = (((0, 1), (0, 1)), ((), ()))
+    return jax.lax.dot_general(x, y, tokens, preferred_element_type=jnp.float32)
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
 class Kernel(nnx.Module):
-    """A matrix without a product: each caller writes its own einsum. N(0, 1/fan_in) at start."""
+    """A matrix without a product: each caller writes its own. N(0, 1/fan_in) at start."""
 
     def __init__(self, shape: tuple[int, ...], fan_in: int, rngs: nnx.Rngs):
         self.kernel = nnx.Param(jax.random.normal(rngs.params(), shape) * fan_in**-0.5)
@@ -25,7 +58,14 @@ class Kernel(nnx.Module):
         return self.kernel[...].astype(dtype)
 
 
-class Projection(Kernel):
+class Linear(Kernel):
+    """`product` with a matrix, without a bias."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return product(x, self.kernel[...])
+
+
+class Projection(Linear):
     """D to heads, with an optional bias per head."""
 
     def __init__(self, width: int, heads: int, head_dim: int, bias: bool, rngs: nnx.Rngs):
@@ -34,7 +74,7 @@ class Projection(Kernel):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[R, T, D] -> [R, T, heads, H]."""
-        y = jnp.einsum("rtd,dnh->rtnh", x, self.kernel[...].astype(x.dtype))
+        y = super().__call__(x)
         if self.bias is not None:
             y += self.bias[...].astype(x.dtype)[None, None]
         return constrain(y, "rows", None, "heads", None)
@@ -85,7 +125,7 @@ class Attention(nnx.Module):
         self.q = Projection(c.width, c.num_heads, c.head_dim, c.qkv_bias, rngs)
         self.k = Projection(c.width, c.num_kv_heads, c.head_dim, c.qkv_bias, rngs)
         self.v = Projection(c.width, c.num_kv_heads, c.head_dim, c.qkv_bias, rngs)
-        self.o = Kernel((c.num_heads, c.head_dim, c.width), c.num_heads * c.head_dim, rngs)
+        self.o = Linear((c.num_heads, c.head_dim, c.width), c.num_heads * c.head_dim, rngs)
         self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
 
@@ -96,7 +136,7 @@ class Attention(nnx.Module):
         freqs = rotary_frequencies(self.config)
         out, cache = attend(rotate(q, positions, freqs), rotate(k, positions, freqs), v, cache)
         out = constrain(out, "rows", None, "heads", None)
-        return jnp.einsum("rtnh,nhd->rtd", out, self.o(x.dtype)), cache
+        return self.o(out), cache
 
 
 class Mlp(nnx.Module):
@@ -104,10 +144,9 @@ class Mlp(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         d, f = config.width, config.mlp_width
-        self.gate, self.up = Kernel((d, f), d, rngs), Kernel((d, f), d, rngs)
-        self.down = Kernel((f, d), f, rngs)
+        self.gate, self.up = Linear((d, f), d, rngs), Linear((d, f), d, rngs)
+        self.down = Linear((f, d), f, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        hidden = jax.nn.silu(jnp.einsum("rtd,df->rtf", x, self.gate(x.dtype)))
-        hidden *= jnp.einsum("rtd,df->rtf", x, self.up(x.dtype))
-        return jnp.einsum("rtf,fd->rtd", constrain(hidden, "rows", None, "mlp"), self.down(x.dtype))
+        hidden = jax.nn.silu(self.gate(x)) * self.up(x)
+        return self.down(constrain(hidden, "rows", None, "mlp"))

@@ -1,0 +1,196 @@
+"""tensorflow-datasets of scored responses: raw files in, array_record files out, no TensorFlow.
+
+A raw file is .parquet, .jsonl or .jsonl.gz; `layouts` knows how the rows of each data set look.
+"""
+
+import contextlib
+import glob
+import io
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import tensorflow_datasets as tfds
+
+from nca_jax.checks import UserError
+from nca_jax.data.layouts import Origin
+from nca_jax.data.sources import JsonlSource, RowError
+
+SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz")
+VERSION = "1.0.0"
+BATCH = 256  # rows of a parquet file in memory at once
+
+
+class ScoredRows(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """One data set: prompts as messages, K responses each, a score for each response.
+
+    Rows keep the order of the raw files. After `download_and_prepare`, `counts[split]` holds
+    ("kept" | "dropped" | "left out", reason) -> number.
+
+    Args:
+      name, score: keys of `layouts.DATA_SETS`; the score names the builder config.
+      files: raw files of each split.
+      data_dir: where tensorflow-datasets live.
+    """
+
+    def __init__(
+        self, name: str, score: str, origin: Origin, files: Mapping[str, Sequence[Path]], data_dir
+    ):
+        self.name, self.VERSION = name, tfds.core.Version(VERSION)
+        self.origin, self.files = origin, files
+        self.counts: dict[str, Counter] = {split: Counter() for split in files}
+        config = tfds.core.BuilderConfig(name=score, version=VERSION) if score else None
+        super().__init__(config=config, data_dir=data_dir, file_format="array_record")
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        message = {"role": tfds.features.Text(), "content": tfds.features.Text()}
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=f"Prompts with scored responses, from {self.origin.hub or 'own rows'}.",
+            features=tfds.features.FeaturesDict(
+                {
+                    "prompt": tfds.features.Sequence(message),
+                    "responses": tfds.features.Sequence(tfds.features.Text()),
+                    "scores": tfds.features.Sequence(np.float32),
+                    "from": tfds.features.Text(),  # raw file and row, as in "name:17"
+                }
+            ),
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager):
+        return {split: self._generate_examples(split) for split in self.files}
+
+    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        counts = self.counts[split]
+        for where, row in read_rows(self.files[split]):
+            left_out: Counter[str] = Counter()
+            try:
+                if isinstance(row, RowError):
+                    raise row
+                example = self.origin.layout(row, left_out)
+            except RowError as error:
+                counts["dropped", error.reason] += 1
+                continue
+            for reason, number in left_out.items():
+                counts["left out", reason] += number
+            yield counts["kept", "rows"], example | {"from": where}
+            counts["kept", "rows"] += 1
+        if not counts["kept", "rows"]:
+            raise UserError(f"No row of split {split!r} is left: {_words(counts)}.")
+
+
+def prepare(builder: ScoredRows) -> None:
+    """Writes the files of a builder, all or none.
+
+    Raises:
+      UserError: the data set is already there, a file cannot be read, or a split has no rows.
+    """
+    if builder.is_prepared():
+        raise UserError(
+            f"{builder.data_dir} is already there; use it as it is, delete it, or give another "
+            "--out=FOLDER."
+        )
+    # What it prints is about downloads, and there are none.
+    with contextlib.redirect_stdout(io.StringIO()):
+        builder.download_and_prepare()
+
+
+def read_rows(paths: Sequence[Path]) -> Iterator[tuple[str, dict[str, Any] | RowError]]:
+    """Iterates over ("file name:row", the row); a row that is no JSON object is its RowError.
+
+    Raises:
+      UserError: a file cannot be read.
+    """
+    for path in paths:
+        rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
+        for number, row in enumerate(rows, start=1):
+            yield f"{path.name}:{number}", row
+
+
+def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=BATCH):
+                yield from batch.to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{path}: cannot be read ({error}); fetch it anew.") from None
+
+
+def _json_rows(path: Path) -> Iterator[dict[str, Any] | RowError]:
+    source = JsonlSource(glob.escape(str(path)))
+    for index in range(len(source)):
+        try:
+            yield source[index][1]
+        except RowError as error:
+            yield error
+
+
+def find_files(raw: Path, origin: Origin) -> dict[str, list[Path]]:
+    """Returns the raw files of each split that a folder has; a file alone is the first split.
+
+    Raises:
+      UserError: there is none.
+    """
+    if raw.is_file():
+        return {next(iter(origin.splits)): [raw]}
+    candidates = sorted(path for path in raw.rglob("*") if path.name.endswith(SUFFIXES))
+    files = {
+        split: [path for path in candidates if _begins(path.relative_to(raw), prefix)]
+        for split, prefix in origin.splits.items()
+    }
+    files = {split: paths for split, paths in files.items() if paths}
+    if not files:
+        wanted = ", ".join(f"{prefix}*" for prefix in origin.splits.values())
+        raise UserError(
+            f"{raw} has no file {wanted} of {', '.join(SUFFIXES)}; give --raw=FOLDER or FILE."
+        )
+    return files
+
+
+def _begins(path: Path, prefix: str) -> bool:
+    """Whether a file is of a split: train-0.parquet, train/0.parquet."""
+    return path.name.startswith(prefix) or path.parent.name.startswith(prefix)
+
+
+def fetch(origin: Origin) -> Path:
+    """Returns a local folder with the raw files of a hub repository, downloaded if need be.
+
+    Raises:
+      UserError: the data set is on no hub, or the hub cannot be reached.
+    """
+    if not origin.hub:
+        raise UserError("Give --raw=FOLDER or FILE with your rows, .jsonl, .jsonl.gz or .parquet.")
+    patterns = [f"*{prefix}*{end}" for prefix in origin.splits.values() for end in SUFFIXES]
+    try:
+        folder = huggingface_hub.snapshot_download(
+            origin.hub, repo_type="dataset", allow_patterns=patterns
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"The Hugging Face Hub did not give {origin.hub!r} ({reason}); download its files "
+            "elsewhere and give --raw=FOLDER."
+        ) from error
+    return Path(folder)
+
+
+def report(counts: Counter) -> str:
+    """Returns what became of the rows of a split, in words."""
+    return f"{counts['kept', 'rows']} rows kept, {_words(counts)}"
+
+
+def _words(counts: Counter) -> str:
+    dropped = {reason: n for (what, reason), n in counts.items() if what == "dropped"}
+    left_out = {reason: n for (what, reason), n in counts.items() if what == "left out"}
+    words = f"{sum(dropped.values())} dropped" + _list(dropped)
+    return words + (f"; left out of rows that stay{_list(left_out)}" if left_out else "")
+
+
+def _list(counts: Mapping[str, int]) -> str:
+    return f" ({', '.join(f'{n} {reason}' for reason, n in counts.items())})" if counts else ""

@@ -1,0 +1,210 @@
+"""From rows as the hub's data sets lay them out to one form, and where each data set is found.
+
+Every layout becomes
+    {"prompt": [{"role", "content"}, ..], "responses": [text, ..], "scores": [number, ..]}
+with two responses or more; the prompt is all that comes before the response, so it may have turns.
+A row that cannot is a RowError with the word that it is counted under; a part that is left out of a
+row that stays is counted in `left_out`.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from nca_jax.data.sources import RowError
+
+ASPECTS = ("helpfulness", "honesty", "instruction_following", "truthfulness")
+ROLES = {role: role for role in ("system", "user", "assistant")}
+ROLES |= {"human": "user", "gpt": "assistant"}
+NOT_RATED = ("N/A", "", None)
+
+# (the raw row, counts of what is left out) -> the row in the one form
+Layout = Callable[[dict[str, Any], Counter], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the raw files of a data set are, and how their rows are laid out."""
+
+    hub: str  # repository of the Hugging Face Hub; "": the files are the user's own
+    splits: dict[str, str]  # split -> how the names of its files, or their folder, begin
+    layout: Layout
+
+
+def numbered_row(row: dict[str, Any], left_out: Counter) -> dict[str, Any]:
+    """A0, A1, ..: conversations with one prompt, and score_A0, score_A1, ..: their scores."""
+    names = sorted((key for key in row if re.fullmatch(r"A\d+", key)), key=lambda key: int(key[1:]))
+    scores = [_number(_field(row, f"score_{name}", object)) for name in names]
+    prompt, responses = _split_turns([row[name] for name in names])
+    return _scored(prompt, responses, scores)
+
+
+def rated_row(row: dict[str, Any], left_out: Counter, *, score: str) -> dict[str, Any]:
+    """instruction and completions, each with a response, an overall_score and ratings by aspect.
+
+    Args:
+      score: "overall"; "fine-grained", the mean over the aspects that are rated; or one aspect.
+    Returns:
+      The row with its best response first; responses without a score are left out.
+    """
+    rated = []
+    for completion in _field(row, "completions", list):
+        text = _field(completion, "response", str)
+        value = _rating(completion, score, left_out)
+        if value is None:
+            left_out["responses not rated"] += 1
+        elif not text.strip():
+            left_out["responses empty"] += 1
+        else:
+            rated.append((value, text))
+    rated.sort(key=lambda pair: -pair[0])  # stable: ties stay in the order of the data
+    prompt = [{"role": "user", "content": _field(row, "instruction", str)}]
+    return _scored(prompt, [text for _, text in rated], [value for value, _ in rated])
+
+
+def pair_row(row: dict[str, Any], left_out: Counter, *, given: bool = False) -> dict[str, Any]:
+    """chosen and rejected: conversations with one prompt. Scores are 1 and 0, or those given."""
+    prompt, responses = _split_turns([_field(row, key, list) for key in ("chosen", "rejected")])
+    scores = [1.0, 0.0]
+    if given:
+        scores = [_number(_field(row, key, object)) for key in ("score_chosen", "score_rejected")]
+    return _pair(prompt, responses, scores)
+
+
+def trajectory_row(row: dict[str, Any], left_out: Counter) -> dict[str, Any]:
+    """trajectory: turns of {from, value}, the last one the user's; chosen and rejected: texts."""
+    turns = _field(row, "trajectory", list)
+    unknown = {_field(turn, "from", str) for turn in turns} - ROLES.keys()
+    if unknown:
+        raise RowError(f"has a turn from {unknown.pop()!r}", reason="role")
+    prompt = [
+        {"role": ROLES[turn["from"]], "content": _field(turn, "value", str)} for turn in turns
+    ]
+    if not prompt or prompt[-1]["role"] != "user":
+        raise RowError("the last turn is not the user's", reason="role")
+    responses = [_field(row, key, str) for key in ("chosen", "rejected")]
+    return _pair(prompt, responses, [1.0, 0.0])
+
+
+def own_row(row: dict[str, Any], left_out: Counter) -> dict[str, Any]:
+    """prompt (text or messages), and responses with scores or chosen and rejected, all texts."""
+    prompt = _field(row, "prompt", (str, list))
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    prompt = _turns(prompt)
+    if "chosen" in row:
+        return _pair(prompt, [_field(row, key, str) for key in ("chosen", "rejected")], [1.0, 0.0])
+    scores = [_number(score) for score in _field(row, "scores", list)]
+    return _scored(prompt, _field(row, "responses", list), scores)
+
+
+PREFERENCES = {"train_prefs": "train_prefs", "test_prefs": "test_prefs"}
+ALL = {"train": ""}
+
+# name -> {score, "" as the data set has it: where it is}
+DATA_SETS: dict[str, dict[str, Origin]] = {
+    "ultrafeedback_reward": {
+        "": Origin("ChenDRAG/ultrafeedback_reward", PREFERENCES, numbered_row),
+        **{
+            score: Origin("openbmb/UltraFeedback", ALL, partial(rated_row, score=score))
+            for score in ("overall", "fine-grained", *ASPECTS)
+        },
+    },
+    "ultrafeedback_preference": {  # HuggingFaceH4/ultrafeedback_binarized is laid out the same
+        "": Origin("ChenDRAG/ultrafeedback_preference", PREFERENCES, pair_row),
+        "given": Origin(
+            "ChenDRAG/ultrafeedback_preference", PREFERENCES, partial(pair_row, given=True)
+        ),
+    },
+    "ultra_interact_pair": {"": Origin("openbmb/UltraInteract_pair", ALL, trajectory_row)},
+    "scored_jsonl": {"": Origin("", {"train": "train", "test": "test"}, own_row)},
+}
+
+
+def _rating(completion: dict[str, Any], score: str, left_out: Counter) -> float | None:
+    """Returns the score of a completion; None if it has none."""
+    if score == "overall":
+        value = completion.get("overall_score")
+        return None if value in NOT_RATED or value != value else _number(value)
+    annotations = _field(completion, "annotations", dict)
+    ratings = []
+    for aspect in ASPECTS if score == "fine-grained" else (score,):
+        found = annotations.get(aspect)
+        # Files before the hub's have a list of annotations, of which the first is it.
+        match found[0] if isinstance(found, list) and found else found:
+            case {"Rating": rating} if rating not in NOT_RATED:
+                ratings.append(_number(rating))
+            case _:
+                left_out["ratings N/A"] += 1
+    return sum(ratings) / len(ratings) if ratings else None
+
+
+def _split_turns(conversations: list[list[dict]]) -> tuple[list[dict], list[str]]:
+    """Returns the prompt that the conversations share, and the last turn of each."""
+    prompts, responses = [], []
+    for *prompt, last in (_turns(conversation) for conversation in conversations):
+        if last["role"] != "assistant":
+            raise RowError("a conversation does not end with the assistant", reason="role")
+        prompts.append(prompt)
+        responses.append(last["content"])
+    if any(prompt != prompts[0] for prompt in prompts):
+        raise RowError("the responses are to different prompts", reason="prompts differ")
+    return prompts[0] if prompts else [], responses
+
+
+def _turns(conversation: list) -> list[dict]:
+    """Returns the turns as {role, content} alone. Raises RowError if there is none."""
+    if not isinstance(conversation, list) or not conversation:
+        raise RowError("wanted a conversation", reason="no turns")
+    return [{key: _field(turn, key, str) for key in ("role", "content")} for turn in conversation]
+
+
+def _pair(prompt: list[dict], responses: list[str], scores: list[float]) -> dict[str, Any]:
+    if responses[0] == responses[1]:
+        raise RowError("chosen and rejected are the same", reason="same response")
+    return _scored(prompt, responses, scores)
+
+
+def _scored(prompt: list[dict], responses: list[str], scores: list[float]) -> dict[str, Any]:
+    """Returns the row in the one form. Raises RowError if it would teach nothing."""
+    if len(responses) < 2:
+        raise RowError(f"has {len(responses)} responses", reason="fewer than 2 responses")
+    if len(responses) != len(scores):
+        raise RowError("responses and scores differ in number", reason="scores")
+    for text in (*responses, *(turn["content"] for turn in prompt)):
+        _check_text(text)
+    if not prompt or not prompt[-1]["content"].strip():
+        raise RowError("the prompt is empty", reason="empty prompt")
+    if not all(text.strip() for text in responses):
+        raise RowError("a response is empty", reason="empty response")
+    return {"prompt": prompt, "responses": responses, "scores": scores}
+
+
+def _check_text(text: Any) -> None:
+    """Raises RowError unless it is text that UTF-8 can hold (no half of a surrogate pair)."""
+    try:
+        text.encode()
+    except (AttributeError, UnicodeEncodeError):
+        raise RowError(f"wanted text, got {text!r:.40}", reason="text") from None
+
+
+def _number(value: Any) -> float:
+    """Returns a finite number, also of a text that is one."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise RowError(f"wanted a score, got {value!r:.40}", reason="scores")
+    return number
+
+
+def _field(row: Any, key: str, kind: type | tuple[type, ...]) -> Any:
+    """Returns row[key]. Raises RowError unless it is there and of its kind."""
+    if not isinstance(row, dict) or key not in row or not isinstance(row[key], kind):
+        raise RowError(f"wanted {key}", reason=f"no {key}")
+    return row[key]

@@ -1,0 +1,66 @@
+r"""Build a data set as tensorflow-datasets: python -m nca_jax.prepare --name=NAME [--raw=FOLDER].
+
+    --name    ultrafeedback_reward, ultrafeedback_preference, ultra_interact_pair, scored_jsonl
+    --raw     folder (or one file) of .parquet, .jsonl or .jsonl.gz; without it, from the hub
+    --score   ultrafeedback_reward: overall, fine-grained (the mean of the aspects) or one aspect,
+              from the raw openbmb/UltraFeedback; without it, the paper's rows and their scores.
+              ultrafeedback_preference: given, the scores of the pair; without it, 1 and 0
+    --out     where data sets live; without it $TFDS_DATA_DIR, or ~/tensorflow_datasets
+
+Prints what was kept, what was dropped and why. Rows that are left are read by data.files=
+tfds:NAME[/SCORE]:SPLIT.
+"""
+
+import sys
+from pathlib import Path
+
+import tensorflow_datasets as tfds
+from absl import flags
+
+from nca_jax.checks import UserError, run_main
+from nca_jax.data import builders
+from nca_jax.data.layouts import DATA_SETS
+from nca_jax.data.tfds_source import data_dir
+
+
+def main(argv: list[str]) -> int:
+    given = parse(argv)
+    origin = DATA_SETS[given.name][given.score]
+    raw = Path(given.raw).expanduser() if given.raw else builders.fetch(origin)
+    if not raw.exists():
+        raise UserError(f"--raw={given.raw} is not there; give a folder or file of raw rows.")
+    files = builders.find_files(raw, origin)
+    out = Path(given.out).expanduser() if given.out else data_dir()
+    builder = builders.ScoredRows(given.name, given.score, origin, files, out)
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()
+    builders.prepare(builder)
+    print(builder.data_dir)
+    entry = f"tfds:{given.name}/{given.score}".rstrip("/")
+    for split, counts in builder.counts.items():
+        print(f"{entry}:{split}: {builders.report(counts)}")
+    return 0
+
+
+def parse(argv: list[str]) -> flags.FlagValues:
+    """Returns the flags as attributes. Raises UserError unless they name a data set and score."""
+    values = flags.FlagValues()
+    for name in ("name", "raw", "score", "out"):
+        flags.DEFINE_string(name, "", "", flag_values=values)
+    try:
+        rest = values(argv)
+    except flags.Error as error:
+        raise UserError(f"Command line: {error}") from None
+    if len(rest) > 1:
+        raise UserError(f"Unknown argument {rest[1]!r}; flags are --name=value.")
+    if values.name not in DATA_SETS:
+        raise UserError(f"--name={values.name} is none of {', '.join(DATA_SETS)}.")
+    scores = DATA_SETS[values.name]
+    if values.score not in scores:
+        known = ", ".join(filter(None, scores)) or "none"
+        raise UserError(f"--score={values.score}: {values.name} takes {known}, or no --score.")
+    return values
+
+
+if __name__ == "__main__":
+    run_main(main)
