@@ -57,7 +57,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.data.first_bonus = 0.0  # added to the score of each row's first response
     c.data.batch_size = 4 if arg.smoke else 16  # B, prompts a step
     c.data.row_len = 512 if arg.smoke else 512 * (1 + c.data.num_responses)  # T, tokens
-    c.data.rows = 1  # rows in a micro-batch, a multiple of data * fsdp
+    c.data.rows = 1  # rows in a micro-batch, a multiple of data * fsdp * expert
     c.data.block = 64  # tokens in an attention block
     c.data.row_pairs = 0  # attention block pairs a row may hold; 0: all
     c.data.align = 1  # segments start at multiples of this
@@ -72,7 +72,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.optim.b1, c.optim.b2, c.optim.eps, c.optim.weight_decay = 0.9, 0.999, 1e-8, 0.0
     c.optim.mu_dtype = "float32"  # of the first moment
 
-    c.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))  # -1: all remaining devices
+    c.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1, expert=1))  # -1: all remaining devices
     c.checkpoint = ConfigDict(dict(keep_last=2, best_metric=""))
     c.generate = ConfigDict(dict(max_new_tokens=64, num_samples=1, temperature=1.0, top_p=1.0))
     c.generate.stop = ""  # a string that ends a response, "" for none

@@ -53,7 +53,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.optim.b1, c.optim.b2, c.optim.eps, c.optim.weight_decay = 0.9, 0.999, 1e-8, 0.0
     c.optim.mu_dtype = "float32"
 
-    c.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))
+    c.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1, expert=1))
     c.checkpoint = ConfigDict(dict(keep_last=1, best_metric=""))
     c.generate = ConfigDict(dict(max_new_tokens=40, num_samples=2, temperature=1.0, top_p=1.0))
     c.generate.stop, c.generate.batch_size, c.generate.scorer = "", 96, "vader"

@@ -69,7 +69,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.optim.b1, c.optim.b2, c.optim.eps, c.optim.weight_decay = 0.9, 0.999, 1e-8, 0.0
     c.optim.mu_dtype = "float32"
 
-    c.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))  # -1: all remaining devices
+    c.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1, expert=1))  # -1: all remaining devices
     c.checkpoint = ConfigDict(dict(keep_last=2, best_metric=""))
     c.generate = ConfigDict(dict(max_new_tokens=512, num_samples=1, temperature=1.0, top_p=1.0))
     c.generate.stop, c.generate.batch_size, c.generate.scorer = "", 32, ""

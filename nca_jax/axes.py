@@ -1,6 +1,8 @@
 """Mesh axes, and where every parameter and activation lives: one table each.
 
-Mesh axes: "data" copies parameters, "fsdp" splits them, "tensor" splits heads, MLP and vocabulary.
+Mesh axes: "data" copies parameters, "fsdp" splits them, "tensor" splits heads, MLP and vocabulary,
+"expert" splits the experts of a mixture, and whatever else "fsdp" splits. The rows of a batch are
+split over all but "tensor".
 """
 
 import re
@@ -8,22 +10,23 @@ import re
 import jax
 from jax.sharding import PartitionSpec as P
 
-MESH_AXES = ("data", "fsdp", "tensor")
-ROWS = ("data", "fsdp")  # rows of a micro-batch are split over both
+MESH_AXES = ("data", "fsdp", "tensor", "expert")
+ROWS = ("data", "fsdp", "expert")  # rows of a micro-batch are split over all three
+WIDTH = ("fsdp", "expert")  # where there are no experts to split, "expert" is more of "fsdp"
 
 # The first pattern found in the "/"-joined path wins. An optimizer moment's path ends in that of
 # its parameter, so one row serves both. No catch-all: a new parameter must say where it lives.
 PARAM_RULES = (
-    (r"embed/table$", P("tensor", "fsdp")),  # V D
-    (r"head/kernel$", P("fsdp", "tensor")),  # D V
-    (r"attn/(q|k|v)/kernel$", P(None, "fsdp", "tensor", None)),  # L D N H (k, v: L D G H)
+    (r"embed/table$", P("tensor", WIDTH)),  # V D
+    (r"head/kernel$", P(WIDTH, "tensor")),  # D V
+    (r"attn/(q|k|v)/kernel$", P(None, WIDTH, "tensor", None)),  # L D N H (k, v: L D G H)
     (r"attn/(q|k|v)/bias$", P(None, "tensor", None)),  # L N H
-    (r"attn/o/kernel$", P(None, "tensor", None, "fsdp")),  # L N H D
-    (r"mlp/(gate|up)/kernel$", P(None, "fsdp", "tensor")),  # L D F
-    (r"mlp/down/kernel$", P(None, "tensor", "fsdp")),  # L F D
-    (r"moe/router/kernel$", P(None, "fsdp", None)),  # L D E
-    (r"moe/(gate|up)/kernel$", P(None, None, "fsdp", "tensor")),  # L E D F
-    (r"moe/down/kernel$", P(None, None, "tensor", "fsdp")),  # L E F D
+    (r"attn/o/kernel$", P(None, "tensor", None, WIDTH)),  # L N H D
+    (r"mlp/(gate|up)/kernel$", P(None, WIDTH, "tensor")),  # L D F
+    (r"mlp/down/kernel$", P(None, "tensor", WIDTH)),  # L F D
+    (r"moe/router/kernel$", P(None, WIDTH, None)),  # L D E
+    (r"moe/(gate|up)/kernel$", P(None, "expert", "fsdp", "tensor")),  # L E D F
+    (r"moe/down/kernel$", P(None, "expert", "tensor", "fsdp")),  # L E F D
     (r"(q_norm|k_norm|norm)/scale$", P()),  # small: copied
     (r"^key$", P()),  # the run's random key, in a TrainState
 )

@@ -3,7 +3,8 @@
 config -> mesh, model, tokenizer -> parameters, optimizer, shardings -> input.
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,16 +13,26 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from nca_jax.batch import Batch, Rows
 from nca_jax.checkpoint import restore_params
 from nca_jax.checks import UserError
-from nca_jax.data.pipeline import Data, load_data
-from nca_jax.mesh import batch_shardings, check_divides, make_mesh, param_shardings, place
+from nca_jax.data.pack import pack
+from nca_jax.data.pipeline import Data, load_data, row_layout
+from nca_jax.mesh import (
+    batch_shardings,
+    check_divides,
+    check_split,
+    make_mesh,
+    param_shardings,
+    place,
+    rows_shardings,
+)
 from nca_jax.model_config import MODELS, ModelConfig
 from nca_jax.models import splash
 from nca_jax.models.decoder import Model
 from nca_jax.models.pretrained import load_tokenizer, open_pretrained
 from nca_jax.optim import make_optimizer, make_schedule
-from nca_jax.train_step import TrainState, make_step_logps
+from nca_jax.train_step import TrainState, make_logps, make_step_logps, make_train_step
 
 
 class Run(NamedTuple):
@@ -47,11 +58,25 @@ def build(config) -> Run:
     Raises:
       UserError: a part of the config does not exist or does not fit the others.
     """
+    model_config = open_model_config(config.model)
+    return _assemble(config, None, model_config, _tokenizer(config, model_config))
+
+
+def build_for(config, devices: Sequence[jax.Device]) -> Run:
+    """The same for devices that need not exist: to compile, not to run, so without a tokenizer.
+
+    A model that has a name is not looked for in `init_from`.
+    """
+    model = config.model
+    model_config = MODELS[model.name] if model.name else open_model_config(model)
+    return _assemble(config, devices, model_config, None)
+
+
+def _assemble(config, devices, model_config: ModelConfig, tokenizer) -> Run:
     jax.config.update("jax_numpy_rank_promotion", "raise")
     if config.model.dtype == "float32":  # throughout: TPU matmuls would otherwise be bfloat16
         jax.config.update("jax_default_matmul_precision", "highest")
-    model_config = open_model_config(config.model)
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh, devices)
     check_divides(mesh, model_config, config.data.rows)
     model = Model(
         model_config,
@@ -59,10 +84,11 @@ def build(config) -> Run:
         remat=config.model.remat,
         scan_layers=config.model.scan_layers,
         attention_kernel=_attention_kernel(config, model_config, mesh),
+        expert_kernel="grouped" if platform_of(mesh) == "tpu" else "dense",
         align=config.data.align,
         interpret=platform_of(mesh) != "tpu",
     )
-    return Run(config, mesh, model, _tokenizer(config, model_config))
+    return Run(config, mesh, model, tokenizer)
 
 
 def open_model_config(model) -> ModelConfig:
@@ -174,13 +200,6 @@ def starts_at_reference(config) -> bool:
     return reference_init_from(config) == config.model.init_from
 
 
-def jit_step_logps(run: Run) -> Callable:
-    """Returns `step_logps(params, batch) -> [B, K]`, jitted over the mesh; see `train_step`."""
-    shardings = param_shardings(run.mesh, run.model.abstract_params())
-    step_logps = make_step_logps(run.model, run.config)
-    return jax.jit(step_logps, in_shardings=(shardings, batch_shardings(run.mesh)))
-
-
 def read_data(run: Run) -> Data:
     """Reads, checks and encodes all rows of the config.
 
@@ -231,10 +250,62 @@ def abstract_state(run: Run, tx: optax.GradientTransformation) -> tuple[TrainSta
         return new_state(run, tx, params)
 
     shapes = jax.eval_shape(make, params)
-    return shapes, param_shardings(run.mesh, shapes)
+    shardings = param_shardings(run.mesh, shapes)
+    check_split(run.mesh, shapes, shardings, copied_over="data")
+    return shapes, shardings
+
+
+def abstract_batch(run: Run) -> Batch:
+    """Returns the shapes of every batch of a run, which follow from the config alone."""
+    data = run.config.data
+    b, k, layout = data.batch_size, data.num_responses, row_layout(data)
+    one_row, _, _ = pack([], dataclasses.replace(layout, rows=1), num_slots=b * k, num_micro=1)
+    num_micro = -(-b // layout.rows)
+
+    def shape(dtype, *sizes):
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    scores = shape(jnp.float32, b, k)
+    return Batch(
+        Rows(*(shape(x.dtype, num_micro, layout.rows, *x.shape[2:]) for x in one_row)),
+        num_micro=shape(jnp.int32),
+        micro_of_prompt=shape(jnp.int32, b),
+        scores=scores,
+        mask=shape(jnp.bool, b, k),
+        ref_logps=scores,
+    )
 
 
 def new_state(run: Run, tx: optax.GradientTransformation, params: dict) -> TrainState:
     """The state before the first update; pure, so that it can be jitted or only shaped."""
     key = jax.random.key_data(jax.random.key(run.config.seed))
     return TrainState(jnp.int32(0), key, params, tx.init(params))
+
+
+def jit_step_logps(run: Run) -> Callable:
+    """Returns `step_logps(params, batch) -> [B, K]`, jitted over the mesh; see `train_step`."""
+    shardings = param_shardings(run.mesh, run.model.abstract_params())
+    step_logps = make_step_logps(run.model, run.config)
+    return jax.jit(step_logps, in_shardings=(shardings, batch_shardings(run.mesh)))
+
+
+def jit_rows_logps(run: Run, num_slots: int) -> Callable:
+    """Returns `logps(params, rows) -> [1, num_slots]` of one micro-batch, jitted: `precompute`."""
+    shardings = param_shardings(run.mesh, run.model.abstract_params())
+    logps = make_logps(run.model, run.config, shape=(1, num_slots))
+    return jax.jit(logps, in_shardings=(shardings, rows_shardings(run.mesh)))
+
+
+def jit_train_step(run: Run, optimizer: Optimizer) -> Callable:
+    """Returns `train_step(state, ref_params, batch)`, jitted over the mesh; see `train_step`.
+
+    The state is donated. `ref_params` is None where the reference is cached.
+    """
+    _, state = abstract_state(run, optimizer.tx)
+    live = run.config.reference.kind == "live"
+    return jax.jit(
+        make_train_step(run.model, optimizer.tx, optimizer.schedule, run.config),
+        in_shardings=(state, state.params if live else None, batch_shardings(run.mesh)),
+        out_shardings=(state, None),
+        donate_argnums=0,
+    )

@@ -85,6 +85,7 @@ FIELDS = {
     "mesh.data": AXIS,
     "mesh.fsdp": AXIS,
     "mesh.tensor": AXIS,
+    "mesh.expert": AXIS,
     "checkpoint.keep_last": COUNT,
     "checkpoint.best_metric": _one_of("", *IS_BETTER_HIGH),
     "generate.max_new_tokens": COUNT,
@@ -96,6 +97,13 @@ FIELDS = {
     "generate.scorer": TEXT,
     "log.tensorboard": FLAG,
     "log.wandb_project": TEXT,
+}
+
+DEFINE_FLAG = {
+    bool: flags.DEFINE_boolean,
+    int: flags.DEFINE_integer,
+    str: flags.DEFINE_string,
+    type(None): flags.DEFINE_string,
 }
 
 # What a resumed run may change: nothing here moves a number of the steps that follow.
@@ -232,7 +240,7 @@ def _check_together(config: ConfigDict) -> None:
             raise UserError(message + ".")
 
 
-def parse_flags(argv: list[str], **extra: str | int) -> tuple[ConfigDict, flags.FlagValues]:
+def parse_flags(argv: list[str], **extra: str | int | bool) -> tuple[ConfigDict, flags.FlagValues]:
     """Reads `--config=FILE[:args] --config.key=value` and the command's own flags.
 
     Args:
@@ -270,7 +278,7 @@ def parse_own_flags(argv: list[str], **extra: str | int) -> flags.FlagValues:
 def _read_flags(values: flags.FlagValues, argv: list[str], extra: dict[str, str | int]) -> None:
     """Defines the flags of `extra` and reads the command line into `values`."""
     for name, default in extra.items():
-        define = flags.DEFINE_integer if isinstance(default, int) else flags.DEFINE_string
+        define = DEFINE_FLAG[type(default)]
         define(name, default, "", flag_values=values)
     try:
         rest = values(argv)

@@ -11,10 +11,14 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
+from nca_jax.axes import ROWS
 from nca_jax.build import Run
 from nca_jax.data.released import key_off_ids
+from nca_jax.mesh import param_shardings, row_shards
 from nca_jax.models import attention
 
 WIDTH_MULTIPLE = 16  # prompt slots are rounded up, so that few widths are compiled
@@ -27,19 +31,8 @@ def make_generator(run: Run) -> Callable:
     token where it has one. A prompt's samples depend on its index and the seed, not on its batch.
     """
     how = run.config.generate
-    sampler = make_sampler(
-        run.model,
-        num_samples=how.num_samples,
-        max_new_tokens=how.max_new_tokens,
-        temperature=how.temperature,
-        top_p=how.top_p,
-        eos_ids=run.eos_ids,
-        key_off_ids=(
-            key_off_ids(run.tokenizer, run.eos_ids) if run.config.data.format == "released" else ()
-        ),
-    )
-    sampler = jax.jit(sampler)
-    batch = max(1, how.batch_size // how.num_samples)  # prompts at once
+    sampler = jit_sampler(run)
+    batch = prompts_at_once(run)
 
     def generate(
         params: dict, prompts: Sequence[Sequence[int]], seed: int
@@ -61,6 +54,31 @@ def make_generator(run: Run) -> Callable:
         return samples
 
     return generate
+
+
+def prompts_at_once(run: Run) -> int:
+    """Returns N: what `config.generate.batch_size` asks for, rounded up to fill every device."""
+    how, shards = run.config.generate, row_shards(run.mesh)
+    return -(-max(1, how.batch_size // how.num_samples) // shards) * shards
+
+
+def jit_sampler(run: Run) -> Callable:
+    """Returns `make_sampler` as `config.generate` says, jitted over the mesh."""
+    how = run.config.generate
+    sampler = make_sampler(
+        run.model,
+        num_samples=how.num_samples,
+        max_new_tokens=how.max_new_tokens,
+        temperature=how.temperature,
+        top_p=how.top_p,
+        eos_ids=run.eos_ids,
+        key_off_ids=(
+            key_off_ids(run.tokenizer, run.eos_ids) if run.config.data.format == "released" else ()
+        ),
+    )
+    params = param_shardings(run.mesh, run.model.abstract_params())
+    rows, everywhere = NamedSharding(run.mesh, P(ROWS)), NamedSharding(run.mesh, P())
+    return jax.jit(sampler, in_shardings=(params, rows, rows, None), out_shardings=everywhere)
 
 
 def to_text(run: Run, ids: np.ndarray) -> str:

@@ -1,9 +1,10 @@
 """The device mesh, and arrays placed on it by the rules of `nca_jax.axes`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -12,24 +13,57 @@ from nca_jax.batch import Batch, Rows
 from nca_jax.checks import UserError
 from nca_jax.model_config import ModelConfig
 
+LARGE = 2**24  # bytes: an array that must not be on every device by accident
 
-def make_mesh(sizes: Mapping[str, int]) -> Mesh:
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns the mesh of `config.mesh`; one size may be -1, all the devices that remain.
 
+    Within a slice the axes follow the interconnect (ICI); over slices, which only the data centre's
+    network (DCN) joins, lies `data`: one gradient a step crosses it.
+
+    Args:
+      sizes: of each axis.
+      devices: those to use, which need not exist (ahead-of-time compilation); None: all there are.
     Raises:
-      UserError: the sizes do not multiply to the number of devices.
+      UserError: the sizes do not multiply to the number of devices, or `data` not to the slices.
     """
+    devices = jax.devices() if devices is None else devices
     shape = [sizes[axis] for axis in MESH_AXES]
     known = int(np.prod([size for size in shape if size > 0]))
-    num_devices = jax.device_count()
-    if -1 in shape and num_devices % known == 0:
-        shape[shape.index(-1)] = num_devices // known
-    if int(np.prod(shape)) != num_devices:
-        asked = ", ".join(f"{axis}={sizes[axis]}" for axis in MESH_AXES)
+    if -1 in shape and len(devices) % known == 0:
+        shape[shape.index(-1)] = len(devices) // known
+    asked = ", ".join(f"{axis}={sizes[axis]}" for axis in MESH_AXES)
+    if int(np.prod(shape)) != len(devices):
         raise UserError(
-            f"config.mesh ({asked}) does not fill the {num_devices} devices; set one axis to -1."
+            f"config.mesh ({asked}) does not fill the {len(devices)} devices; set one axis to -1."
         )
-    return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
+    num_slices = len({slice_of(device) for device in devices})
+    if shape[0] % num_slices:
+        raise UserError(
+            f"config.mesh ({asked}): the axis data lies over the {num_slices} slices of devices; "
+            f"set config.mesh.data to a multiple of {num_slices}."
+        )
+    if num_slices > 1:
+        grid = mesh_utils.create_hybrid_device_mesh(
+            (shape[0] // num_slices, *shape[1:]),
+            (num_slices, *[1] * (len(shape) - 1)),
+            devices,
+            allow_split_physical_axes=True,
+        )
+    else:
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
+
+
+def slice_of(device: jax.Device) -> int:
+    """The TPU slice of a device; devices of a single slice, and CPUs, do not say."""
+    return getattr(device, "slice_index", 0)
+
+
+def row_shards(mesh: Mesh) -> int:
+    """Returns over how many devices the rows of a micro-batch are split."""
+    return int(np.prod([mesh.shape[axis] for axis in ROWS]))
 
 
 def host_mesh() -> Mesh:
@@ -40,18 +74,41 @@ def host_mesh() -> Mesh:
 
 def check_divides(mesh: Mesh, model_config: ModelConfig, rows: int) -> None:
     """Raises UserError, by name, where a split axis does not divide."""
-    tensor, copies = mesh.shape["tensor"], mesh.shape["data"] * mesh.shape["fsdp"]
+    tensor, fsdp, expert = (mesh.shape[axis] for axis in ("tensor", "fsdp", "expert"))
     c = model_config
     for name, size, parts in (
         ("query heads over mesh.tensor", c.num_heads, tensor),
         ("kv heads over mesh.tensor", c.num_kv_heads, tensor),
         ("MLP width over mesh.tensor", c.mlp_width, tensor),
         ("padded vocabulary over mesh.tensor", c.padded_vocab, tensor),
-        ("model width over mesh.fsdp", c.width, mesh.shape["fsdp"]),
-        ("data.rows over mesh.data * mesh.fsdp", rows, copies),
+        ("model width over mesh.fsdp * mesh.expert", c.width, fsdp * expert),
+        ("experts over mesh.expert", c.num_experts, expert),
+        ("data.rows over mesh.data * mesh.fsdp * mesh.expert", rows, row_shards(mesh)),
     ):
         if size % parts:
             raise UserError(f"{size} {name} = {parts} does not divide; change one of the two.")
+
+
+def check_split(mesh: Mesh, arrays, shardings, *, copied_over: str) -> None:
+    """Raises ValueError, by name, if a large array has more copies than the mesh axis asks for.
+
+    Args:
+      arrays: a tree of shapes and dtypes; `shardings`: the same tree.
+      copied_over: the one mesh axis along which copies are meant: "data" for parameters and
+        moments, "tensor" for a batch.
+    """
+    given = jax.tree.leaves(shardings, is_leaf=lambda sharding: sharding is None)
+    for (path, x), sharding in zip(flatten_paths(arrays).items(), given, strict=True):
+        if sharding is None:  # an argument that the program does not read
+            continue
+        num_bytes = x.size * x.dtype.itemsize
+        parts = x.size // int(np.prod(sharding.shard_shape(x.shape)))
+        copies = mesh.size // parts
+        if num_bytes >= LARGE and copies > mesh.shape[copied_over]:
+            raise ValueError(
+                f"{path!r} of shape {x.shape} ({num_bytes / 2**20:.0f} MiB) has {copies} copies on "
+                f"{dict(mesh.shape)}, wanted {mesh.shape[copied_over]}; split it in PARAM_RULES."
+            )
 
 
 def param_shardings(mesh: Mesh, abstract) -> object:
@@ -62,7 +119,7 @@ def param_shardings(mesh: Mesh, abstract) -> object:
 
 
 def batch_shardings(mesh: Mesh) -> Batch:
-    """Rows are split over data and fsdp; the small [B, K] arrays are everywhere."""
+    """Rows are split over all axes but tensor; the small [B, K] arrays are everywhere."""
     everywhere, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P(None, ROWS))
     return Batch(Rows(*[rows] * len(Rows._fields)), *[everywhere] * (len(Batch._fields) - 1))
 

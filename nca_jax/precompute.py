@@ -20,7 +20,6 @@ from nca_jax.config import parse_flags
 from nca_jax.data.pipeline import row_layout
 from nca_jax.evaluators import Piece, score_responses
 from nca_jax.mesh import rows_shardings
-from nca_jax.train_step import make_logps
 
 PART = 64  # examples in a part: what a stop can lose
 
@@ -43,7 +42,7 @@ def main(argv: list[str]) -> int:
             reference.check_fingerprint(folder, fingerprint)
         write_json(folder / "fingerprint.json", fingerprint)
         num_slots = PART * max(len(example.responses) for example in examples)
-        logps = jax.jit(make_logps(run.model, config, shape=(1, num_slots)))
+        logps = build.jit_rows_logps(run, num_slots)
         missing = [i for i in range(len(parts)) if not reference.part_path(folder, i).exists()]
         start, tokens = time.perf_counter(), 0
         for i in tqdm(missing, unit="part", disable=None):

@@ -19,10 +19,8 @@ from nca_jax.config import check_same_run, flatten, parse_flags
 from nca_jax.data.pipeline import Dataset, HostBatch, eval_batches
 from nca_jax.evaluators import fill_reference, heldout_metrics
 from nca_jax.fingerprint import params_fingerprint
-from nca_jax.mesh import batch_shardings
 from nca_jax.preemption import catch_sigterm
 from nca_jax.reference import read_cached_logps
-from nca_jax.train_step import make_train_step
 from nca_jax.writer import MetricWriter
 
 # How far apart policy and reference may be at the start, in nats of a whole response: the same
@@ -57,8 +55,8 @@ def main(argv: list[str]) -> int:
     )
 
     # ---- Optimizer, shapes, shardings --------------------------------------------------------
-    tx, schedule = build.build_optimizer(config, steps)
-    abstract, shardings = build.abstract_state(run, tx)
+    optimizer = build.build_optimizer(config, steps)
+    abstract, shardings = build.abstract_state(run, optimizer.tx)
 
     # ---- Restore: 1. own workdir, 2. init_from, 3. random ------------------------------------
     # The context waits for a save that is under way, also when the run stops with an error.
@@ -74,7 +72,7 @@ def main(argv: list[str]) -> int:
         else:
             params = build.start_params(run, config.model.init_from)
             make_state = jax.jit(
-                lambda params: build.new_state(run, tx, params),
+                lambda params: build.new_state(run, optimizer.tx, params),
                 out_shardings=shardings,
                 donate_argnums=0,
             )
@@ -84,12 +82,7 @@ def main(argv: list[str]) -> int:
         record_run(workdir, config, steps, ref_params)
 
         # ---- Compile -------------------------------------------------------------------------
-        train_step = jax.jit(
-            make_train_step(run.model, tx, schedule, config),
-            in_shardings=(shardings, shardings.params if live else None, batch_shardings(run.mesh)),
-            out_shardings=(shardings, None),
-            donate_argnums=0,
-        )
+        train_step = build.jit_train_step(run, optimizer)
         step_logps = build.jit_step_logps(run)
         if live and config.eval_every:
             heldout = fill_reference(step_logps, ref_params, heldout)

@@ -148,7 +148,7 @@ def test_kl_of_equal_policies_is_zero_and_its_estimate_is_the_exact_kl():
     draw = sampler(model, num_samples=num, temperature=1.0, max_new_tokens=1)
     tokens, _ = draw(params, prompts()[:1], LENGTHS[:1], keys()[:1])
     kl = jax.jit(make_kl(model, num_slots=1024, block=16, chunk=16))
-    shardings = rows_shardings(make_mesh({"data": -1, "fsdp": 1, "tensor": 1}))
+    shardings = rows_shardings(make_mesh({"data": -1, "fsdp": 1, "tensor": 1, "expert": 1}))
 
     def estimate(reference) -> np.ndarray:
         pieces = [Piece(prompt, [[int(t)] for t in np.asarray(tokens).reshape(-1)])]
@@ -180,7 +180,7 @@ def test_scores_of_responses_come_in_order_however_they_are_packed():
     sizes = [5, *map(len, pieces[-1].responses)]
     on_prompt, *on_responses = (rng.random(size) < 0.75 for size in sizes)
     pieces[-1] = pieces[-1]._replace(key_on=(on_prompt, on_responses))
-    shardings = rows_shardings(make_mesh({"data": -1, "fsdp": 1, "tensor": 1}))
+    shardings = rows_shardings(make_mesh({"data": -1, "fsdp": 1, "tensor": 1, "expert": 1}))
 
     @jax.jit
     def logps(rows):

@@ -28,7 +28,17 @@ CONFIG_FILES = sorted((ROOT / "configs").glob("*.py"))
 # commands, which nobody imports.
 LEAVES = {"checks", "batch", "axes", "model_config", "config_arg", "losses", "flops"}
 GROUPS = {"models", "data", "rewards"}
-MAINS = {"train", "precompute", "evaluate", "generate", "inspect", "export", "prepare", "score"}
+MAINS = {
+    "train",
+    "precompute",
+    "evaluate",
+    "generate",
+    "inspect",
+    "export",
+    "prepare",
+    "score",
+    "aot",
+}
 MAX_LINES, MAX_LEAVES = 400, 64
 
 FILES_ARGUMENT = {"torch_parity.py": "rows"}  # elsewhere "files"

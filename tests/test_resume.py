@@ -33,7 +33,7 @@ def train(workdir: Path, rows: Path) -> subprocess.Popen:
 
 
 def final_params(workdir: Path) -> dict:
-    mesh = make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
+    mesh = make_mesh({"data": -1, "fsdp": 1, "tensor": 1, "expert": 1})
     return restore_params(workdir, Model(MODELS["tiny"]).abstract_params(), mesh)
 
 

@@ -17,9 +17,9 @@ from flax import nnx
 from nca_jax.axes import constrain
 from nca_jax.batch import Rows
 from nca_jax.model_config import ModelConfig
-from nca_jax.models import attention, splash
+from nca_jax.models import attention, grouped, splash
 from nca_jax.models.layers import Attention, Kernel, Mlp, RMSNorm
-from nca_jax.models.moe import Moe
+from nca_jax.models.moe import Mix, Moe, dense
 
 REMAT = {  # what the backward pass keeps of a layer, from fastest to leanest
     "none": None,
@@ -31,12 +31,12 @@ REMAT = {  # what the backward pass keeps of a layer, from fastest to leanest
 class Layer(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, mix: Mix, rngs: nnx.Rngs):
         self.attn_norm = RMSNorm(config.width, config.norm_eps)
         self.attn = Attention(config, rngs)
         self.mlp_norm = RMSNorm(config.width, config.norm_eps)
         if config.num_experts:
-            self.moe = Moe(config, rngs)
+            self.moe = Moe(config, rngs, mix)
         else:
             self.mlp = Mlp(config, rngs)
         self.sparse = bool(config.num_experts)
@@ -57,10 +57,10 @@ class Embed(nnx.Module):
 class Decoder(nnx.Module):
     """Tokens to final hidden states; the head is applied by whoever needs its logits."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, mix: Mix, rngs: nnx.Rngs):
         self.embed = Embed(config, rngs)
         split = nnx.split_rngs(splits=config.num_layers)
-        make_layers = split(nnx.vmap(functools.partial(Layer, config)))
+        make_layers = split(nnx.vmap(functools.partial(Layer, config, mix)))
         self.layers = make_layers(rngs)
         self.norm = RMSNorm(config.width, config.norm_eps)
         if not config.tied_head:
@@ -77,6 +77,7 @@ class Model:
       remat: a key of REMAT; other than "none" wants scanned layers.
       scan_layers: one compiled layer run L times, or L layers unrolled over the same params.
       attention_kernel: of packed rows: "pairs" (XLA, any platform) or "splash" (Pallas, for TPU).
+      expert_kernel: "dense" (XLA, any platform) or "grouped" (Pallas, for TPU).
       align: for splash, what the segments' starts in a row are multiples of.
       interpret: run Pallas kernels in Python, where there is no TPU.
     """
@@ -86,16 +87,25 @@ class Model:
     remat: str = "none"
     scan_layers: bool = True
     attention_kernel: str = "pairs"
+    expert_kernel: str = "dense"
     align: int = 1
     interpret: bool = False
 
+    @property
+    def _mix(self) -> Mix:
+        if self.expert_kernel == "grouped":
+            return functools.partial(grouped.mix, interpret=self.interpret)
+        return dense
+
     @functools.cached_property
     def _graphdef(self):
-        return nnx.split(nnx.eval_shape(lambda: Decoder(self.config, nnx.Rngs(0))))[0]
+        return nnx.split(nnx.eval_shape(lambda: Decoder(self.config, self._mix, nnx.Rngs(0))))[0]
 
     def init(self, key: jax.Array) -> dict:
         """Random parameters; a pure function of the key, whatever the sharding."""
-        return nnx.to_pure_dict(nnx.state(Decoder(self.config, nnx.Rngs(key)), nnx.Param))
+        return nnx.to_pure_dict(
+            nnx.state(Decoder(self.config, self._mix, nnx.Rngs(key)), nnx.Param)
+        )
 
     def abstract_params(self) -> dict:
         """The shapes and dtypes of `init`, without computing it."""

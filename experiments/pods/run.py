@@ -1,0 +1,180 @@
+r"""Compiles every cell of the table of pods, then writes the table and its plots.
+
+    python experiments/pods/run.py [--only=TEXT] [--table]
+
+A cell is one `nca_jax.aot` command and one file in experiments/pods/cells/; those that are there
+are not compiled again, so the table can be continued. It wants libtpu (the tpu extra) and no TPU.
+
+    --only   cells whose name has this text
+    --table  compiles nothing
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+CELLS = HERE / "cells"
+
+
+class Cell(NamedTuple):
+    """One compile; `flags` are added to those that all share."""
+
+    name: str
+    model: str
+    reference: str
+    topology: str
+    num_slices: int = 1
+    rows_a_chip: int = 1
+    flags: tuple[str, ...] = ()
+
+
+EXPERTS = ("--config.mesh.expert=8",)
+TOPOLOGIES = ("v5e:4x4", "v5e:16x16", "v6e:16x16", "v5p:4x4x4", "v5p:8x8x16")
+
+
+def cells() -> list[Cell]:
+    """Returns the table: models by references by topologies, two slices, and one choice undone."""
+    table = [
+        Cell(f"{model}-{reference}-{topology}", model, reference, topology, flags=flags)
+        for topology in TOPOLOGIES
+        for reference in ("cached", "live")
+        for model, flags in (("mistral_7b", ()), ("mixtral_8x7b", EXPERTS))
+    ]
+    table += [
+        Cell(f"mistral_7b-cached-2x{topology}", "mistral_7b", "cached", topology, 2)
+        for topology in ("v5e:16x16", "v5p:4x4x4")
+    ]
+    base = ("mistral_7b", "cached", "v5p:4x4x4")
+    whole_rows = ("--config.loss.logits_chunk=4096",)
+    table += [
+        Cell("choice-whole-logits", *base, flags=whole_rows),
+        Cell("choice-4-rows", *base, rows_a_chip=4),
+        Cell("choice-no-remat", *base, flags=("--config.model.remat=none",)),
+        Cell("choice-remat-dots", *base, flags=("--config.model.remat=dots",)),
+    ]
+    return table
+
+
+def command(cell: Cell, out: Path) -> list[str]:
+    """Returns the command line of one cell."""
+    reference = ["--config.reference.kind=cached", "--config.reference.cache=cache"]
+    return [
+        sys.executable,
+        "-m",
+        "nca_jax.aot",
+        f"--config=configs/ultrafeedback.py:model={cell.model},algo=nca",
+        *(reference if cell.reference == "cached" else []),
+        f"--topology={cell.topology}",
+        f"--num_slices={cell.num_slices}",
+        f"--rows_per_chip={cell.rows_a_chip}",
+        "--programs=train",
+        *cell.flags,
+        f"--json={out}",
+    ]
+
+
+def compile_missing(only: str) -> None:
+    """Compiles one after another what has no file yet."""
+    CELLS.mkdir(exist_ok=True)
+    for cell in cells():
+        out = CELLS / f"{cell.name.replace(':', '_')}.json"
+        if out.exists() or only not in cell.name:
+            continue
+        print(f"== {cell.name}", flush=True)
+        status = subprocess.run(command(cell, out), cwd=ROOT).returncode
+        if not out.exists():
+            raise SystemExit(f"{cell.name} stopped with status {status}.")
+
+
+def read_cells() -> dict[str, dict]:
+    """Returns the reports that are there, by the name of the cell."""
+    paths = {cell.name: CELLS / f"{cell.name.replace(':', '_')}.json" for cell in cells()}
+    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+
+
+def sent_bytes(program: dict, network: str) -> int:
+    return sum(one["bytes"] for one in program["collectives"] if one["network"] == network)
+
+
+def table(reports: dict[str, dict]) -> str:
+    """Returns the Markdown table: one line a cell, "-" where it is not compiled yet."""
+    lines = [
+        "| cell | chips | mesh | rows a chip | GiB a chip | of | margin | ICI GiB | DCN GiB "
+        "| FLOPs a step and chip | compile s | commit |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for cell in cells():
+        report = reports.get(cell.name)
+        if report is None:
+            lines.append(f"| {cell.name} |" + " - |" * 11)
+            continue
+        program = report["programs"]["train"]
+        mesh = " ".join(f"{axis}={n}" for axis, n in report["mesh"].items() if n > 1)
+        start = f"| {cell.name} | {report['chips']} | {mesh} | {report['rows_a_chip']} |"
+        work = f" {report['flops_a_step_and_chip']:.2e} | {program['compile_seconds']:.0f} "
+        work += f"| {report['commit']} |"
+        if not program["fits"]:
+            lines.append(f"{start} does not fit | - | - | - | - |{work}")
+            continue
+        memory = program["memory"]
+        margin = memory["margin"] / memory["limit"]
+        sent = [sent_bytes(program, network) / 2**30 for network in ("ici", "dcn")]
+        lines.append(
+            f"{start} {memory['total']:.2f} | {memory['limit']:.2f} | {margin:.0%} "
+            f"| {sent[0]:.1f} | {sent[1]:.2f} |{work}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def plot(reports: dict[str, dict], out: Path) -> None:
+    """Draws memory a chip, and bytes sent a chip and micro-batch, against the number of chips."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    series: dict[str, list[tuple]] = {}
+    for cell in cells():
+        report = reports.get(cell.name)
+        if report is None or cell.name.startswith("choice") or cell.num_slices > 1:
+            continue
+        program = report["programs"]["train"]
+        if program["fits"]:
+            point = (report["chips"], program["memory"]["total"], program["memory"]["arguments"])
+            sent = sent_bytes(program, "ici") / 2**30
+            series.setdefault(f"{cell.model}, {cell.reference}", []).append((*point, sent))
+    for name, points in series.items():
+        chips, total, state, sent = zip(*sorted(points), strict=True)
+        (line,) = axes[0].plot(chips, total, "o-", label=name)
+        axes[0].plot(chips, state, ":", color=line.get_color())  # the state alone: 1 / chips
+        axes[1].plot(chips, sent, "o-", label=name)
+    axes[0].set(ylabel="GiB a chip (dotted: arguments)", yscale="log")
+    axes[1].set(ylabel="GiB in collectives, a chip and micro-batch", ylim=(0, None))
+    for ax in axes:
+        ax.set(xlabel="chips", xscale="log")
+        ax.legend()
+    figure.savefig(out, metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="")
+    parser.add_argument("--table", action="store_true")
+    args = parser.parse_args()
+    if not args.table:
+        compile_missing(args.only)
+    reports = read_cells()
+    (HERE / "table.md").write_text(table(reports))
+    print(table(reports))
+    if reports:
+        plot(reports, HERE / "growth.svg")
+
+
+if __name__ == "__main__":
+    main()

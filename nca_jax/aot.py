@@ -1,0 +1,212 @@
+r"""Compile a run for a TPU pod that is not there, and say whether it fits.
+
+    python -m nca_jax.aot --config=FILE[:args] --topology=v5p:4x4x4 [--num_slices=2]
+
+What is compiled are the programs of `train`, `precompute` and `generate`, by the TPU's compiler, on
+a host without a TPU. Exit status 1, with the largest buffers, when one does not fit.
+
+    --rows_per_chip  rows of a micro-batch on each chip; 0: as config.data.rows has them
+    --programs       which of train, precompute, decode
+    --fit            looks for the leanest recomputation, then for the most rows a chip, that fit
+    --json           a file for all that is printed, and more
+
+Memory is that of one chip. Nothing is run, so nothing is said about speed.
+"""
+
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from nca_jax import build
+from nca_jax.aot_report import (
+    implied,
+    largest_allocations,
+    largest_arguments,
+    print_report,
+    prompts_a_row,
+)
+from nca_jax.batch import Rows
+from nca_jax.checkpoint import git_commit, write_json
+from nca_jax.checks import UserError, run_main
+from nca_jax.config import check_config, flatten, parse_flags
+from nca_jax.decode import WIDTH_MULTIPLE, jit_sampler, prompts_at_once
+from nca_jax.hlo import collectives
+from nca_jax.mesh import check_split, make_mesh, row_shards, slice_of
+from nca_jax.topology import MEMORY_GIB, topology_devices
+
+LEANER = ("none", "dots", "full")  # recomputation, from none to all of a layer
+MAX_ROWS = 16  # a chip; --fit looks no further
+GIB = 2**30
+
+
+def main(argv: list[str]) -> int:
+    jax.config.update("jax_platforms", "cpu")  # a TPU of this host would be another program's
+    config, flags = parse_flags(
+        argv,
+        topology=None,
+        num_slices=1,
+        rows_per_chip=0,
+        programs=",".join(PREPARE),
+        fit=False,
+        json="",
+    )
+    programs = flags.programs.split(",")
+    if unknown := set(programs) - set(PREPARE):
+        raise UserError(f"--programs: wanted some of {', '.join(PREPARE)}, got {sorted(unknown)}.")
+    devices = topology_devices(flags.topology, flags.num_slices)
+    if flags.fit:
+        config, rows_per_chip = find_fit(config, devices)
+    else:
+        rows_per_chip = flags.rows_per_chip
+    changes = changes_for(config, devices, rows_per_chip)
+    run = build.build_for(changed(config, changes), devices)
+    report = {
+        "commit": git_commit(),
+        "topology": flags.topology,
+        "num_slices": flags.num_slices,
+        "chips": len(devices),
+        "device_kind": devices[0].device_kind,
+        "mesh": dict(run.mesh.shape),
+        "changes": changes,
+        "config": flatten(run.config),
+        **implied(run),
+        "programs": {name: compile_program(name, run) for name in programs},
+    }
+    print_report(report)
+    if flags.json:
+        write_json(Path(flags.json), report)
+    return 0 if all(program["fits"] for program in report["programs"].values()) else 1
+
+
+def changed(config: ConfigDict, changes: dict[str, object]) -> ConfigDict:
+    """Returns a checked copy of the config with other values."""
+    config = ConfigDict(config.to_dict())
+    config.update_from_flattened_dict(changes)
+    check_config(config)
+    return config.lock()
+
+
+def changes_for(config: ConfigDict, devices, rows_per_chip: int) -> dict[str, object]:
+    """Returns what the config must change to run on these devices: a run there wants the same.
+
+    The data axis lies over slices, rows divide over chips, and a step has prompts for a
+    micro-batch of rows at least.
+    """
+    changes: dict[str, object] = {}
+    num_slices = len({slice_of(device) for device in devices})
+    if config.mesh.data > 0 and config.mesh.data % num_slices:
+        changes["mesh.data"] = config.mesh.data * num_slices
+    data = config.data
+    shards = row_shards(make_mesh(changed(config, changes).mesh, devices))
+    rows = rows_per_chip * shards if rows_per_chip else -(-data.rows // shards) * shards
+    if rows != data.rows:
+        changes["data.rows"] = rows
+        changes["data.batch_size"] = max(data.batch_size, rows * prompts_a_row(data))
+    return changes
+
+
+def prepare_train(run: build.Run) -> tuple:
+    """Returns (the jitted train step of `nca_jax.train`, the shapes of its arguments)."""
+    optimizer = build.build_optimizer(run.config, run.config.steps or 1000)  # a constant in it
+    state, _ = build.abstract_state(run, optimizer.tx)
+    ref_params = state.params if run.config.reference.kind == "live" else None
+    step = build.jit_train_step(run, optimizer)
+    return step, (state, ref_params, build.abstract_batch(run))
+
+
+def prepare_precompute(run: build.Run) -> tuple:
+    """Returns (the jitted forward pass of `nca_jax.precompute`, the shapes of its arguments)."""
+    data = run.config.data
+    num_slots = data.batch_size * data.num_responses
+    rows = build.abstract_batch(run).rows
+    micro = Rows(*(jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in rows))
+    return build.jit_rows_logps(run, num_slots), (run.model.abstract_params(), micro)
+
+
+def prepare_decode(run: build.Run) -> tuple:
+    """Returns (the jitted sampler of `nca_jax.generate`, the shapes of its arguments).
+
+    Prompts have the longest width, as many of them at once as fill `config.generate.batch_size`.
+    """
+    n, width = prompts_at_once(run), run.config.data.max_prompt_len
+    width = -(-width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+    prompts = jax.ShapeDtypeStruct((n, width), jnp.int32)
+    lengths = jax.ShapeDtypeStruct((n,), jnp.int32)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), n))
+    return jit_sampler(run), (run.model.abstract_params(), prompts, lengths, keys)
+
+
+PREPARE = {"train": prepare_train, "precompute": prepare_precompute, "decode": prepare_decode}
+
+
+def find_fit(config: ConfigDict, devices) -> tuple[ConfigDict, int]:
+    """Returns the config with the least recomputation that fits, and the most rows a chip.
+
+    Rows are doubled up to MAX_ROWS. Where nothing fits, the leanest, with one row a chip.
+    """
+
+    def fits(config, rows_per_chip: int) -> bool:
+        changes = changes_for(config, devices, rows_per_chip)
+        program = compile_program("train", build.build_for(changed(config, changes), devices))
+        answer = f"{program['memory']['total']:.2f} GiB" if program["fits"] else "does not fit"
+        print(f"remat={config.model.remat}, {rows_per_chip} rows a chip: {answer}", flush=True)
+        return program["fits"]
+
+    for remat in LEANER:
+        config = changed(config, {"model.remat": remat, "model.scan_layers": True})
+        if fits(config, 1):
+            rows_per_chip = 1
+            while rows_per_chip < MAX_ROWS and fits(config, 2 * rows_per_chip):
+                rows_per_chip *= 2
+            return config, rows_per_chip
+    return config, 1
+
+
+def compile_program(name: str, run: build.Run) -> dict:
+    """Compiles one program; returns its memory, collectives, largest arguments and seconds."""
+    jitted, arguments = PREPARE[name](run)
+    start = time.perf_counter()
+    try:
+        with jax.set_mesh(run.mesh):
+            compiled = jitted.lower(*arguments).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return {
+            "fits": False,
+            "reason": str(error).splitlines()[0],
+            "largest": largest_allocations(str(error)) + largest_arguments(run),
+            "compile_seconds": time.perf_counter() - start,
+        }
+    seconds = time.perf_counter() - start
+    if name == "train":  # what the compiler was given, not what was meant
+        state, _, batch = compiled.input_shardings[0]
+        check_split(run.mesh, arguments[0], state, copied_over="data")
+        check_split(run.mesh, arguments[2], batch, copied_over="tensor")
+    memory = compiled.memory_analysis()
+    limit = MEMORY_GIB[run.mesh.devices.flat[0].device_kind]
+    arguments_bytes, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    output, alias = memory.output_size_in_bytes, memory.alias_size_in_bytes
+    total = arguments_bytes + temporaries + output - alias
+    sent = collectives(compiled.as_text(), [slice_of(device) for device in run.mesh.devices.flat])
+    return {
+        "fits": True,
+        "memory": {
+            "arguments": arguments_bytes / GIB,
+            "temporaries": temporaries / GIB,
+            "output": output / GIB,
+            "alias": alias / GIB,
+            "total": total / GIB,
+            "limit": limit,
+            "margin": limit - total / GIB,
+        },
+        "collectives": [one._asdict() for one in sent],
+        "compile_seconds": seconds,
+    }
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,160 @@
+"""What a compiled program sends between devices, read from its text.
+
+Units: bytes a device, of the array that a collective makes whole or takes apart: the gathered
+result of an all-gather, the operand of a reduce-scatter, the array of an all-reduce. A ring moves
+(n - 1) / n of that over each link, an all-reduce twice that.
+
+A collective inside a loop counts once a turn. The turns of the loop over layers are constants of
+the program; a loop whose turns are known at run time only (the micro-batches) counts one turn.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+ITEM_BYTES = {
+    "pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2,
+    "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8,
+}  # fmt: skip
+
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
+_COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(")
+_CALLED = re.compile(r"(?:calls|body|to_apply)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
+
+
+class Collective(NamedTuple):
+    """All collectives of one kind over one network in a program."""
+
+    kind: str
+    network: str  # "ici" within a slice, "dcn" where a group has devices of several slices
+    times: int  # a device's calls
+    bytes: int  # a device, all calls together
+
+
+def collectives(text: str, slices: Sequence[int]) -> list[Collective]:
+    """Returns what `compiled.as_text()` sends, most bytes first.
+
+    Args:
+      text: of an optimised module.
+      slices: the slice of each device, in the order of the mesh.
+    """
+    bodies, entry = _computations(text)
+    totals: dict[tuple[str, str], list[int]] = {}
+    for name, turns in _turns(bodies, entry).items():
+        for line in bodies[name]:
+            match = _COLLECTIVE.search(line)
+            if not match:
+                continue
+            groups = replica_groups(line, len(slices))
+            if groups.shape[1] == 1:  # of a mesh axis of size 1
+                continue
+            kind, num_bytes = _payload(match, groups.shape[1], name)
+            crosses = any(len({slices[i] for i in group}) > 1 for group in groups)
+            total = totals.setdefault((kind, "dcn" if crosses else "ici"), [0, 0])
+            total[0] += turns
+            total[1] += turns * num_bytes
+    found = [Collective(*key, *total) for key, total in totals.items()]
+    return sorted(found, key=lambda c: -c.bytes)
+
+
+def shape_bytes(shape: str) -> int:
+    """Bytes of "bf16[4,8]{1,0}" or of a tuple of such."""
+    return sum(
+        ITEM_BYTES[dtype] * int(np.prod([int(n) for n in sizes.split(",") if n], dtype=np.int64))
+        for dtype, sizes in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shape)
+        if dtype in ITEM_BYTES
+    )
+
+
+def replica_groups(line: str, num_devices: int) -> np.ndarray:
+    """Returns which devices take part together, [groups, devices in each]; three notations."""
+    mesh = re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}", line
+    )
+    if mesh:
+        axes, ids, along = mesh.groups()
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", axes))
+        grid = _iota(ids, num_devices).reshape([int(n) for n in sizes.values()])
+        over = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", along)]
+        grid = np.moveaxis(grid, over, range(-len(over), 0))
+        return grid.reshape(-1, int(np.prod([int(list(sizes.values())[i]) for i in over])))
+    short = re.search(r"replica_groups=\[(\d+),(\d+)\]<=(\S+?),? ", line + " ")
+    if short:
+        return _iota(short[3], num_devices).reshape(int(short[1]), int(short[2]))
+    pairs = re.search(r"(?:replica_groups|source_target_pairs)=\{\{(.*?)\}\}", line)
+    if pairs:
+        return np.array([group.split(",") for group in pairs[1].split("},{")], dtype=int)
+    return np.arange(num_devices)[None]  # {}: all
+
+
+def _iota(text: str | None, num_devices: int) -> np.ndarray:
+    """The device ids of "[2,32]T(1,0)": arange, reshaped and transposed; flat."""
+    ids = np.arange(num_devices)
+    if not text:
+        return ids
+    sizes, order = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
+    ids = ids.reshape([int(n) for n in sizes.split(",")])
+    return (ids.transpose([int(n) for n in order.split(",")]) if order else ids).reshape(-1)
+
+
+def _payload(match: re.Match, group_size: int, computation: str) -> tuple[str, int]:
+    """Returns the kind of a collective and its bytes, as the module's docstring defines them."""
+    shape, kind, is_start = match.groups()
+    num_bytes = shape_bytes(shape)
+    if is_start and kind == "all-gather":  # a pair (operand, result)
+        num_bytes = num_bytes * group_size // (group_size + 1)
+    if is_start and kind == "collective-permute":
+        num_bytes //= 2
+    if kind == "reduce-scatter":
+        num_bytes *= group_size
+    if kind == "all-reduce" and "all-reduce-scatter" in computation:
+        kind = "reduce-scatter"  # how the TPU compiler writes it: a fusion around an all-reduce
+    return kind, num_bytes
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """Returns the lines of each computation, and the name of the entry."""
+    bodies: dict[str, list[str]] = {}
+    name = entry = ""
+    for line in text.splitlines():
+        header = _HEADER.match(line)
+        if header:
+            name = header[2]
+            bodies[name] = []
+            entry = name if header[1] else entry
+        elif name:
+            bodies[name].append(line)
+    return bodies, entry
+
+
+def _turns(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:
+    """Returns how often each computation runs, a loop of unknown length counting one turn."""
+    turns: dict[str, int] = {}
+
+    def visit(name: str, times: int) -> None:
+        turns[name] = turns.get(name, 0) + times
+        for line in bodies[name]:
+            for one, several in _CALLED.findall(line):
+                for called in [one] if one else re.findall(r"[\w.\-]+", several):
+                    if called in bodies:
+                        visit(called, times * _loop_turns(line, bodies))
+
+    visit(entry, 1)
+    return turns
+
+
+def _loop_turns(line: str, bodies: dict[str, list[str]]) -> int:
+    """Returns the turns of a while instruction that counts from 0 to a constant; else 1."""
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+    if known:
+        return int(known[1])
+    condition = re.search(r" while\(.*condition=%?([\w.\-]+)", line)
+    if not condition:
+        return 1
+    body = bodies[condition[1]]
+    constants = dict(re.findall(r"%([\w.\-]+) = s32\[\]\S* constant\((\d+)\)", "\n".join(body)))
+    compared = re.search(r"compare\([^,]*, %([\w.\-]+)\), direction=LT", "\n".join(body))
+    return int(constants.get(compared[1], 1)) if compared else 1

@@ -1,0 +1,95 @@
+"""Experts on TPU: tokens sorted by expert, one grouped matrix product (megablox) for each kernel.
+
+Axes: R rows, T tokens, D width, F MLP width, E experts, C experts a token is routed to,
+      M = R * T * C pairs of (token, chosen expert), filled up to whole tiles.
+
+Over a mesh, the tokens of an `expert` group are gathered, each device computes its own experts on
+them, and the sums are scattered back (a ragged all-to-all would send less, but has no gradient to
+test on CPU). No token is dropped, so M allows for all tokens to choose the experts of one device.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.megablox import gmm
+from jax.sharding import PartitionSpec as P
+
+from nca_jax.axes import ACTIVATION_RULES
+
+TILES = (512, 1024, 1024)  # of M, and of the two axes of a kernel; bounded by a core's memory
+LANES = 128  # M is a multiple of this
+
+
+def mix(x, shares, chosen, gate, up, down, *, interpret: bool) -> jax.Array:
+    """A `Mix` as in `nca_jax.models.moe`.
+
+    Args:
+      interpret: run the kernel in Python, on any platform.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        one = functools.partial(_experts, first=0, num_experts=gate.shape[0], interpret=interpret)
+        return one(x, shares, chosen, gate, up, down)
+    rows = P(ACTIVATION_RULES["rows"])
+    local = functools.partial(_local, num_experts=gate.shape[0], interpret=interpret)
+    return jax.shard_map(
+        local,
+        in_specs=(
+            *[rows] * 3,
+            *[P("expert", "fsdp", "tensor")] * 2,
+            P("expert", "tensor", "fsdp"),
+        ),
+        out_specs=rows,
+        check_vma=False,  # a Pallas call says nothing of replication
+    )(x, shares, chosen, gate, up, down)
+
+
+def _local(x, shares, chosen, gate, up, down, *, num_experts: int, interpret: bool) -> jax.Array:
+    """What one device does: its rows in, its rows out; its experts on all rows of the group."""
+    gather = functools.partial(jax.lax.all_gather, tiled=True)
+    x, shares, chosen = (gather(a, "expert", axis=0) for a in (x, shares, chosen))
+    gate, up = gather(gate, "fsdp", axis=1), gather(up, "fsdp", axis=1)
+    down = gather(down, "fsdp", axis=2)
+    first = jax.lax.axis_index("expert") * gate.shape[0]
+    y = _experts(
+        x, shares, chosen, gate, up, down, first=first, num_experts=num_experts, interpret=interpret
+    )
+    y = jax.lax.psum(y, "tensor")
+    return jax.lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True)
+
+
+def _experts(
+    x, shares, chosen, gate, up, down, *, first, num_experts: int, interpret: bool
+) -> jax.Array:
+    """The share-weighted sum of the experts first, first + 1, ... that are in `gate`: [R, T, D]."""
+    per_token = chosen.shape[-1]
+    expert_of = chosen.reshape(-1)
+    fill = -expert_of.size % (TILES[0] if expert_of.size > TILES[0] else LANES)
+    expert_of = jnp.pad(expert_of, (0, fill), constant_values=num_experts - 1)  # [M]
+    order = jnp.argsort(expert_of, stable=True)
+    back = jnp.argsort(order)
+    sizes = jnp.bincount(expert_of, length=num_experts).astype(jnp.int32)
+
+    def product(rows, kernel):  # [M, a], [experts here, a, b] -> [M, b], 0 for others' tokens
+        sizes_of = (*rows.shape, kernel.shape[2])
+        tiles = [min(tile, size) for tile, size in zip(TILES, sizes_of, strict=True)]
+        offset = jnp.asarray(first, jnp.int32)
+        return gmm(rows, kernel, sizes, x.dtype, tuple(tiles), offset, None, False, interpret)
+
+    tokens = jnp.repeat(x.reshape(-1, x.shape[-1]), per_token, axis=0)
+    rows = _permute(jnp.pad(tokens, ((0, fill), (0, 0))), order, back)
+    hidden = jax.nn.silu(product(rows, gate)) * product(rows, up)
+    out = _permute(product(hidden, down), back, order)[: tokens.shape[0]]
+    out = out.reshape(*chosen.shape, -1) * shares[..., None].astype(x.dtype)
+    return jnp.sum(out, axis=2)
+
+
+@jax.custom_vjp
+def _permute(x: jax.Array, order: jax.Array, back: jax.Array) -> jax.Array:
+    """x[order]; its gradient is the gather grad[back], where autodiff would scatter."""
+    return x[order]
+
+
+_permute.defvjp(
+    lambda x, order, back: (x[order], back), lambda back, grad: (grad[back], None, None)
+)

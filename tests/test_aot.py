@@ -1,0 +1,176 @@
+"""Compiling ahead of time compiles what runs, and counts what it sends."""
+
+import functools
+import importlib.util
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from commands import command, write_rows
+from jax.sharding import PartitionSpec as P
+
+from nca_jax import aot, build, topology, train
+from nca_jax.checks import UserError
+from nca_jax.config import parse_flags
+from nca_jax.hlo import Collective, collectives, replica_groups, shape_bytes
+
+SMOKE = ("--config.data.rows=4", "--config.mesh.fsdp=4", "--config.mesh.tensor=2")
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_the_program_that_is_compiled_is_the_one_that_trains(tmp_path, monkeypatch):
+    rows = write_rows(tmp_path / "rows.jsonl")
+    flags = (f"--config=configs/jsonl.py:files={rows},smoke", *SMOKE)
+    jit_train_step, lowered = build.jit_train_step, []
+
+    def lower_only(run, optimizer):
+        def step(*arguments):
+            lowered.append(jit_train_step(run, optimizer).lower(*arguments).as_text())
+            raise Stopped
+
+        return step
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "jit_train_step", lower_only)
+        with pytest.raises(Stopped):
+            train.main(["train", *flags, "--config.eval_every=0", f"--workdir={tmp_path / 'run'}"])
+    config, _ = parse_flags(["aot", *flags, "--config.eval_every=0"])
+    run = build.build_for(config, jax.devices())
+    step, arguments = aot.prepare_train(run)
+    with jax.set_mesh(run.mesh):
+        assert step.lower(*arguments).as_text() == lowered[0]
+
+
+def test_precompute_and_decode_lower_from_shapes_alone():
+    config, _ = parse_flags(["aot", "--config=configs/jsonl.py:files=x,smoke", *SMOKE])
+    run = build.build_for(config, jax.devices())
+    for name in ("precompute", "decode"):
+        program, arguments = aot.PREPARE[name](run)
+        with jax.set_mesh(run.mesh):
+            out = program.lower(*arguments).out_info
+        if name == "decode":
+            assert out[0].shape == (32, 1, config.generate.max_new_tokens)
+
+
+def test_rows_and_prompts_follow_from_the_devices():
+    config, _ = parse_flags(["aot", "--config=configs/jsonl.py:files=x,smoke"])
+    # A row of 512 tokens holds one prompt of 64 and four responses of 96.
+    assert aot.changes_for(config, jax.devices(), 0) == {"data.rows": 8, "data.batch_size": 8}
+    assert aot.changes_for(config, jax.devices(), 3) == {"data.rows": 24, "data.batch_size": 24}
+    config, _ = parse_flags(["aot", "--config=configs/jsonl.py:files=x,smoke", *SMOKE])
+    assert aot.changes_for(config, jax.devices(), 0) == {}
+
+
+def loops(x):
+    """5 turns of a sum over both axes, then one of each other kind over one axis."""
+    x = jax.lax.scan(lambda x, _: (jax.lax.psum(x, ("a", "b")) * 0.1, None), x, None, length=5)[0]
+    x = jax.lax.all_gather(x, "b", tiled=True)
+    return jax.lax.psum_scatter(x, "a", tiled=True)
+
+
+def test_collectives_are_counted_by_kind_network_and_turns_of_loops():
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    f = jax.shard_map(loops, mesh=mesh, in_specs=P(), out_specs=P("a"), check_vma=False)
+    text = jax.jit(f).lower(jnp.ones((8, 16))).compile().as_text()
+    x = 8 * 16 * 4
+    found = set(collectives(text, [0] * 8))
+    assert found == {
+        Collective("all-reduce", "ici", 5, 5 * x),
+        Collective("all-gather", "ici", 1, 4 * x),
+        Collective("reduce-scatter", "ici", 1, 4 * x),
+    }
+    by_slice = {one.kind: one.network for one in collectives(text, [0] * 4 + [1] * 4)}
+    assert by_slice == {"all-reduce": "dcn", "all-gather": "ici", "reduce-scatter": "dcn"}
+
+
+@pytest.mark.parametrize(
+    ("text", "groups"),
+    [
+        ("replica_groups={{0,2},{1,3}}, to_apply", [[0, 2], [1, 3]]),
+        ("replica_groups=[2,2]<=[4], to_apply", [[0, 1], [2, 3]]),
+        ("replica_groups=[2,2]<=[2,2]T(1,0), to_apply", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['x'=2,'y'=2] {'y'}, use", [[0, 1], [2, 3]]),
+        ("replica_groups=mesh['x'=2,'y'=2] {'x'}, use", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['x'=2,'y'=2] {'x','y'}, use", [[0, 1, 2, 3]]),
+        ("replica_groups=mesh['x'=2,'y'=2], device_ids=([2,2]T(1,0)) {'y'}", [[0, 2], [1, 3]]),
+        ("replica_groups={}, to_apply", [[0, 1, 2, 3]]),
+    ],
+)
+def test_groups_of_devices_are_read_in_each_notation(text, groups):
+    assert replica_groups(f" %x = f32[] all-reduce(%y), {text}", 4).tolist() == groups
+
+
+def test_bytes_of_shapes():
+    assert shape_bytes("(bf16[4,8]{1,0:T(8,128)}, f32[3]{0}, s32[], pred[2])") == 64 + 12 + 4 + 2
+
+
+def test_without_libtpu_a_compile_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'libtpu==0\.0\.42\.\*'"):
+        topology.topology_devices("v5p:4x4x4", 1)
+
+
+def test_a_step_of_billions_of_parameters_is_described_without_arrays():
+    flags = ("--config.model.scan_layers=True", "--config.data.rows=8")
+    config, _ = parse_flags(["aot", "--config=configs/jsonl.py:files=x,model=mixtral_8x7b", *flags])
+    run = build.build_for(config, jax.devices())
+    state, _, batch = aot.prepare_train(run)[1]
+    num_params = sum(x.size for x in jax.tree.leaves(state.params))
+    assert num_params == pytest.approx(46.7e9, rel=1e-3)
+    assert batch.rows.tokens.shape == (2, 8, config.data.row_len)
+
+
+wants_libtpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="wants libtpu")
+
+
+@functools.cache
+def compiled(path: str, *flags: str) -> tuple[int, str, dict]:
+    process = command(
+        "aot",
+        "--config=configs/jsonl.py:files=x,smoke",
+        "--config.model.scan_layers=True",
+        "--config.data.block=128",
+        "--config.data.align=8",
+        f"--json={path}",
+        *flags,
+    )
+    out, err = process.communicate(timeout=600)
+    assert process.returncode in (0, 1), err
+    return process.returncode, out, json.loads(open(path).read())
+
+
+@wants_libtpu
+@pytest.mark.tpu_aot
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--topology=v5e:4x4",),
+        ("--topology=v6e:4x4", "--num_slices=2", "--programs=train"),
+        ("--topology=v5p:2x2x2", "--config.model.name=tiny_moe", "--config.mesh.expert=4"),
+    ],
+    ids=["v5e", "two slices", "experts"],
+)
+def test_tpu_programs_compile_without_a_tpu_and_again_to_the_same_memory(tmp_path, flags):
+    reports = []
+    for turn in range(2):
+        status, out, report = compiled(str(tmp_path / f"{turn}.json"), *flags)
+        assert status == 0 and "GiB a chip" in out
+        reports.append({name: x["memory"] for name, x in report["programs"].items()})
+    assert reports[0] == reports[1]
+    networks = {one["network"] for one in report["programs"]["train"]["collectives"]}
+    assert networks == ({"ici", "dcn"} if report["num_slices"] == 2 else {"ici"})
+
+
+@wants_libtpu
+@pytest.mark.tpu_aot
+@pytest.mark.slow
+def test_what_does_not_fit_gives_status_1_and_the_largest_buffers(tmp_path):
+    flags = ("--topology=v5e:2x2", "--programs=train", "--rows_per_chip=65536")
+    status, out, report = compiled(str(tmp_path / "a.json"), *flags)
+    assert status == 1 and "DOES NOT FIT" in out
+    assert report["programs"]["train"]["largest"]
