@@ -144,3 +144,20 @@ def test_evaluate_without_a_checkpoint_and_generate_without_a_prompt_are_refused
     (tmp_path / "prompts.jsonl").write_text('{"question": "a"}\n')
     prompts, out = f"--prompts={tmp_path / 'prompts.jsonl'}", f"--out={tmp_path / 'out.jsonl'}"
     assert "wanted a 'prompt'" in fails("generate", config, rows, prompts, out)
+
+
+def test_an_export_without_a_checkpoint_or_into_a_full_folder_is_refused(fails, flags, tmp_path):
+    workdir, out = f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'out'}"
+    assert "has no checkpoint" in fails("export", workdir, out)
+    assert "Give --out" in fails("export", workdir)
+    assert "wdir" in fails("export", "--wdir=x", out)
+    assert "--dtype must be one of float32, bfloat16" in fails(
+        "export", workdir, out, "--dtype=int8"
+    )
+    assert "is not an empty folder" in fails("export", workdir, f"--out={tmp_path}")
+    train.main(["train", *flags, "--config.steps=1", "--config.eval_every=0"])
+    assert "no checkpoint of step 7; it has those of [1]" in fails(
+        "export", workdir, out, "--step=7"
+    )
+    (tmp_path / "run" / "config.json").unlink()
+    assert "config.json is not there" in fails("export", workdir, out)

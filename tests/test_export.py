@@ -3,16 +3,24 @@
 import dataclasses
 import json
 import struct
+from pathlib import Path
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from commands import write_rows
 from helpers import CONFIGS, DENSE, hf_json, read_all, write_hf
 from safetensors.numpy import load_file
 
+from nca_jax import export, train
+from nca_jax.checkpoint import restore_params
 from nca_jax.checks import UserError
+from nca_jax.mesh import host_mesh
 from nca_jax.model_config import MODELS, ModelConfig, RopeScaling
 from nca_jax.models import hf, hf_export, names
+from nca_jax.models.decoder import Model
+from nca_jax.models.pretrained import load_tokenizer
 
 STRETCHED = RopeScaling(8.0, 1.0, 4.0, 32)
 EXPORTED = CONFIGS | {
@@ -156,3 +164,79 @@ def test_a_config_that_no_architecture_computes_is_refused(changes):
     config = dataclasses.replace(CONFIGS["qwen2"], **changes)
     with pytest.raises(UserError, match="cannot be exported"):
         hf_export.model_type(config)
+
+
+# The command
+
+TINY_MISTRAL = Path(__file__).parent / "data" / "tiny_mistral"
+
+
+def trained(tmp_path, arg: str, *flags: str) -> Path:
+    """Trains two steps on 8 devices with a checkpoint of each; returns the workdir."""
+    rows = write_rows(tmp_path / "rows.jsonl", num_rows=8)
+    train.main(
+        ["train", f"--config=configs/jsonl.py:files={rows},{arg}", f"--workdir={tmp_path / 'run'}"]
+        + ["--config.steps=2", "--config.save_every=1", "--config.eval_every=0"]
+        + ["--config.data.rows=4", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
+        + ["--config.mesh.data=2", "--config.epochs=0.0", "--config.data.batch_size=4"]
+        + ["--config.data.tokenizer=byte", "--config.log.tensorboard=False", *flags]
+    )
+    return tmp_path / "run"
+
+
+def test_a_trained_policy_is_exported_bit_for_bit_with_its_card_and_tokenizer(tmp_path):
+    workdir, out = trained(tmp_path, "smoke", "--config.optim.lr=1e-2"), tmp_path / "out"
+    out.mkdir()  # an empty folder is fine
+    export.main(["export", f"--workdir={workdir}", f"--out={out}"])
+    config, found = hf.open_hf(out)
+    assert config == MODELS["tiny"]
+    params = restore_params(workdir, Model(config).abstract_params(), host_mesh())
+    assert_same_params(found, {path: export.opened(params)[path] for path in found}, config)
+
+    card = (out / "README.md").read_text()
+    assert json.loads((workdir / "run.json").read_text())["commit"] in card
+    assert "| train | 2 | loss |" in card and '"optim.lr": 0.01' in card
+    assert (out / "tokenizer_config.json").exists()
+    assert not list(tmp_path.glob("*.partial"))
+
+    # An earlier step by its number: the rate of the first update is 0, so this is the start.
+    first = tmp_path / "first"
+    export.main(["export", f"--workdir={workdir}", f"--out={first}", "--step=1"])
+    start = export.opened(jax.jit(Model(config).init)(jax.random.key(0)))
+    at_first, at_end = read_all(hf.open_hf(first)[1]), read_all(found)
+    assert_same_params(hf.open_hf(first)[1], {path: start[path] for path in found}, config)
+    assert all((at_first[path] != at_end[path]).any() for path in at_end)
+
+
+def test_an_exported_policy_of_a_folder_keeps_its_json(tmp_path):
+    start = f"init_from={TINY_MISTRAL}"
+    fits = ("--config.data.format=plain", "--config.data.row_len=512")
+    vocab = ("--config.data.tokenizer=none",)  # 257 ids are fewer than those of bytes
+    ids = tmp_path / "ids.jsonl"
+    row = {"prompt_ids": [5, 6], "response_ids": [[7, 8], [9], [10, 2]], "scores": [1, 2, 3]}
+    ids.write_text("".join(json.dumps(row | {"prompt_ids": [5, i]}) + "\n" for i in range(8)))
+    flags = (*fits, *vocab, f"--config.data.files={ids}", "--config.data.num_responses=3")
+    workdir = trained(tmp_path, start, *flags)
+    out = tmp_path / "out"
+    export.main(["export", f"--workdir={workdir}", f"--out={out}"])
+    before, after = (json.loads((x / "config.json").read_text()) for x in (TINY_MISTRAL, out))
+    assert after == before | {"dtype": "float32", "torch_dtype": "float32"}
+    assert not list(out.glob("tokenizer*"))
+
+
+def test_a_tokenizer_with_files_is_copied_as_it_is(tmp_path):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    from nca_jax.models.pretrained import save_tokenizer
+
+    origin, out = tmp_path / "origin", tmp_path / "out"
+    words = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=words, chat_template="x").save_pretrained(origin)
+    (origin / "tokenizer.model").write_bytes(b"pieces")
+    out.mkdir()
+    save_tokenizer(str(origin), out)
+    assert {x.name: x.read_bytes() for x in origin.iterdir()} == {
+        x.name: x.read_bytes() for x in out.iterdir()
+    }
+    assert load_tokenizer(str(out))("b").input_ids == [1]
