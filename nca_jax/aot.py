@@ -23,8 +23,8 @@ from ml_collections import ConfigDict
 from nca_jax import build
 from nca_jax.aot_report import (
     implied,
-    largest_allocations,
     largest_arguments,
+    largest_values,
     print_report,
     prompts_a_row,
 )
@@ -169,16 +169,20 @@ def compile_program(name: str, run: build.Run) -> dict:
     """Compiles one program; returns its memory, collectives, largest arguments and seconds."""
     jitted, arguments = PREPARE[name](run)
     start = time.perf_counter()
+    with jax.set_mesh(run.mesh):
+        lowered = jitted.lower(*arguments)
     try:
-        with jax.set_mesh(run.mesh):
-            compiled = jitted.lower(*arguments).compile()
+        compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return {
             "fits": False,
             "reason": str(error).splitlines()[0],
-            "largest": largest_allocations(str(error)) + largest_arguments(run),
+            "largest": [
+                *largest_arguments(run),
+                *largest_values(lowered.as_text(), run.mesh.size),
+            ],
             "compile_seconds": time.perf_counter() - start,
         }
     seconds = time.perf_counter() - start

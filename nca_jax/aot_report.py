@@ -51,7 +51,7 @@ def implied(run: build.Run) -> dict[str, object]:
 
 
 def largest_arguments(run: build.Run) -> list[str]:
-    """Returns the largest arrays of the train state on one chip, "GiB name shape"."""
+    """Returns the largest arrays of the train state, as one chip has them."""
     optimizer = build.build_optimizer(run.config, 1)
     state, shardings = build.abstract_state(run, optimizer.tx)
     arrays, shardings = flatten_paths(state), flatten_paths(shardings).values()
@@ -60,13 +60,26 @@ def largest_arguments(run: build.Run) -> list[str]:
         shape = sharding.shard_shape(x.shape)
         sized.append((int(np.prod(shape)) * x.dtype.itemsize / GIB, path, shape))
     sized.sort(key=lambda one: -one[0])
-    return [f"{size:.3f} GiB {path} {shape}" for size, path, shape in sized[:NUM_LARGEST]]
+    return [
+        f"{size:.3f} GiB on a chip: {path} {shape}" for size, path, shape in sized[:NUM_LARGEST]
+    ]
 
 
-def largest_allocations(message: str) -> list[str]:
-    """Returns the largest temporaries of a program that the compiler refused, as it names them."""
-    found = re.findall(r"Size: (\S+).*?(?:Operator: (.*?))?\n.*?Shape: (\S+)", message, re.DOTALL)
-    return [f"{size} {operator} {shape}" for size, operator, shape in found[:NUM_LARGEST]]
+def largest_values(text: str, num_chips: int) -> list[str]:
+    """Returns the largest intermediate shapes of a lowered program, before it is split over chips.
+
+    The compiler does not say what it ran out of memory for; each of these is a candidate.
+    """
+    sized = {}
+    for sizes, dtype in set(re.findall(r"tensor<((?:\d+x)+)(\w+)>", text)):
+        shape = tuple(int(n) for n in sizes.split("x")[:-1])
+        bits = int(re.sub(r"\D", "", dtype) or 0)
+        sized[shape, dtype] = int(np.prod(shape, dtype=np.int64)) * max(bits, 8) / 8 / GIB
+    largest = sorted(sized.items(), key=lambda item: -item[1])[:NUM_LARGEST]
+    return [
+        f"{size / num_chips:.3f} GiB if split over all chips: {dtype} {shape}"
+        for (shape, dtype), size in largest
+    ]
 
 
 def print_report(report: dict) -> None:

@@ -2,7 +2,8 @@
 
 Units: bytes a device, of the array that a collective makes whole or takes apart: the gathered
 result of an all-gather, the operand of a reduce-scatter, the array of an all-reduce. A ring moves
-(n - 1) / n of that over each link, an all-reduce twice that.
+(n - 1) / n of that over each link, an all-reduce twice that. Between slices the TPU's compiler
+writes the sum of a collective within each slice, and a `send` from host to host.
 
 A collective inside a loop counts once a turn. The turns of the loop over layers are constants of
 the program; a loop whose turns are known at run time only (the micro-batches) counts one turn.
@@ -22,13 +23,14 @@ ITEM_BYTES = {
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(")
+_SENT = re.compile(r" = \((\S+?), u32\[\].*? send\(.*is_host_transfer=true")
 _CALLED = re.compile(r"(?:calls|body|to_apply)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
 
 
 class Collective(NamedTuple):
     """All collectives of one kind over one network in a program."""
 
-    kind: str
+    kind: str  # one of KINDS, or "send"
     network: str  # "ici" within a slice, "dcn" where a group has devices of several slices
     times: int  # a device's calls
     bytes: int  # a device, all calls together
@@ -45,15 +47,20 @@ def collectives(text: str, slices: Sequence[int]) -> list[Collective]:
     totals: dict[tuple[str, str], list[int]] = {}
     for name, turns in _turns(bodies, entry).items():
         for line in bodies[name]:
+            sent = _SENT.search(line)
             match = _COLLECTIVE.search(line)
-            if not match:
+            if sent:
+                key, num_bytes = ("send", "dcn"), shape_bytes(sent[1])
+            elif match:
+                groups = replica_groups(line, len(slices))
+                if groups.shape[1] == 1:  # of a mesh axis of size 1
+                    continue
+                kind, num_bytes = _payload(match, groups.shape[1], name)
+                crosses = any(len({slices[i] for i in group}) > 1 for group in groups)
+                key = kind, "dcn" if crosses else "ici"
+            else:
                 continue
-            groups = replica_groups(line, len(slices))
-            if groups.shape[1] == 1:  # of a mesh axis of size 1
-                continue
-            kind, num_bytes = _payload(match, groups.shape[1], name)
-            crosses = any(len({slices[i] for i in group}) > 1 for group in groups)
-            total = totals.setdefault((kind, "dcn" if crosses else "ici"), [0, 0])
+            total = totals.setdefault(key, [0, 0])
             total[0] += turns
             total[1] += turns * num_bytes
     found = [Collective(*key, *total) for key, total in totals.items()]

@@ -20,7 +20,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     """Returns the mesh of `config.mesh`; one size may be -1, all the devices that remain.
 
     Within a slice the axes follow the interconnect (ICI); over slices, which only the data centre's
-    network (DCN) joins, lies `data`: one gradient a step crosses it.
+    network (DCN) joins, lies `data`: one gradient a micro-batch crosses it.
 
     Args:
       sizes: of each axis.

@@ -104,6 +104,14 @@ def test_groups_of_devices_are_read_in_each_notation(text, groups):
     assert replica_groups(f" %x = f32[] all-reduce(%y), {text}", 4).tolist() == groups
 
 
+def test_what_hosts_send_between_slices_is_counted():
+    text = """ENTRY %main (p: f32[4]) -> f32[4] {
+      %send.1 = (f32[1,4,128]{2,1,0:T(4,128)}, u32[], token[]) send(%p, %t), is_host_transfer=true
+      %recv.1 = (f32[1,4,128]{2,1,0:T(4,128)}, u32[], token[]) recv(%t), is_host_transfer=true
+    }"""
+    assert collectives(text, [0, 1]) == [Collective("send", "dcn", 1, 4 * 128 * 4)]
+
+
 def test_bytes_of_shapes():
     assert shape_bytes("(bf16[4,8]{1,0:T(8,128)}, f32[3]{0}, s32[], pred[2])") == 64 + 12 + 4 + 2
 

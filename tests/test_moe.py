@@ -67,6 +67,7 @@ def test_experts_over_a_mesh_equal_the_dense_mixture(sizes):
 
 
 def test_a_gradient_through_many_tiles_equals_the_dense_one(monkeypatch):
-    monkeypatch.setattr(grouped, "TILES", (128, 128, 128))
+    monkeypatch.setattr(grouped, "TILE_ROWS", 128)
+    monkeypatch.setattr(grouped, "TILE_SIDE", 128)
     arrays = problem(rows=8, length=40)
     assert_same(value_and_gradients(MIX, arrays), value_and_gradients(dense, arrays))

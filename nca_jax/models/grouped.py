@@ -17,8 +17,8 @@ from jax.sharding import PartitionSpec as P
 
 from nca_jax.axes import ACTIVATION_RULES
 
-TILES = (512, 1024, 1024)  # of M, and of the two axes of a kernel; bounded by a core's memory
-LANES = 128  # M is a multiple of this
+TILE_ROWS, TILE_SIDE = 512, 1024  # of M, and of both axes of a kernel; a core's memory bounds them
+LANES = 128  # sizes of tiles are multiples of this
 
 
 def mix(x, shares, chosen, gate, up, down, *, interpret: bool) -> jax.Array:
@@ -64,17 +64,18 @@ def _experts(
     """The share-weighted sum of the experts first, first + 1, ... that are in `gate`: [R, T, D]."""
     per_token = chosen.shape[-1]
     expert_of = chosen.reshape(-1)
-    fill = -expert_of.size % (TILES[0] if expert_of.size > TILES[0] else LANES)
+    fill = -expert_of.size % (TILE_ROWS if expert_of.size > TILE_ROWS else LANES)
     expert_of = jnp.pad(expert_of, (0, fill), constant_values=num_experts - 1)  # [M]
     order = jnp.argsort(expert_of, stable=True)
     back = jnp.argsort(order)
     sizes = jnp.bincount(expert_of, length=num_experts).astype(jnp.int32)
 
     def product(rows, kernel):  # [M, a], [experts here, a, b] -> [M, b], 0 for others' tokens
-        sizes_of = (*rows.shape, kernel.shape[2])
-        tiles = [min(tile, size) for tile, size in zip(TILES, sizes_of, strict=True)]
+        # One size for both axes of the kernel: the gradient takes them the other way round.
+        side = min(TILE_SIDE, -(-min(kernel.shape[1:]) // LANES) * LANES)
+        tiles = (TILE_ROWS if rows.shape[0] % TILE_ROWS == 0 else LANES, side, side)
         offset = jnp.asarray(first, jnp.int32)
-        return gmm(rows, kernel, sizes, x.dtype, tuple(tiles), offset, None, False, interpret)
+        return gmm(rows, kernel, sizes, x.dtype, tiles, offset, None, False, interpret)
 
     tokens = jnp.repeat(x.reshape(-1, x.shape[-1]), per_token, axis=0)
     rows = _permute(jnp.pad(tokens, ((0, fill), (0, 0))), order, back)
