@@ -22,6 +22,7 @@ from nca_jax.mesh import (
     batch_shardings,
     check_divides,
     check_split,
+    compiler_options,
     make_mesh,
     param_shardings,
     place,
@@ -286,14 +287,22 @@ def jit_step_logps(run: Run) -> Callable:
     """Returns `step_logps(params, batch) -> [B, K]`, jitted over the mesh; see `train_step`."""
     shardings = param_shardings(run.mesh, run.model.abstract_params())
     step_logps = make_step_logps(run.model, run.config)
-    return jax.jit(step_logps, in_shardings=(shardings, batch_shardings(run.mesh)))
+    return jax.jit(
+        step_logps,
+        in_shardings=(shardings, batch_shardings(run.mesh)),
+        compiler_options=compiler_options(run.mesh),
+    )
 
 
 def jit_rows_logps(run: Run, num_slots: int) -> Callable:
     """Returns `logps(params, rows) -> [1, num_slots]` of one micro-batch, jitted: `precompute`."""
     shardings = param_shardings(run.mesh, run.model.abstract_params())
     logps = make_logps(run.model, run.config, shape=(1, num_slots))
-    return jax.jit(logps, in_shardings=(shardings, rows_shardings(run.mesh)))
+    return jax.jit(
+        logps,
+        in_shardings=(shardings, rows_shardings(run.mesh)),
+        compiler_options=compiler_options(run.mesh),
+    )
 
 
 def jit_train_step(run: Run, optimizer: Optimizer) -> Callable:
@@ -308,4 +317,5 @@ def jit_train_step(run: Run, optimizer: Optimizer) -> Callable:
         in_shardings=(state, state.params if live else None, batch_shardings(run.mesh)),
         out_shardings=(state, None),
         donate_argnums=0,
+        compiler_options=compiler_options(run.mesh),
     )

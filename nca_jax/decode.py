@@ -18,7 +18,7 @@ from tqdm import tqdm
 from nca_jax.axes import ROWS
 from nca_jax.build import Run
 from nca_jax.data.released import key_off_ids
-from nca_jax.mesh import param_shardings, row_shards
+from nca_jax.mesh import compiler_options, param_shardings, row_shards
 from nca_jax.models import attention
 
 WIDTH_MULTIPLE = 16  # prompt slots are rounded up, so that few widths are compiled
@@ -78,7 +78,12 @@ def jit_sampler(run: Run) -> Callable:
     )
     params = param_shardings(run.mesh, run.model.abstract_params())
     rows, everywhere = NamedSharding(run.mesh, P(ROWS)), NamedSharding(run.mesh, P())
-    return jax.jit(sampler, in_shardings=(params, rows, rows, None), out_shardings=everywhere)
+    return jax.jit(
+        sampler,
+        in_shardings=(params, rows, rows, None),
+        out_shardings=everywhere,
+        compiler_options=compiler_options(run.mesh),
+    )
 
 
 def to_text(run: Run, ids: np.ndarray) -> str:

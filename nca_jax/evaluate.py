@@ -19,7 +19,7 @@ from nca_jax.data.encode import Example
 from nca_jax.data.pipeline import eval_batches, row_layout
 from nca_jax.decode import make_generator, to_text
 from nca_jax.evaluators import Piece, fill_reference, heldout_metrics, make_kl, score_responses
-from nca_jax.mesh import rows_shardings
+from nca_jax.mesh import compiler_options, rows_shardings
 from nca_jax.rewards.scorers import get_scorer
 
 
@@ -71,7 +71,8 @@ def sample_metrics(run: build.Run, policy: dict, reference: dict, heldout) -> tu
                 num_slots=num_slots,
                 block=config.data.block,
                 chunk=config.loss.logits_chunk,
-            )
+            ),
+            compiler_options=compiler_options(run.mesh),
         )
         values = score_responses(
             lambda rows: kl(policy, reference, rows),

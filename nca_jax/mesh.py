@@ -145,3 +145,15 @@ def place(abstract: dict, shardings: dict, read: Mapping[str, Callable]) -> dict
         )
     ]
     return jax.tree.unflatten(jax.tree.structure(abstract), flat)
+
+
+def compiler_options(mesh: Mesh) -> dict[str, str]:
+    """Returns the options that every large program is compiled with.
+
+    On CPU only matrix products go to XLA's YNN kernels: its sums of products over a middle axis
+    took thirty times as long as XLA's own (measured with jax 0.10.2: 9.7 against 0.3 ms for
+    [1, 2560, 576] over the tokens, an eighth of a training step).
+    """
+    if mesh.devices.flat[0].platform != "cpu":
+        return {}
+    return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}

@@ -18,7 +18,7 @@ from nca_jax.batch import Batch
 from nca_jax.config import parse_flags
 from nca_jax.data.pipeline import Dataset
 from nca_jax.mesh import batch_shardings
-from nca_jax.train_step import TrainState, make_train_step
+from nca_jax.train_step import TrainState
 
 SETTINGS = {
     "fast": ("--config.model.scan_layers=False", "--config.model.remat=none"),
@@ -26,7 +26,7 @@ SETTINGS = {
 }
 
 
-def config_of(job: dict, setting: str):
+def config_of(job: dict, setting: str, *, live: bool):
     """Returns the checked config of a job: configs/jsonl.py with the job's sizes."""
     arg = f"files={job['rows']},init_from={job['model']},algo={job['loss']},k={job['k']}"
     flags = {
@@ -47,6 +47,8 @@ def config_of(job: dict, setting: str):
         "steps": 1,
         "epochs": 0.0,
         "eval_every": 0,
+        "reference.kind": "live" if live else "cached",
+        "reference.cache": "" if live else "unread",  # its numbers are in the job
     }
     argv = [f"--config.{name}={value}" for name, value in flags.items()]
     argv = [f"--config=configs/jsonl.py:{arg}", *argv, *SETTINGS[setting], *job["ours_flags"]]
@@ -64,21 +66,18 @@ class Program(NamedTuple):
 def compile_step(run: build.Run, batch: Batch, *, live: bool) -> Program:
     """Compiles the step of `nca_jax.train` for one batch, which stays the same."""
     config = run.config
-    tx, schedule = build.build_optimizer(config, steps=1)
-    abstract, shardings = build.abstract_state(run, tx)
+    optimizer = build.build_optimizer(config, steps=1)
+    abstract, shardings = build.abstract_state(run, optimizer.tx)
     ref_params = build.start_params(run, config.model.init_from) if live else None
-    jitted = jax.jit(
-        make_train_step(run.model, tx, schedule, config),
-        in_shardings=(shardings, shardings.params if live else None, batch_shardings(run.mesh)),
-        out_shardings=(shardings, None),
-        donate_argnums=0,
-    )
+    jitted = build.jit_train_step(run, optimizer)
     began = time.perf_counter()
     compiled = jitted.lower(abstract, ref_params, batch).compile()
     compile_seconds = time.perf_counter() - began
     on_device = jax.device_put(batch, batch_shardings(run.mesh))
     make_state = jax.jit(
-        lambda params: build.new_state(run, tx, params), out_shardings=shardings, donate_argnums=0
+        lambda params: build.new_state(run, optimizer.tx, params),
+        out_shardings=shardings,
+        donate_argnums=0,
     )
     return Program(
         start=lambda: make_state(build.start_params(run, config.model.init_from)),
@@ -126,7 +125,7 @@ def check_program(run: build.Run, batch: Batch, *, live: bool) -> dict:
 def open_side(job: dict, side: str) -> Side:
     _, setting, *rest = side.split("_")
     live = "live" in rest
-    run = build.build(config_of(job, setting))
+    run = build.build(config_of(job, setting, live=live))
     data = run.config.data
     batch = Dataset(build.read_data(run).sources, data, seed=0).batch_at(0).batch
     facts = {"slots": int(batch.num_micro) * data.rows * data.row_len}
