@@ -59,7 +59,7 @@ FIELDS = {
     "data.max_prompt_len": COUNT,
     "data.max_response_len": COUNT,
     "data.prompt_keep": _one_of("end", "start"),
-    "data.too_long": _one_of("truncate", "skip", "stop"),
+    "data.too_long": _one_of("truncate", "drop", "skip", "stop"),
     "data.bad_rows": _one_of("stop", "skip"),
     "data.shuffle": FLAG,
     "data.batch_size": COUNT,

@@ -16,7 +16,8 @@ from nca_jax import build, checkpoint
 from nca_jax.checks import UserError, run_main
 from nca_jax.config import parse_flags
 from nca_jax.data.encode import Example
-from nca_jax.data.pipeline import eval_batches, row_layout
+from nca_jax.data.fit import row_layout
+from nca_jax.data.pipeline import eval_batches
 from nca_jax.decode import make_generator, to_text
 from nca_jax.evaluators import Piece, fill_reference, heldout_metrics, make_kl, score_responses
 from nca_jax.mesh import compiler_options, rows_shardings

@@ -17,7 +17,7 @@ from nca_jax import build, reference
 from nca_jax.checkpoint import write_json
 from nca_jax.checks import UserError, run_main
 from nca_jax.config import parse_flags
-from nca_jax.data.pipeline import row_layout
+from nca_jax.data.fit import row_layout
 from nca_jax.evaluators import Piece, score_responses
 from nca_jax.mesh import rows_shardings
 

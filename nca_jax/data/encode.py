@@ -117,7 +117,7 @@ def encode_row(
 
     Raises:
       RowError: "path:line: what is wrong; what to do", also for a row that is too long unless
-        `config.too_long` is truncate.
+        `config.too_long` is truncate or drop.
       UserError: what is wrong is not the row but the tokenizer.
     """
     try:
@@ -230,14 +230,14 @@ def _cuts(prompt_len: int, response_lens: list[int], config) -> tuple[slice, sli
     A response keeps its first tokens, so a cut one has no end-of-turn token to learn from.
 
     Raises:
-      RowError: something is too long, and `config.too_long` is not truncate.
+      RowError: something is too long, and `config.too_long` is skip or stop.
     """
     limits = dict(max_prompt_len=config.max_prompt_len, max_response_len=config.max_response_len)
     longest = dict(max_prompt_len=prompt_len, max_response_len=max(response_lens))
     if config.format == "released":
         return released.cuts(prompt_len, max(response_lens), **limits)
     for name, limit in limits.items():
-        if longest[name] > limit and config.too_long != "truncate":
+        if longest[name] > limit and config.too_long in ("skip", "stop"):
             raise RowError(
                 f"has {longest[name]} tokens where data.{name} is {limit}; raise it, or set "
                 "data.too_long to truncate or skip",

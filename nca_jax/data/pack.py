@@ -102,7 +102,8 @@ def check_fits(lengths: Sequence[int], layout: RowLayout, who: str) -> None:
     if needed > layout.row_len:
         raise UserError(
             f"{who} needs {needed} tokens of a row, but data.row_len is {layout.row_len}; set it "
-            f"to {needed} or more, or lower data.max_prompt_len or data.max_response_len."
+            f"to {needed} or more, lower data.max_prompt_len or data.max_response_len, or set "
+            "data.too_long to drop or skip."
         )
     num_pairs = layout.row_len // layout.block + plan.num_off_diagonal(spans, layout.block)
     if num_pairs > layout.num_pairs:

@@ -5,6 +5,7 @@ Axes: B prompts in a step, K responses a prompt.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -13,9 +14,9 @@ import numpy as np
 
 from nca_jax.batch import Batch
 from nca_jax.checks import UserError
-from nca_jax.data import plan
-from nca_jax.data.encode import Example, load_examples
-from nca_jax.data.pack import Group, RowLayout, check_fits, pack, segment_spans
+from nca_jax.data.encode import Example, Examples, load_examples
+from nca_jax.data.fit import check_examples, fit_rows, row_layout
+from nca_jax.data.pack import Group, pack
 from nca_jax.data.sources import split_globs
 
 PREFETCH = 2  # batches made ahead by a thread: one is packed while the device runs another
@@ -119,13 +120,25 @@ def load_data(config, *, tokenizer, vocab_size: int, eos_ids: Sequence[int]) -> 
     """
     _weights(config)  # wrong ones should not wait for the reading
     how = dict(tokenizer=tokenizer, config=config, vocab_size=vocab_size, eos_ids=eos_ids)
-    sources, skipped = load_examples(config.files, **how)
+    sources, skipped = _load_fitting(config.files, **how)
     if not split_globs(config.eval_files):
         return Data(*split_heldout(sources, config.eval_fraction), skipped)
-    heldout, skipped_heldout = load_examples(config.eval_files, **how)
+    heldout, skipped_heldout = _load_fitting(config.eval_files, **how)
     for reason, count in skipped_heldout.items():
         skipped[reason] = skipped.get(reason, 0) + count
     return Data(sources, [example for source in heldout for example in source], skipped)
+
+
+def _load_fitting(files: str, *, config, **how) -> Examples:
+    """`load_examples`, without what does not fit a row and may be left out."""
+    sources, skipped = load_examples(files, config=config, **how)
+    skipped = Counter(skipped)
+    fitting = [fit_rows(examples, config, skipped) for examples in sources]
+    if not all(fitting):
+        raise UserError(
+            f"No row of a source of {files!r} fits config.data.row_len={config.row_len}; raise it."
+        )
+    return Examples(fitting, dict(skipped))
 
 
 def split_heldout(
@@ -157,33 +170,6 @@ def choose(scores: np.ndarray, k: int, how: str, rng: np.random.Generator) -> np
     raise ValueError(f"{n} responses, but {how!r} takes all and K is {k}.")
 
 
-def row_layout(config) -> RowLayout:
-    """Returns the shape of rows that the config asks for."""
-    return RowLayout(
-        row_len=config.row_len,
-        rows=config.rows,
-        block=config.block,
-        num_pairs=config.row_pairs or plan.causal_bound(config.row_len, config.block),
-        align=config.align,
-    )
-
-
-def check_examples(examples: Sequence[Example], config) -> None:
-    """Raises UserError, naming the largest one, if an example cannot be in a row."""
-    layout, k = row_layout(config), config.num_responses
-    sized = [(_longest(example, k), example.where) for example in examples]
-    sized.sort(key=lambda item: -segment_spans(item[0], 0, layout.align)[-1][1])
-    # The largest speaks for all, but the number of pairs does not go by length alone.
-    for lengths, where in sized if config.row_pairs else sized[:1]:
-        check_fits(lengths, layout, f"{where}: with {len(lengths) - 1} responses")
-    for example in examples if config.choose == "all" else ():
-        if len(example.responses) > k:
-            raise UserError(
-                f"{example.where}: has {len(example.responses)} responses, but "
-                f"data.num_responses is {k}; raise it, or set data.choose to another than all."
-            )
-
-
 def _check_num_responses(examples: Sequence[Example], k: int) -> None:
     most = max(len(example.responses) for example in examples)
     if k < 2:
@@ -193,13 +179,6 @@ def _check_num_responses(examples: Sequence[Example], k: int) -> None:
             f"data.num_responses is {k}, but no row has more than {most} responses; "
             f"set it to {most}."
         )
-
-
-def _longest(example: Example, k: int) -> list[int]:
-    """Returns the lengths of the prompt and of its k longest responses, in data order."""
-    sizes = [len(ids) for ids in example.responses]
-    chosen = sorted(sorted(range(len(sizes)), key=lambda i: -sizes[i])[:k])
-    return [len(example.prompt), *(sizes[i] for i in chosen)]
 
 
 def _weights(config) -> list[float]:

@@ -121,8 +121,9 @@ class Model:
     ) -> tuple[jax.Array, dict | None]:
         """[R, T] int32 tokens and positions -> ([R, T, D] in `dtype`, the cache with [L, ...])."""
         decoder = nnx.merge(self._graphdef, params)
-        table = constrain(decoder.embed.table[...].astype(self.dtype), "vocab", None)
-        x = constrain(table[tokens], "rows", None, None)
+        # Cast after the look-up, so that its gradient is summed in float32.
+        table = constrain(decoder.embed.table[...], "vocab", None)
+        x = constrain(table[tokens].astype(self.dtype), "rows", None, None)
         graph, layers = nnx.split(decoder.layers)
 
         def layer(x, layer_and_cache):
