@@ -25,6 +25,7 @@ from nca_jax.data import chat, released
 from nca_jax.data.pipeline import Dataset, eval_batches
 from nca_jax.logprobs import token_logps
 from nca_jax.losses import PAIR_LOSSES, targets_from_scores
+from nca_jax.mesh import make_mesh
 
 DATA = Path(__file__).parent / "data"
 TOKEN_CASES = json.loads((DATA / "released_tokens.json").read_text())["cases"]
@@ -185,12 +186,10 @@ def flags_of(rows: str, *flags: str, algo="nca", alpha=1e-4, beta=0.1, steps=30,
 @pytest.fixture
 def use_devices(monkeypatch):
     """Returns a function that makes these of the 8 devices, in this order, all there are."""
-    devices, make_mesh = jax.devices(), jax.make_mesh
 
     def use(*order: int) -> None:
-        chosen = [devices[i] for i in order]
-        monkeypatch.setattr(jax, "device_count", lambda: len(chosen))
-        monkeypatch.setattr(jax, "make_mesh", functools.partial(make_mesh, devices=chosen))
+        chosen = [jax.devices()[i] for i in order]
+        monkeypatch.setattr(build, "make_mesh", lambda sizes, _: make_mesh(sizes, chosen))
 
     return use
 
