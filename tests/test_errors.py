@@ -146,6 +146,7 @@ def test_evaluate_without_a_checkpoint_and_generate_without_a_prompt_are_refused
     assert "wanted a 'prompt'" in fails("generate", config, rows, prompts, out)
 
 
+@pytest.mark.slow
 def test_an_export_without_a_checkpoint_or_into_a_full_folder_is_refused(fails, flags, tmp_path):
     workdir, out = f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'out'}"
     assert "has no checkpoint" in fails("export", workdir, out)

@@ -142,6 +142,7 @@ def test_a_wrong_argument_is_named(stub, flags, said):
         stub("", *flags)
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_and_waits_for_the_run_that_it_left_behind(stub, tmp_path):
     """kill -9 leaves the child alive; the next sweep must not start a second one beside it."""
     released, out = tmp_path / "released", tmp_path / "out"
@@ -197,6 +198,7 @@ def wait_for(condition) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_real_sweep_trains_evaluates_and_reports(tmp_path):
     pytest.importorskip("matplotlib")
     rows, out = write_rows(tmp_path / "rows.jsonl"), tmp_path / "out"

@@ -126,6 +126,7 @@ def test_non_finite_loss_names_step_and_rows_and_keeps_the_last_checkpoint(tmp_p
     assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == ["1", "2"]
 
 
+@pytest.mark.slow
 def test_the_last_and_the_best_checkpoint_are_kept(tmp_path, rows):
     flags = ("--config.checkpoint.keep_last=1", "--config.checkpoint.best_metric=margin")
     flags += ("--config.eval_every=2", "--config.save_every=2", "--config.optim.lr=3e-3")
@@ -144,6 +145,7 @@ def test_resume_refuses_another_config_by_name(tmp_path, rows):
         run(tmp_path / "run", rows, "--config.steps=2", "--config.model.name=tiny_moe")
 
 
+@pytest.mark.slow
 def test_mixture_of_experts_trains(tmp_path, rows):
     lines = run(
         tmp_path / "run",
