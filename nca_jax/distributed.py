@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 from nca_jax.checks import UserError
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-SILENCE = 20  # seconds after which a process that says nothing is dead, and the others stop too
+SILENCE = 40  # seconds after which a process that says nothing is dead, and the others stop too
 
 
 def together(
