@@ -11,7 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from nca_jax.batch import Batch, Rows
 from nca_jax.checkpoint import restore_params
@@ -27,6 +28,7 @@ from nca_jax.mesh import (
     make_mesh,
     param_shardings,
     place,
+    put_batch,
     rows_shardings,
 )
 from nca_jax.model_config import MODELS, ModelConfig
@@ -285,23 +287,27 @@ def new_state(run: Run, tx: optax.GradientTransformation, params: dict) -> Train
 
 
 def jit_step_logps(run: Run) -> Callable:
-    """Returns `step_logps(params, batch) -> [B, K]`, jitted over the mesh; see `train_step`."""
-    shardings = param_shardings(run.mesh, run.model.abstract_params())
-    step_logps = make_step_logps(run.model, run.config)
-    return jax.jit(
-        step_logps,
-        in_shardings=(shardings, batch_shardings(run.mesh)),
+    """Returns `step_logps(params, batch) -> [B, K]` of a batch on the host; see `train_step`."""
+    step_logps = jax.jit(
+        make_step_logps(run.model, run.config),
+        in_shardings=(
+            param_shardings(run.mesh, run.model.abstract_params()),
+            batch_shardings(run.mesh),
+        ),
+        out_shardings=NamedSharding(run.mesh, P()),
         compiler_options=compiler_options(run.mesh),
     )
+    num_rows = run.config.data.rows
+    return lambda params, batch: step_logps(params, put_batch(run.mesh, batch, num_rows))
 
 
 def jit_rows_logps(run: Run, num_slots: int) -> Callable:
     """Returns `logps(params, rows) -> [1, num_slots]` of one micro-batch, jitted: `precompute`."""
     shardings = param_shardings(run.mesh, run.model.abstract_params())
-    logps = make_logps(run.model, run.config, shape=(1, num_slots))
     return jax.jit(
-        logps,
+        make_logps(run.model, run.config, shape=(1, num_slots)),
         in_shardings=(shardings, rows_shardings(run.mesh)),
+        out_shardings=NamedSharding(run.mesh, P()),
         compiler_options=compiler_options(run.mesh),
     )
 
@@ -316,7 +322,7 @@ def jit_train_step(run: Run, optimizer: Optimizer) -> Callable:
     return jax.jit(
         make_train_step(run.model, optimizer.tx, optimizer.schedule, run.config),
         in_shardings=(state, state.params if live else None, batch_shardings(run.mesh)),
-        out_shardings=(state, None),
+        out_shardings=(state, NamedSharding(run.mesh, P())),
         donate_argnums=0,
         compiler_options=compiler_options(run.mesh),
     )

@@ -7,6 +7,7 @@ this project and keeps its traceback.
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
 
 from absl import logging
@@ -29,15 +30,21 @@ def check_same_shape(**arrays) -> None:
 
 
 def run_main(main: Callable[[list[str]], int | None]) -> None:
-    """Runs `main(argv)` as a command: a UserError becomes one line on stderr and exit status 2."""
+    """Runs `main(argv)` as a command, and ends the process with its status.
+
+    A UserError becomes one line on stderr and status 2, a bug its traceback and status 1.
+    """
     logging.set_verbosity(logging.ERROR)  # libraries warn of what is no concern of a user
     try:
         status = main(sys.argv)
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         status = 2
+    except Exception:
+        traceback.print_exc()
+        status = 1
     sys.stdout.flush()
     sys.stderr.flush()
     # Reader threads and asynchronous writers are closed by then; a plain exit would wait for
-    # worker threads that a failed run has left behind.
+    # worker threads that a failed run has left behind, and for the run's other processes.
     os._exit(status or 0)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from nca_jax.axes import ROWS
 from nca_jax.build import Run
 from nca_jax.data.released import key_off_ids
-from nca_jax.mesh import compiler_options, param_shardings, row_shards
+from nca_jax.mesh import compiler_options, param_shardings, put_whole, row_shards
 from nca_jax.models import attention
 
 WIDTH_MULTIPLE = 16  # prompt slots are rounded up, so that few widths are compiled
@@ -32,7 +32,7 @@ def make_generator(run: Run) -> Callable:
     """
     how = run.config.generate
     sampler = jit_sampler(run)
-    batch = prompts_at_once(run)
+    batch, rows = prompts_at_once(run), NamedSharding(run.mesh, P(ROWS))
 
     def generate(
         params: dict, prompts: Sequence[Sequence[int]], seed: int
@@ -46,7 +46,13 @@ def make_generator(run: Run) -> Callable:
             padded = np.stack([np.pad(ids, (0, width - len(ids))) for ids in filled])
             lengths = np.array([len(ids) for ids in filled], np.int32)
             keys = jax.vmap(lambda n: jax.random.fold_in(key, n))(first + jnp.arange(batch))
-            tokens, sizes = jax.device_get(sampler(params, padded.astype(np.int32), lengths, keys))
+            sampled = sampler(
+                params,
+                put_whole(padded.astype(np.int32), rows),
+                put_whole(lengths, rows),
+                keys,
+            )
+            tokens, sizes = jax.device_get(sampled)
             samples += [
                 [tokens[n, s, : sizes[n, s]] for s in range(how.num_samples)]
                 for n in range(len(now))

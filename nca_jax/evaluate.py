@@ -11,8 +11,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from nca_jax import build, checkpoint
+from nca_jax import build, checkpoint, distributed
 from nca_jax.checks import UserError, run_main
 from nca_jax.config import parse_flags
 from nca_jax.data.encode import Example
@@ -20,7 +22,7 @@ from nca_jax.data.fit import row_layout
 from nca_jax.data.pipeline import eval_batches
 from nca_jax.decode import make_generator, to_text
 from nca_jax.evaluators import Piece, fill_reference, heldout_metrics, make_kl, score_responses
-from nca_jax.mesh import compiler_options, rows_shardings
+from nca_jax.mesh import compiler_options, rows_here
 from nca_jax.rewards.scorers import get_scorer
 
 
@@ -35,14 +37,17 @@ def main(argv: list[str]) -> int:
         policy = build.policy_params(run, flags.workdir)
         reference = build.start_params(run, build.reference_init_from(config))
         step_logps = build.jit_step_logps(run)
-        batches = fill_reference(step_logps, reference, eval_batches(data.heldout, config.data))
+        here = rows_here(run.mesh, config.data.rows)
+        batches = eval_batches(data.heldout, config.data, rows_here=here)
+        batches = fill_reference(step_logps, reference, batches)
         metrics = heldout_metrics(step_logps, policy, batches, config)
         heldout = data.heldout[: flags.num_prompts]
         samples = {}
         if heldout:
             sampled, samples = sample_metrics(run, policy, reference, heldout)
             metrics |= sampled
-    checkpoint.write_json(out, {"metrics": metrics, "samples": samples})
+    if distributed.is_first():
+        checkpoint.write_json(out, {"metrics": metrics, "samples": samples})
     for name, value in metrics.items():
         print(f"{name:20s} {value:.4f}")
     print(f"written to {out}")
@@ -73,6 +78,7 @@ def sample_metrics(run: build.Run, policy: dict, reference: dict, heldout) -> tu
                 block=config.data.block,
                 chunk=config.loss.logits_chunk,
             ),
+            out_shardings=NamedSharding(run.mesh, P()),
             compiler_options=compiler_options(run.mesh),
         )
         values = score_responses(
@@ -80,12 +86,12 @@ def sample_metrics(run: build.Run, policy: dict, reference: dict, heldout) -> tu
             [sampled_piece(*pair) for pair in zip(heldout, drawn["policy"], strict=True)],
             row_layout(config.data),
             num_slots=num_slots,
-            shardings=rows_shardings(run.mesh),
+            mesh=run.mesh,
         )
         metrics["kl"] = float(np.mean(values))
     else:
         print("no KL: it is estimated on samples of generate.temperature=1 and top_p=1")
-    if run.tokenizer is None:
+    if run.tokenizer is None or not distributed.is_first():
         return metrics, []
 
     texts = {
@@ -112,4 +118,4 @@ def sampled_piece(example: Example, responses: list[np.ndarray]) -> Piece:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(distributed.together(main))

@@ -6,11 +6,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from nca_jax.batch import Rows
 from nca_jax.data.pack import Group, RowLayout, pack, segment_spans
 from nca_jax.data.pipeline import HostBatch
 from nca_jax.logprobs import sum_by_slot, token_logps
+from nca_jax.mesh import put_rows, rows_here
 from nca_jax.metrics import alignment_metrics
 
 
@@ -61,19 +62,20 @@ class Piece(NamedTuple):
 
 
 def score_responses(
-    compute: Callable, pieces: Sequence[Piece], layout: RowLayout, *, num_slots: int, shardings
+    compute: Callable, pieces: Sequence[Piece], layout: RowLayout, *, num_slots: int, mesh: Mesh
 ) -> np.ndarray:
     """Returns one value of `compute` a response, in order, [sum of responses] float32.
 
     The responses of a piece may be spread over rows: without a loss they need no company.
 
     Args:
-      compute: `compute(rows) -> [num_slots]` on one micro-batch, jitted.
+      compute: `compute(rows) -> [num_slots]` on one micro-batch, jitted, whole on every device.
       layout: of the rows.
       num_slots: responses that are packed together.
-      shardings: of the rows.
+      mesh: of the rows.
     """
     groups = [group for piece in pieces for group in _split(piece, layout)]
+    here = rows_here(mesh, layout.rows)
     values: list[np.ndarray] = []
     while groups:
         # As many groups as have slots; each group holds one slot a response at least.
@@ -85,10 +87,10 @@ def score_responses(
             group._replace(slots=range(first, first + len(group.responses)))
             for group, first in zip(now, firsts[:-1].tolist(), strict=True)
         ]
-        rows, num_micro, _ = pack(now, layout, num_slots=num_slots)
+        rows, num_micro, _ = pack(now, layout, num_slots=num_slots, rows_here=here)
         total = np.zeros(num_slots, np.float32)
         for m in range(num_micro):
-            micro = jax.device_put(Rows(*(x[m] for x in rows)), shardings)
+            micro = put_rows(mesh, jax.tree.map(lambda x, m=m: x[m], rows), layout.rows)
             total += np.asarray(compute(micro))
         values.append(total[: firsts[-1]])
     return np.concatenate(values)

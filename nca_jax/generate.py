@@ -8,7 +8,7 @@ r"""Sample responses: python -m nca_jax.generate --config=FILE[:args] --prompts=
 
 import jax
 
-from nca_jax import build
+from nca_jax import build, distributed
 from nca_jax.checks import UserError, run_main
 from nca_jax.config import parse_flags
 from nca_jax.data.chat import encode_prompt
@@ -36,6 +36,8 @@ def main(argv: list[str]) -> int:
         params = build.policy_params(run, flags.workdir)
         encoded = [encode_prompt(prompt, run.tokenizer, config.data.format) for prompt in prompts]
         samples = make_generator(run)(params, encoded, config.seed)
+    if not distributed.is_first():
+        return 0
     texts = [[to_text(run, ids) for ids in of_prompt] for of_prompt in samples]
 
     answered = [
@@ -48,4 +50,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(distributed.together(main))

@@ -129,6 +129,48 @@ def rows_shardings(mesh: Mesh) -> Rows:
     return Rows(*[NamedSharding(mesh, P(ROWS))] * len(Rows._fields))
 
 
+def rows_here(mesh: Mesh, num_rows: int) -> list[int]:
+    """Returns which of the rows of a micro-batch the devices of this process hold, ascending."""
+    held = NamedSharding(mesh, P(ROWS)).addressable_devices_indices_map((num_rows,)).values()
+    return sorted({row for (at,) in held for row in range(num_rows)[at]})
+
+
+def put_rows(mesh: Mesh, rows: Rows, num_rows: int) -> Rows:
+    """Puts rows on the devices of all processes.
+
+    Args:
+      rows: this process's `rows_here` of num_rows, leading axes [R_here] or [M, R_here].
+    Returns:
+      All rows, leading axes [R] or [M, R].
+    """
+    axis = rows.tokens.ndim - 2
+    here = rows_here(mesh, num_rows)
+    sharding = NamedSharding(mesh, P(*[None] * axis, ROWS))
+
+    def put(x: np.ndarray) -> jax.Array:
+        def read(index):
+            wanted = range(num_rows)[index[axis]]
+            start = here.index(wanted[0])
+            return x[(*index[:axis], slice(start, start + len(wanted)), *index[axis + 1 :])]
+
+        shape = (*x.shape[:axis], num_rows, *x.shape[axis + 1 :])
+        return jax.make_array_from_callback(shape, sharding, read)
+
+    return Rows(*map(put, rows))
+
+
+def put_whole(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """Puts an array that every process holds on the devices of all of them."""
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
+def put_batch(mesh: Mesh, batch: Batch, num_rows: int) -> Batch:
+    """Puts a step on the devices: each process its rows, see `put_rows`; the rest is everywhere."""
+    rows, everywhere = put_rows(mesh, batch.rows, num_rows), NamedSharding(mesh, P())
+    return Batch(rows, *(put_whole(x, everywhere) for x in batch[1:]))
+
+
 def place(abstract: dict, shardings: dict, read: Mapping[str, Callable]) -> dict:
     """Returns parameters read shard by shard: `read[path](index)` is one slice, float32.
 

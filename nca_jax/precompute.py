@@ -4,22 +4,23 @@ r"""Write the cached reference that a sweep shares.
         --config.reference.cache=FOLDER
 
 Every response of every row, training and held out, is scored once under the frozen reference.
-Started again after any stop, it goes on with the parts that are missing.
+Started again after any stop, it goes on with the parts that are missing. Several processes share
+the rows of every part, and the first of them writes it.
 """
 
 import time
 from pathlib import Path
 
 import jax
+import numpy as np
 from tqdm import tqdm
 
-from nca_jax import build, reference
+from nca_jax import build, distributed, reference
 from nca_jax.checkpoint import write_json
 from nca_jax.checks import UserError, run_main
 from nca_jax.config import parse_flags
 from nca_jax.data.fit import row_layout
 from nca_jax.evaluators import Piece, score_responses
-from nca_jax.mesh import rows_shardings
 
 PART = 64  # examples in a part: what a stop can lose
 
@@ -33,6 +34,7 @@ def main(argv: list[str]) -> int:
     run = build.build(config)
     data = build.read_data(run)
     examples = [example for source in data.sources for example in source] + data.heldout
+    distributed.check_same(rows=reference.examples_fingerprint(examples))
     parts = [examples[i : i + PART] for i in range(0, len(examples), PART)]
 
     with jax.set_mesh(run.mesh):
@@ -40,22 +42,26 @@ def main(argv: list[str]) -> int:
         fingerprint = reference.cache_fingerprint(run, params)
         if (folder / "fingerprint.json").exists():
             reference.check_fingerprint(folder, fingerprint)
-        write_json(folder / "fingerprint.json", fingerprint)
+        if distributed.is_first():
+            write_json(folder / "fingerprint.json", fingerprint)
         num_slots = PART * max(len(example.responses) for example in examples)
         logps = build.jit_rows_logps(run, num_slots)
-        missing = [i for i in range(len(parts)) if not reference.part_path(folder, i).exists()]
+        is_made = np.array([reference.part_path(folder, i).exists() for i in range(len(parts))])
+        missing = np.flatnonzero(~distributed.from_first(is_made)).tolist()
         start, tokens = time.perf_counter(), 0
         for i in tqdm(missing, unit="part", disable=None):
             scored = score_responses(
-                lambda rows: logps(params, rows)[0],
+                lambda rows: np.asarray(logps(params, rows))[0],
                 [Piece(e.prompt, e.responses, e.key_on) for e in parts[i]],
                 row_layout(config.data),
                 num_slots=num_slots,
-                shardings=rows_shardings(run.mesh),
+                mesh=run.mesh,
             )
-            reference.write_part(folder, i, parts[i], scored)
+            if distributed.is_first():
+                reference.write_part(folder, i, parts[i], scored)
             tokens += sum(len(ids) for example in parts[i] for ids in example.responses)
-    write_json(folder / "complete.json", {"examples": len(examples), "parts": len(parts)})
+    if distributed.is_first():
+        write_json(folder / "complete.json", {"examples": len(examples), "parts": len(parts)})
     seconds = time.perf_counter() - start
     print(
         f"{len(examples)} examples in {folder}: {len(missing)} of {len(parts)} parts made now, "
@@ -65,4 +71,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(distributed.together(main))

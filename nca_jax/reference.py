@@ -44,6 +44,12 @@ def example_key(example: Example) -> int:
     return int.from_bytes(digest.digest(), "little")
 
 
+def examples_fingerprint(examples: Sequence[Example]) -> str:
+    """A digest of the tokens of examples, in their order."""
+    keys = np.array([example_key(example) for example in examples], np.uint64)
+    return hashlib.sha256(keys.tobytes()).hexdigest()[:16]
+
+
 def write_part(folder: Path, part: int, examples: Sequence[Example], logps: np.ndarray) -> None:
     """Writes one part, whole or absent."""
     path = part_path(folder, part)

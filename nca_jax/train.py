@@ -13,15 +13,16 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from nca_jax import build, checkpoint
+from nca_jax import build, checkpoint, distributed
 from nca_jax.checks import UserError, run_main
 from nca_jax.config import check_same_run, flatten, parse_flags
 from nca_jax.data.pipeline import Dataset, HostBatch, eval_batches
 from nca_jax.evaluators import fill_reference, heldout_metrics
-from nca_jax.fingerprint import params_fingerprint
+from nca_jax.fingerprint import params_fingerprint, text_fingerprint
+from nca_jax.mesh import put_batch, rows_here
 from nca_jax.preemption import catch_sigterm
-from nca_jax.reference import read_cached_logps
-from nca_jax.writer import MetricWriter
+from nca_jax.reference import examples_fingerprint, read_cached_logps
+from nca_jax.writer import MetricWriter, SilentWriter
 
 # How far apart policy and reference may be at the start, in nats of a whole response: the same
 # parameters in the same program agree exactly, a cache was made by a program of another shape.
@@ -44,10 +45,21 @@ def main(argv: list[str]) -> int:
     live = config.reference.kind == "live"
     cached = None if live else read_cached_logps(run)
     training = [example for source in data.sources for example in source]
-    dataset = Dataset(
-        data.sources, config.data, seed=config.seed, ref_logps=cached and cached(training)
+    distributed.check_same(
+        config=text_fingerprint(json.dumps(flatten(config))),
+        rows=examples_fingerprint([*training, *data.heldout]),
     )
-    heldout = eval_batches(data.heldout, config.data, ref_logps=cached and cached(data.heldout))
+    here = rows_here(run.mesh, config.data.rows)
+    dataset = Dataset(
+        data.sources,
+        config.data,
+        seed=config.seed,
+        ref_logps=cached and cached(training),
+        rows_here=here,
+    )
+    heldout = eval_batches(
+        data.heldout, config.data, ref_logps=cached and cached(data.heldout), rows_here=here
+    )
     steps = build.num_steps(config, len(dataset))
     print(
         f"{len(dataset)} training prompts, {len(data.heldout)} held out, {steps} steps of "
@@ -88,7 +100,11 @@ def main(argv: list[str]) -> int:
             heldout = fill_reference(step_logps, ref_params, heldout)
 
         # ---- Loop ----------------------------------------------------------------------------
-        writer = MetricWriter(workdir, config.log, restored_step=restored_step, num_steps=steps)
+        writer = (
+            MetricWriter(workdir, config.log, restored_step=restored_step, num_steps=steps)
+            if distributed.is_first()
+            else SilentWriter()
+        )
         with contextlib.closing(writer):
             if is_new and config.eval_every:
                 writer.write(0, "eval", heldout_metrics(step_logps, state.params, heldout, config))
@@ -96,7 +112,8 @@ def main(argv: list[str]) -> int:
             unread: list[tuple[int, HostBatch, dict]] = []
             clock = time.perf_counter()
             for step, batch in enumerate(dataset.iterate(first, steps), start=first + 1):
-                state, metrics = train_step(state, ref_params, batch.batch)
+                on_mesh = put_batch(run.mesh, batch.batch, config.data.rows)
+                state, metrics = train_step(state, ref_params, on_mesh)
                 unread.append((step, batch, metrics))
                 writer.advance()
                 is_last, is_stopped = step == steps, asked_to_stop()
@@ -129,7 +146,7 @@ def main(argv: list[str]) -> int:
 
 
 def record_run(workdir: Path, config, steps: int, ref_params: dict | None) -> None:
-    """Writes config.json and run.json; on a resume, checks that the reference is still the same.
+    """Checks on a resume that the reference is still the same; writes config.json and run.json.
 
     Raises:
       UserError: the live reference has other values than when the run began.
@@ -142,9 +159,10 @@ def record_run(workdir: Path, config, steps: int, ref_params: dict | None) -> No
             f"{build.reference_init_from(config) or 'this seed'} now gives; restore that one, or "
             "use a new --workdir."
         )
-    checkpoint.write_json(workdir / "config.json", flatten(config))
-    commit = checkpoint.git_commit()
-    checkpoint.write_json(path, {"reference": reference, "commit": commit, "steps": steps})
+    if distributed.is_first():
+        checkpoint.write_json(workdir / "config.json", flatten(config))
+        commit = checkpoint.git_commit()
+        checkpoint.write_json(path, {"reference": reference, "commit": commit, "steps": steps})
 
 
 def write_metrics(writer, unread: list, config, clock: float, is_new: bool) -> float:
@@ -196,4 +214,4 @@ def check_start(metrics: dict, config) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(distributed.together(main, saves_on_sigterm=True))

@@ -70,6 +70,18 @@ class MetricWriter:
             self._wandb.finish()
 
 
+class SilentWriter:
+    """A `MetricWriter` of the processes that have the same metrics as the first, which writes."""
+
+    def write(self, step: int, split: str, metrics: dict[str, float]) -> None: ...
+
+    def advance(self) -> None: ...
+
+    def sync(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def _lines_until(path: Path, step: int) -> list[str]:
     """The whole lines of an earlier run up to `step`; the last may be torn by a kill."""
     if not path.exists():

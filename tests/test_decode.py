@@ -17,7 +17,7 @@ from nca_jax.data.plan import causal_bound
 from nca_jax.decode import make_sampler, to_text
 from nca_jax.evaluators import Piece, make_kl, score_responses
 from nca_jax.logprobs import sequence_logps
-from nca_jax.mesh import make_mesh, rows_shardings
+from nca_jax.mesh import make_mesh
 from nca_jax.model_config import MODELS
 from nca_jax.models import attention
 from nca_jax.models.decoder import Model
@@ -148,7 +148,7 @@ def test_kl_of_equal_policies_is_zero_and_its_estimate_is_the_exact_kl():
     draw = sampler(model, num_samples=num, temperature=1.0, max_new_tokens=1)
     tokens, _ = draw(params, prompts()[:1], LENGTHS[:1], keys()[:1])
     kl = jax.jit(make_kl(model, num_slots=1024, block=16, chunk=16))
-    shardings = rows_shardings(make_mesh({"data": -1, "fsdp": 1, "tensor": 1, "expert": 1}))
+    mesh = make_mesh({"data": -1, "fsdp": 1, "tensor": 1, "expert": 1})
 
     def estimate(reference) -> np.ndarray:
         pieces = [Piece(prompt, [[int(t)] for t in np.asarray(tokens).reshape(-1)])]
@@ -157,7 +157,7 @@ def test_kl_of_equal_policies_is_zero_and_its_estimate_is_the_exact_kl():
             pieces,
             LAYOUT,
             num_slots=1024,
-            shardings=shardings,
+            mesh=mesh,
         )
 
     assert (estimate(params) == 0).all()
@@ -180,13 +180,13 @@ def test_scores_of_responses_come_in_order_however_they_are_packed():
     sizes = [5, *map(len, pieces[-1].responses)]
     on_prompt, *on_responses = (rng.random(size) < 0.75 for size in sizes)
     pieces[-1] = pieces[-1]._replace(key_on=(on_prompt, on_responses))
-    shardings = rows_shardings(make_mesh({"data": -1, "fsdp": 1, "tensor": 1, "expert": 1}))
+    mesh = make_mesh({"data": -1, "fsdp": 1, "tensor": 1, "expert": 1})
 
     @jax.jit
     def logps(rows):
         return sequence_logps(model, params, rows, shape=(1, 4), block=16, chunk=16)[0]
 
-    got = score_responses(logps, pieces, LAYOUT, num_slots=4, shardings=shardings)
+    got = score_responses(logps, pieces, LAYOUT, num_slots=4, mesh=mesh)
     want = []
     for prompt, responses, key_on in pieces:
         for k, response in enumerate(responses):

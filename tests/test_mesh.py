@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_logprobs import RAGGED, make_groups
 
+from nca_jax.axes import MESH_AXES
 from nca_jax.checks import UserError
 from nca_jax.data.pack import RowLayout, pack
 from nca_jax.data.plan import causal_bound
@@ -20,7 +21,9 @@ from nca_jax.mesh import (
     check_split,
     make_mesh,
     param_shardings,
+    put_rows,
     row_shards,
+    rows_here,
     rows_shardings,
 )
 from nca_jax.model_config import MODELS
@@ -146,3 +149,16 @@ def test_a_large_array_that_is_on_every_device_is_named():
 
 def test_rows_are_split_over_all_axes_but_tensor():
     assert row_shards(make_mesh({"data": 2, "fsdp": 1, "tensor": 2, "expert": 2})) == 4
+
+
+@pytest.mark.parametrize("sizes", [ONE | {"data": 2, "fsdp": 4}, ONE | {"tensor": 4, "expert": 2}])
+def test_rows_that_are_put_on_a_mesh_are_the_rows_of_the_host(sizes):
+    devices = np.random.default_rng(0).permutation(np.array(jax.devices()))
+    mesh = Mesh(devices.reshape([sizes[axis] for axis in MESH_AXES]), MESH_AXES)
+    groups = make_groups(RAGGED, seed=1, vocab_size=256)
+    rows = pack(groups, LAYOUT, num_slots=3 * len(groups), num_micro=2)[0]
+    assert rows_here(mesh, LAYOUT.rows) == list(range(LAYOUT.rows))
+    put = put_rows(mesh, rows, LAYOUT.rows)
+    assert put.tokens.sharding.shard_shape(put.tokens.shape)[1] == LAYOUT.rows // row_shards(mesh)
+    for got, want in zip(put, rows, strict=True):
+        np.testing.assert_array_equal(got, want)

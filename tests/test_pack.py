@@ -138,6 +138,18 @@ def test_packing_is_deterministic(lengths):
         np.testing.assert_array_equal(a, b)
 
 
+@settings(deadline=None, max_examples=30)
+@given(many_groups, st.permutations(range(4)), st.integers(1, 3))
+def test_the_rows_of_all_processes_together_are_those_of_one(lengths, order, cut):
+    groups, shape = make_groups(lengths), layout(rows=4)
+    whole, *plan_of_whole = pack(groups, shape, num_slots=NUM_SLOTS)
+    for rows_here in (sorted(order[:cut]), sorted(order[cut:])):
+        part, *plan = pack(groups, shape, num_slots=NUM_SLOTS, rows_here=rows_here)
+        for a, b in zip([*part, *plan], [*whole, *plan_of_whole], strict=True):
+            b = b[:, rows_here] if np.ndim(b) > 1 else b
+            np.testing.assert_array_equal(a, b)
+
+
 def test_the_order_of_prompt_ids_in_a_row_is_one_two_three():
     rows, _, _ = pack(make_groups([[2, 3], [4, 4], [1, 1]]), layout(), num_slots=NUM_SLOTS)
     ids = rows.prompt_ids[0, 0]

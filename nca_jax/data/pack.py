@@ -55,16 +55,23 @@ class _Row:
 
 
 def pack(
-    groups: Sequence[Group], layout: RowLayout, *, num_slots: int, num_micro: int | None = None
+    groups: Sequence[Group],
+    layout: RowLayout,
+    *,
+    num_slots: int,
+    num_micro: int | None = None,
+    rows_here: Sequence[int] | None = None,
 ) -> tuple[Rows, int, np.ndarray]:
     """Packs groups by best-fit decreasing; the same input gives the same rows everywhere.
 
     Args:
       num_slots: B * K, the slot that stands for none.
       num_micro: M; empty rows fill up. None: as many as are needed.
+      rows_here: which of the R rows of a micro-batch are written, ascending: this process's share
+        of a plan that all processes make. None: all of them.
     Returns:
-      (rows with leading axes [M, R], micro-batches that hold something, [G] int32 micro-batch of
-      each group).
+      (rows with leading axes [M, R], or [M, len(rows_here)]; micro-batches that hold something;
+      [G] int32 micro-batch of each group).
     Raises:
       UserError: a group alone is more than a row.
     """
@@ -73,16 +80,17 @@ def pack(
     num_micro = used if num_micro is None else num_micro
     if used > num_micro:
         raise ValueError(f"{len(packed)} rows need {used} micro-batches, num_micro is {num_micro}.")
-    rows = _empty_rows(num_micro * layout.rows, layout, num_slots)
+    here = list(range(layout.rows) if rows_here is None else rows_here)
+    empty = _empty_rows(num_micro * len(here), layout, num_slots)
+    rows = Rows(*(x.reshape(num_micro, len(here), *x.shape[1:]) for x in empty))
     micro_of_group = np.zeros(len(groups), np.int32)
     for r, row in enumerate(packed):
-        _write(Rows(*(x[r] for x in rows)), [groups[g] for g in row.groups], row.spans, layout)
-        micro_of_group[row.groups] = r // layout.rows
-    return (
-        Rows(*(x.reshape(num_micro, layout.rows, *x.shape[1:]) for x in rows)),
-        used,
-        micro_of_group,
-    )
+        micro, place = divmod(r, layout.rows)
+        micro_of_group[row.groups] = micro
+        if place in here:
+            into = Rows(*(x[micro, here.index(place)] for x in rows))
+            _write(into, [groups[g] for g in row.groups], row.spans, layout)
+    return rows, used, micro_of_group
 
 
 def segment_spans(lengths: Sequence[int], start: int, align: int) -> list[plan.Span]:

@@ -1,6 +1,8 @@
 """Which examples step s is made of, and the packed batch that they make.
 
 A batch is a pure function of (data, config, seed, step): no state, so a resume is a step number.
+Every process knows the whole plan of a batch, and writes only the rows that its devices hold: what
+a step is made of does not depend on how many processes there are.
 Axes: B prompts in a step, K responses a prompt.
 """
 
@@ -56,6 +58,7 @@ class Dataset:
       seed: of the order and of the choice of responses.
       ref_logps: for each example of the concatenated sources, [its responses] float32 nats;
         None: the batches hold zeros.
+      rows_here: of every micro-batch, see `pack`.
     Raises:
       UserError: an example, or the number of sources, does not fit the config.
     """
@@ -67,11 +70,12 @@ class Dataset:
         *,
         seed: int,
         ref_logps: Sequence[np.ndarray] | None = None,
+        rows_here: Sequence[int] | None = None,
     ):
         self.examples = [example for source in sources for example in source]
         _check_num_responses(self.examples, config.num_responses)
         check_examples(self.examples, config)
-        self._config, self._ref_logps = config, ref_logps
+        self._config, self._ref_logps, self._rows_here = config, ref_logps, rows_here
         self._picks = _order(sources, config, seed).random_map(self._pick)
 
     def __len__(self) -> int:
@@ -81,7 +85,7 @@ class Dataset:
         """Returns the batch of a step: prompts step * B to step * B + B - 1 of the order."""
         first = int(step) * self._config.batch_size
         picks = [self._picks[i] for i in range(first, first + self._config.batch_size)]
-        return _make_batch(picks, self._config)
+        return _make_batch(picks, self._config, self._rows_here)
 
     def iterate(self, start: int, stop: int) -> Iterator[HostBatch]:
         """Iterates over the batches of steps [start, stop), PREFETCH of them made ahead."""
@@ -95,9 +99,15 @@ class Dataset:
 
 
 def eval_batches(
-    examples: Sequence[Example], config, *, ref_logps: Sequence[np.ndarray] | None = None
+    examples: Sequence[Example],
+    config,
+    *,
+    ref_logps: Sequence[np.ndarray] | None = None,
+    rows_here: Sequence[int] | None = None,
 ) -> list[HostBatch]:
     """Returns batches that hold each example once, in order; the last one may have empty prompts.
+
+    The arguments are those of `Dataset`.
 
     Raises:
       UserError: an example does not fit the config.
@@ -109,7 +119,7 @@ def eval_batches(
         chosen = choose(example.scores, config.num_responses, config.choose, rng)
         picks.append(_Pick(example, chosen, None if ref_logps is None else ref_logps[i]))
     starts = range(0, len(picks), config.batch_size)
-    return [_make_batch(picks[i : i + config.batch_size], config) for i in starts]
+    return [_make_batch(picks[i : i + config.batch_size], config, rows_here) for i in starts]
 
 
 def load_data(config, *, tokenizer, vocab_size: int, eos_ids: Sequence[int]) -> Data:
@@ -211,7 +221,7 @@ def _order(sources: Sequence[Sequence[Example]], config, seed: int) -> grain.Map
     return grain.MapDataset.mix(parts, weights) if weights else parts[0]
 
 
-def _make_batch(picks: Sequence[_Pick], config) -> HostBatch:
+def _make_batch(picks: Sequence[_Pick], config, rows_here: Sequence[int] | None) -> HostBatch:
     """Packs at most B picks; the prompts that lack are empty."""
     b, k, layout = config.batch_size, config.num_responses, row_layout(config)
     scores, ref_logps = np.zeros((b, k), np.float32), np.zeros((b, k), np.float32)
@@ -225,7 +235,9 @@ def _make_batch(picks: Sequence[_Pick], config) -> HostBatch:
         if ref is not None:
             ref_logps[i, :n] = ref[chosen]
     # A group is never more than a row, so that B rows always do: one shape for all steps.
-    rows, num_micro, micro = pack(groups, layout, num_slots=b * k, num_micro=-(-b // layout.rows))
+    rows, num_micro, micro = pack(
+        groups, layout, num_slots=b * k, num_micro=-(-b // layout.rows), rows_here=rows_here
+    )
     micro_of_prompt = np.full(b, -1, np.int32)
     micro_of_prompt[: len(picks)] = micro
     batch = Batch(rows, np.int32(num_micro), micro_of_prompt, scores, mask, ref_logps)

@@ -1,0 +1,109 @@
+"""Several processes that are one run: how they find each other, and which of them writes.
+
+Each process holds some of the devices of one mesh and runs the same program. On Cloud TPU they find
+each other by themselves. Elsewhere three variables say where they are:
+
+    JAX_COORDINATOR_ADDRESS  host:port of process 0
+    JAX_NUM_PROCESSES        how many they are; 1: this one is alone
+    JAX_PROCESS_ID           0 .. JAX_NUM_PROCESSES - 1
+
+Without them a process is alone. Every process reads the rows, the work directory and the cache, so
+these lie on a file system that all of them see; process 0 alone writes there, but for checkpoints.
+"""
+
+import glob
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from nca_jax.checks import UserError
+
+VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+SILENCE = 40  # seconds after which a process that says nothing is dead, and the others stop too
+
+
+def together(
+    main: Callable[[list[str]], int], *, saves_on_sigterm: bool = False
+) -> Callable[[list[str]], int]:
+    """Returns `main` as one of the run's processes: it joins the others, and leaves with them.
+
+    A process that fails does not wait for them: they see that it is gone, and stop.
+
+    Args:
+      saves_on_sigterm: `main` calls `preemption.catch_sigterm`; otherwise SIGTERM ends a process.
+    """
+
+    def joined(argv: list[str]) -> int:
+        _join(saves_on_sigterm)
+        status = main(argv)
+        if jax.distributed.is_initialized():
+            jax.distributed.shutdown()
+        return status
+
+    return joined
+
+
+def is_first() -> bool:
+    """Whether this process writes what all of them know."""
+    return jax.process_index() == 0
+
+
+def from_first(x: np.ndarray) -> np.ndarray:
+    """Returns what process 0 has, in all of them; shapes and dtypes agree."""
+    return np.asarray(multihost_utils.broadcast_one_to_all(x))
+
+
+def check_same(**digests: str) -> None:
+    """Raises UserError, by name, unless every process has the same digests (hexadecimal)."""
+    for name, digest in digests.items():
+        mine = np.frombuffer(bytes.fromhex(digest), np.uint8)
+        theirs = multihost_utils.process_allgather(mine).reshape(-1, mine.size)
+        others = np.flatnonzero((theirs != theirs[0]).any(axis=1)).tolist()
+        if others:
+            raise UserError(
+                f"Process 0 and the processes {others} do not have the same {name}; start all with "
+                "one command, on one file system."
+            )
+
+
+def _join(saves_on_sigterm: bool) -> None:
+    """Starts jax.distributed if there are other processes; only process 0 prints from then on."""
+    given = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
+    if given.get("JAX_NUM_PROCESSES") == "1" or not (given or _has_tpu()):
+        return
+    if given and len(given) < len(VARIABLES):
+        lacking = ", ".join(name for name in VARIABLES if name not in given)
+        raise UserError(f"{', '.join(given)} set, but not {lacking}; set all three or none.")
+    where = {}
+    if given:
+        address, num_processes, process_id = given.values()
+        where = dict(
+            coordinator_address=address,
+            num_processes=_number("JAX_NUM_PROCESSES", num_processes),
+            process_id=_number("JAX_PROCESS_ID", process_id),
+            cluster_detection_method="deactivate",
+        )
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_preemption_service", saves_on_sigterm)
+    jax.distributed.initialize(**where, heartbeat_timeout_seconds=SILENCE)
+    if not is_first():
+        sys.stdout = open(os.devnull, "w")
+
+
+def _has_tpu() -> bool:
+    """Whether this host has TPU chips that JAX may use; asks no device, which would open it."""
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    chips = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
+    may = not platforms or "tpu" in platforms
+    return bool(may and chips and importlib.util.find_spec("libtpu"))
+
+
+def _number(name: str, text: str) -> int:
+    if not text.isdecimal():
+        raise UserError(f"{name}={text!r}; wanted a number.")
+    return int(text)

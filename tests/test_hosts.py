@@ -1,0 +1,206 @@
+"""Several processes are one run: the same numbers whatever their number, and all stop together."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from commands import ROOT, command, finish, metric_lines, write_rows
+from safetensors.numpy import load_file
+
+from nca_jax import distributed
+from nca_jax.checkpoint import saved_step
+from nca_jax.checks import UserError
+
+STEPS = 24
+
+
+def launch(name: str, *flags: str, processes: int, devices: int = 1) -> subprocess.Popen:
+    """Starts `python -m nca_jax.NAME FLAGS` as several processes on virtual devices."""
+    launcher = [sys.executable, "-m", "experiments.launch.local"]
+    return subprocess.Popen(
+        [*launcher, f"--processes={processes}", f"--devices={devices}"]
+        + ["--", sys.executable, "-m", f"nca_jax.{name}", *flags],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def shared_flags(rows: Path) -> list[str]:
+    return [
+        f"--config=configs/jsonl.py:files={rows},smoke",
+        "--config.data.row_len=256",
+        "--config.data.rows=4",
+        "--config.data.eval_fraction=0.2",
+    ]
+
+
+def train_flags(workdir: Path, rows: Path, steps: int) -> list[str]:
+    return [
+        *shared_flags(rows),
+        f"--workdir={workdir}",
+        f"--config.steps={steps}",
+        "--config.optim.lr=1e-4",
+        f"--config.save_every={min(steps, 4)}",
+        f"--config.eval_every={min(steps, 8)}",
+        "--config.log.tensorboard=False",
+    ]
+
+
+def assert_same_metrics(got: Path, want: Path) -> None:
+    """Every line, every name, to 1e-5 of the value (and of 1, near 0)."""
+    for a, b in zip(metric_lines(got), metric_lines(want), strict=True):
+        assert (a["step"], a.pop("split")) == (b["step"], b.pop("split"))
+        assert a == pytest.approx(b, rel=1e-5, abs=1e-5)
+
+
+def of_launcher(launcher: subprocess.Popen) -> dict[int, int]:
+    """Returns {JAX_PROCESS_ID: pid} of the processes that a launcher has started."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            variables = (folder / "environ").read_bytes().split(b"\0")
+        except OSError:  # it ended meanwhile
+            continue
+        if parent == launcher.pid:
+            ids = [v for v in variables if v.startswith(b"JAX_PROCESS_ID=")]
+            found[int(ids[0].split(b"=")[1])] = int(folder.name)
+    return found
+
+
+def wait_for_checkpoint(workdir: Path, step: int, launcher: subprocess.Popen) -> None:
+    while not (workdir / "checkpoints" / str(step)).exists():
+        assert launcher.poll() is None, launcher.communicate()
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, rows):
+    """The workdir of one process with two devices that was never stopped."""
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    finish(command("train", *train_flags(workdir, rows, STEPS), devices=2))
+    return workdir
+
+
+def test_two_processes_have_the_metrics_of_one(tmp_path, rows):
+    one, two = tmp_path / "one", tmp_path / "two"
+    alone = command("train", *train_flags(one, rows, 3), devices=2)
+    out = finish(launch("train", *train_flags(two, rows, 3), processes=2))
+    finish(alone)
+    assert out.count("train step 3 ") == 1  # one of them speaks
+    assert_same_metrics(two, one)
+    assert saved_step(two) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["data=4", "fsdp=4", "tensor=2"])
+def test_four_processes_have_the_metrics_of_one(tmp_path, rows, mesh):
+    one, four = tmp_path / "one", tmp_path / "four"
+    sizes = ["--config.mesh.fsdp=1", "--config.mesh.data=-1", f"--config.mesh.{mesh}"]
+    finish(command("train", *train_flags(one, rows, 3), *sizes, devices=4))
+    finish(launch("train", *train_flags(four, rows, 3), *sizes, processes=4))
+    assert_same_metrics(four, one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_one_is_killed_all_stop_and_one_process_goes_on(tmp_path, rows, alone, victim):
+    workdir = tmp_path / "run"
+    flags = train_flags(workdir, rows, STEPS)
+    launcher = launch("train", *flags, processes=2)
+    wait_for_checkpoint(workdir, 4, launcher)
+    pids = of_launcher(launcher)
+    os.kill(pids[victim], signal.SIGKILL)
+    _, err = launcher.communicate(timeout=60)
+    assert launcher.returncode == 128 + signal.SIGKILL
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids.values())
+    said = [line for line in err.splitlines() if line.startswith("launch:")]
+    assert len(said) == 1
+    assert f"process {victim} of 2 ended with signal SIGKILL" in said[0]
+    assert "the others stopped too" in said[0]
+
+    saved = saved_step(workdir)
+    assert saved < STEPS
+    out = finish(command("train", *flags, devices=2))
+    assert f"resumed after step {saved} " in out
+    assert_same_metrics(workdir, alone)
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_saves_on_all_and_another_number_of_processes_goes_on(tmp_path, rows, alone):
+    workdir = tmp_path / "run"
+    flags = train_flags(workdir, rows, STEPS)
+    launcher = launch("train", *flags, "--config.save_every=4", processes=2)
+    wait_for_checkpoint(workdir, 4, launcher)
+    os.kill(of_launcher(launcher)[1], signal.SIGTERM)
+    out = finish(launcher)
+    saved = saved_step(workdir)
+    assert f"SIGTERM: saved after step {saved} of {STEPS}" in out
+    assert f"resumed after step {saved} " in finish(launch("train", *flags, processes=4))
+    assert_same_metrics(workdir, alone)
+
+
+@pytest.mark.slow
+def test_precompute_evaluate_and_generate_give_what_one_process_gives(tmp_path, rows):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"Say {i}:"}) + "\n" for i in range(5)))
+    shared = [*shared_flags(rows), "--config.generate.max_new_tokens=8"]
+    for name, run in (
+        ("one", lambda *flags: command(*flags, devices=2)),
+        ("two", lambda *flags: launch(*flags, processes=2)),
+    ):
+        folder = tmp_path / name
+        cache = ("--config.reference.kind=cached", f"--config.reference.cache={folder}/cache")
+        finish(run("precompute", *shared, *cache))
+        finish(run("evaluate", *shared, f"--out={folder}/evaluation.json", "--num_prompts=4"))
+        finish(run("generate", *shared, f"--prompts={prompts}", f"--out={folder}/out.jsonl"))
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert (two / "out.jsonl").read_text() == (one / "out.jsonl").read_text()
+    got, want = (json.loads((x / "evaluation.json").read_text()) for x in (two, one))
+    assert got["samples"] == want["samples"]
+    assert got["metrics"] == pytest.approx(want["metrics"], rel=1e-5, abs=1e-5)
+    got, want = ({p.name: p for p in (x / "cache").iterdir()} for x in (two, one))
+    assert got.keys() == want.keys()
+    for name in ("fingerprint.json", "complete.json"):
+        assert got[name].read_text() == want[name].read_text()
+    for name in (name for name in want if name.startswith("part-")):
+        a, b = load_file(got[name]), load_file(want[name])
+        assert (a["keys"] == b["keys"]).all()
+        assert a["logps"] == pytest.approx(b["logps"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"JAX_PROCESS_ID": "0"}, "set, but not JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES"),
+        (
+            {
+                "JAX_COORDINATOR_ADDRESS": "localhost:1",
+                "JAX_NUM_PROCESSES": "two",
+                "JAX_PROCESS_ID": "0",
+            },
+            "JAX_NUM_PROCESSES='two'; wanted a number",
+        ),
+    ],
+)
+def test_variables_that_do_not_say_where_the_others_are_are_refused(
+    monkeypatch, variables, message
+):
+    for name in distributed.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        distributed.together(lambda argv: 0)([])
