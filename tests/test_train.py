@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from commands import metric_lines, write_rows
@@ -95,6 +96,24 @@ def test_how_a_step_is_laid_out_does_not_change_its_numbers(tmp_path, several_mi
     for a, b in zip(want, got, strict=True):
         for name in ("loss", "grad_norm", "logps/0", "logps/3", "margin"):
             assert b[name] == pytest.approx(a[name], rel=1e-5, abs=1e-5), name
+
+
+def test_steps_after_the_first_compile_nothing(tmp_path, rows):
+    compiled = []
+
+    def listen(event: str, seconds: float, **_) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    counts = []
+    for num_steps in (1, 2, 6):  # the first run compiles what the process keeps
+        before = len(compiled)
+        # Steps of one to four micro-batches.
+        flags = (*SEVERAL_MICRO_BATCHES, f"--config.steps={num_steps}")
+        run(tmp_path / str(num_steps), rows, *flags, "--config.data.shuffle=True")
+        counts.append(len(compiled) - before)
+    assert counts[2] == counts[1] > 0
 
 
 def test_cached_reference_equals_live_one_and_is_checked(tmp_path, rows):
