@@ -10,7 +10,7 @@ COMPILE := $(BIN)/uv pip compile --quiet --upgrade --generate-hashes --no-annota
 
 # Lint, and all tests but the slow ones and those beside PyTorch: under ten minutes.
 test: lint
-	$(BIN)/python -m pytest -m "not slow and not torch" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and not torch" -n 2 --dist worksteal
 
 # Those that compare with PyTorch as it runs.
 test-torch: .venv/installed-torch

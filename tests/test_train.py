@@ -80,11 +80,14 @@ def several_micro_batches(tmp_path_factory):
             "--config.model.scan_layers=True",
             "--config.model.remat=full",
         ),
-        (
-            "--config.data.row_len=512",
-            "--config.data.align=8",
-            "--config.data.block=128",
-            "--config.model.attention=splash",
+        pytest.param(
+            (
+                "--config.data.row_len=512",
+                "--config.data.align=8",
+                "--config.data.block=128",
+                "--config.model.attention=splash",
+            ),
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["other mesh, more rows", "one micro-batch, aligned, scanned, remat", "splash"],
@@ -98,6 +101,7 @@ def test_how_a_step_is_laid_out_does_not_change_its_numbers(tmp_path, several_mi
             assert b[name] == pytest.approx(a[name], rel=1e-5, abs=1e-5), name
 
 
+@pytest.mark.slow
 def test_steps_after_the_first_compile_nothing(tmp_path, rows):
     compiled = []
 
