@@ -56,8 +56,13 @@ def train_flags(workdir: Path, rows: Path, steps: int) -> list[str]:
 def assert_same_metrics(got: Path, want: Path) -> None:
     """Every line, every name, to 1e-5 of the value (and of 1, near 0)."""
     for a, b in zip(metric_lines(got), metric_lines(want), strict=True):
+        assert a.keys() == b.keys()
         assert (a["step"], a.pop("split")) == (b["step"], b.pop("split"))
-        assert a == pytest.approx(b, rel=1e-5, abs=1e-5)
+        for name in a:
+            # Differences of sums of hundreds of nats, whose float32 neighbours are 3e-5 apart.
+            is_difference = "logratio" in name or "drift" in name
+            near_zero = 1e-4 if is_difference else 1e-5
+            assert a[name] == pytest.approx(b[name], rel=1e-5, abs=near_zero), name
 
 
 def of_launcher(launcher: subprocess.Popen) -> dict[int, int]:
@@ -142,7 +147,7 @@ def test_when_one_is_killed_all_stop_and_one_process_goes_on(tmp_path, rows, alo
 def test_sigterm_to_one_saves_on_all_and_another_number_of_processes_goes_on(tmp_path, rows, alone):
     workdir = tmp_path / "run"
     flags = train_flags(workdir, rows, STEPS)
-    launcher = launch("train", *flags, "--config.save_every=4", processes=2)
+    launcher = launch("train", *flags, processes=2)
     wait_for_checkpoint(workdir, 4, launcher)
     os.kill(of_launcher(launcher)[1], signal.SIGTERM)
     out = finish(launcher)
