@@ -67,11 +67,14 @@ def several_micro_batches(tmp_path_factory):
 @pytest.mark.parametrize(
     "flags",
     [
-        (
-            "--config.mesh.data=8",
-            "--config.mesh.fsdp=1",
-            "--config.mesh.tensor=1",
-            "--config.data.rows=8",
+        pytest.param(
+            (
+                "--config.mesh.data=8",
+                "--config.mesh.fsdp=1",
+                "--config.mesh.tensor=1",
+                "--config.data.rows=8",
+            ),
+            marks=pytest.mark.slow,
         ),
         (
             "--config.data.row_len=512",
