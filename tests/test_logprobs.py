@@ -147,3 +147,20 @@ def test_bfloat16_activations_keep_float32_parameters_and_log_probabilities():
         num_tokens[b, : len(responses)] = responses
     assert (np.abs(got - want) <= 5.6 * 2**-8 * num_tokens).all()
     assert (got != want).any()
+
+
+def test_remat_dots_computes_no_product_again_and_remat_full_some():
+    base = model_of("plain")
+    params = base.init(jax.random.key(0))
+    groups = make_groups(RAGGED, seed=1, vocab_size=base.config.vocab_size)
+
+    def num_products(jaxpr) -> int:
+        inner = sum(num_products(j) for e in jaxpr.eqns for j in jaxprs_in_params(e.params))
+        return inner + sum(e.primitive.name == "dot_general" for e in jaxpr.eqns)
+
+    def of(remat: str) -> int:
+        model = dataclasses.replace(base, remat=remat)
+        grad = jax.grad(lambda params: packed_logps(model, params, groups).sum())
+        return num_products(jax.make_jaxpr(grad)(params).jaxpr)
+
+    assert of("dots") == of("none") < of("full")

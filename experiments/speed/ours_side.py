@@ -1,8 +1,8 @@
 """Ours: the step that `nca_jax.train` runs, built from an ordinary config.
 
-ours_fast keeps every activation of unrolled layers; ours_lean computes scanned layers again in the
-backward pass. `_live` runs the reference in the step; `_cached` is given the log-probabilities that
-the check wrote, as `nca_jax.precompute` does for a run.
+ours_fast keeps the products of each layer for the backward pass, ours_lean computes layers again.
+`_live` runs the reference in the step; `_cached` is given the log-probabilities that the check
+wrote, as `nca_jax.precompute` does for a run.
 """
 
 import time
@@ -21,7 +21,7 @@ from nca_jax.mesh import batch_shardings
 from nca_jax.train_step import TrainState
 
 SETTINGS = {
-    "fast": ("--config.model.scan_layers=False", "--config.model.remat=none"),
+    "fast": ("--config.model.scan_layers=True", "--config.model.remat=dots"),
     "lean": ("--config.model.scan_layers=True", "--config.model.remat=full"),
 }
 

@@ -13,10 +13,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from nca_jax.batch import PROMPT_SEGMENT, Rows
 
 NEVER = -1e30  # finite: a query without a key gives exp(NEVER - NEVER), never nan
+KEPT = "kept"  # the name of what the backward pass keeps of a layer where config.model.remat="dots"
 PAIRS_AT_ONCE = 16  # per row; measured on CPU: more leave the cache, fewer pay for the loop
 
 # attend(q [R, T, N, H], k [R, T, G, H], v [R, T, G, H], cache) -> (out [R, T, N, H], cache)
@@ -118,8 +120,9 @@ def _attend_forward(q, k, v, mask, pairs, num_chunks):
         jnp.zeros(q.shape, jnp.float32),
     )
     top, total, out = jax.lax.fori_loop(0, num_chunks, one_chunk, start)
-    out = (out / total[..., None]).astype(v.dtype)
-    return out, (q, k, v, mask, pairs, num_chunks, out, top + jnp.log(total))
+    out = checkpoint_name((out / total[..., None]).astype(v.dtype), KEPT)
+    log_total = checkpoint_name(top + jnp.log(total), KEPT)
+    return out, (q, k, v, mask, pairs, num_chunks, out, log_total)
 
 
 def _attend_backward(saved, grad_out):

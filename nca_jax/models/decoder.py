@@ -23,7 +23,8 @@ from nca_jax.models.moe import Mix, Moe, dense
 
 REMAT = {  # what the backward pass keeps of a layer, from fastest to leanest
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # Products and attention, by name: JAX's own policies do not see products in a custom_vjp.
+    "dots": jax.checkpoint_policies.save_only_these_names(attention.KEPT),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

@@ -12,10 +12,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.megablox import gmm
 from jax.sharding import PartitionSpec as P
 
 from nca_jax.axes import ACTIVATION_RULES
+from nca_jax.models.attention import KEPT
 
 TILE_ROWS, TILE_SIDE = 512, 1024  # of M, and of both axes of a kernel; a core's memory bounds them
 LANES = 128  # sizes of tiles are multiples of this
@@ -75,7 +77,8 @@ def _experts(
         side = min(TILE_SIDE, -(-min(kernel.shape[1:]) // LANES) * LANES)
         tiles = (TILE_ROWS if rows.shape[0] % TILE_ROWS == 0 else LANES, side, side)
         offset = jnp.asarray(first, jnp.int32)
-        return gmm(rows, kernel, sizes, x.dtype, tiles, offset, None, False, interpret)
+        y = gmm(rows, kernel, sizes, x.dtype, tiles, offset, None, False, interpret)
+        return checkpoint_name(y, KEPT)
 
     tokens = jnp.repeat(x.reshape(-1, x.shape[-1]), per_token, axis=0)
     rows = _permute(jnp.pad(tokens, ((0, fill), (0, 0))), order, back)

@@ -2,8 +2,10 @@
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import ml_dtypes  # noqa: F401  safetensors asks numpy for "bfloat16" by name
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from nca_jax.checks import UserError
@@ -86,17 +88,23 @@ def open_hf(folder: str | Path) -> tuple[ModelConfig, dict[str, names.Param]]:
     """
     folder = Path(folder)
     config = read_config(folder)
-    tensors = _open_tensors(folder)
+    tensors = _list_tensors(folder)
     if config.tied_head:  # some writers store the tied head all the same
         tensors.pop("lm_head.weight", None)
-    shapes = {name: tuple(tensor.get_shape()) for name, tensor in tensors.items()}
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
     names.check_tensors(str(folder), shapes, names.tensor_shapes(config, "hf"))
     for name, tensor in tensors.items():
-        if tensor.get_dtype() not in DTYPES:
+        if tensor.dtype not in DTYPES:
             raise UserError(
-                f"{name} in {folder} is {tensor.get_dtype()}; wanted one of {', '.join(DTYPES)}."
+                f"{name} in {folder} is {tensor.dtype}; wanted one of {', '.join(DTYPES)}."
             )
-    return config, names.open_params(config, "hf", lambda name, index: tensors[name][index])
+
+    def fetch(name: str, index: tuple[slice, ...]) -> np.ndarray:
+        # Opened for each read: a file that stays mapped counts as memory of this process.
+        with safe_open(tensors[name].file, framework="np") as handle:
+            return handle.get_slice(name)[index]
+
+    return config, names.open_params(config, "hf", fetch)
 
 
 def read_config(folder: str | Path) -> ModelConfig:
@@ -217,15 +225,25 @@ def _eos_ids(raw: dict, generation_file: Path) -> tuple[int, ...]:
     return tuple(dict.fromkeys(ids))
 
 
-def _open_tensors(folder: Path) -> dict[str, object]:
-    """Returns {name: lazy safetensors slice} of all files, less what RoPE recomputes."""
+class Tensor(NamedTuple):
+    """What a safetensors file says of one of its tensors."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str  # as safetensors writes it
+
+
+def _list_tensors(folder: Path) -> dict[str, Tensor]:
+    """Returns the tensors of all files by name, less what RoPE recomputes."""
     tensors = {}
     for file in _weight_files(folder):
         try:
-            handle = safe_open(file, framework="np")
+            with safe_open(file, framework="np") as handle:
+                for name in handle.keys():
+                    at = handle.get_slice(name)
+                    tensors[name] = Tensor(file, tuple(at.get_shape()), at.get_dtype())
         except (OSError, SafetensorError) as error:
             raise UserError(f"Cannot read {file}: {error}") from error
-        tensors |= {name: handle.get_slice(name) for name in handle.keys()}
     return {k: v for k, v in tensors.items() if not k.endswith("rotary_emb.inv_freq")}
 
 

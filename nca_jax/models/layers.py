@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from nca_jax.axes import constrain
 from nca_jax.model_config import ModelConfig
-from nca_jax.models.attention import Attend
+from nca_jax.models.attention import KEPT, Attend
 
 
 @jax.custom_vjp
@@ -63,7 +64,7 @@ class Linear(Kernel):
     """`product` with a matrix, without a bias."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return product(x, self.kernel[...])
+        return checkpoint_name(product(x, self.kernel[...]), KEPT)
 
 
 class Projection(Linear):

@@ -8,9 +8,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from nca_jax.axes import constrain
 from nca_jax.model_config import ModelConfig
+from nca_jax.models.attention import KEPT
 from nca_jax.models.layers import Kernel
 
 # mix(x [R, T, D], shares [R, T, C] float32, chosen [R, T, C] int32, gate [E, D, F], up [E, D, F],
@@ -42,8 +44,10 @@ class Moe(nnx.Module):
 def dense(x, shares, chosen, gate, up, down) -> jax.Array:
     """A `Mix` of plain einsums: every expert computes every token, the shares choose."""
     weights = jnp.einsum("rtc,rtce->rte", shares, jax.nn.one_hot(chosen, gate.shape[0]))
-    hidden = jax.nn.silu(jnp.einsum("rtd,edf->rtef", x, gate))
-    hidden *= jnp.einsum("rtd,edf->rtef", x, up)
+    gated, hidden = (
+        checkpoint_name(jnp.einsum("rtd,edf->rtef", x, kernel), KEPT) for kernel in (gate, up)
+    )
+    hidden *= jax.nn.silu(gated)
     hidden = constrain(hidden, "rows", None, None, "mlp")
     hidden *= weights.astype(x.dtype)[..., None]
     return jnp.einsum("rtef,efd->rtd", hidden, down)

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from nca_jax.axes import ACTIVATION_RULES
 from nca_jax.batch import PROMPT_SEGMENT, Rows
-from nca_jax.models.attention import Attend
+from nca_jax.models.attention import KEPT, Attend
 
 LANES = 128  # the kernel wants blocks that are multiples of this
 CODE_BITS = 31  # a code is a non-negative int32
@@ -131,6 +131,7 @@ def _local(code: Code, block: int, interpret: bool) -> Callable:
             block_sizes=block_sizes,
             head_shards=1,
             q_seq_shards=1,
+            residual_checkpoint_name=KEPT,
             interpret=interpret,
         )
 
