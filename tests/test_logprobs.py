@@ -7,10 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from nca_jax import logprobs
 from nca_jax.data.pack import Group, RowLayout, pack
 from nca_jax.data.plan import causal_bound
 from nca_jax.logprobs import sequence_logps
+from nca_jax.mesh import make_mesh
 from nca_jax.model_config import MODELS
 from nca_jax.models import attention
 from nca_jax.models.decoder import Model
@@ -130,6 +134,30 @@ def test_no_array_of_tokens_by_vocabulary_exists_forward_or_backward():
     with_vocab = [s for s in shapes(jax.make_jaxpr(grad)(params).jaxpr) if v in s]
     # A chunk's logits, and parameters and gradients [V, D]; all tokens would be rows * ROW_LEN * v.
     assert {np.prod(shape) for shape in with_vocab} == {rows * CHUNK * v, v * model.config.width}
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_the_head_keeps_three_chunks_of_logits_at_most_and_its_gradient(tensor):
+    length, width, vocab, chunk = 512, 32, 4096, 64
+    sizes = {"data": 1, "fsdp": 1, "tensor": tensor, "expert": 1}
+    mesh = make_mesh(sizes, jax.devices()[:tensor])
+
+    def total(hidden, head, tokens, num_chunks):
+        logps = logprobs._chunked_logps(hidden, head, tokens, num_chunks, vocab, chunk)
+        return jnp.sum(logps)
+
+    shapes = [(1, length, width), (width, vocab), (1, length), ()]
+    dtypes = [jnp.float32, jnp.float32, jnp.int32, jnp.int32]
+    specs = [P(), P(None, "tensor"), P(), P()]
+    grad = jax.jit(
+        jax.grad(total, argnums=(0, 1)),
+        in_shardings=[NamedSharding(mesh, spec) for spec in specs],
+        out_shardings=tuple(NamedSharding(mesh, spec) for spec in specs[:2]),
+    )
+    with jax.set_mesh(mesh):
+        compiled = grad.lower(*map(jax.ShapeDtypeStruct, shapes, dtypes)).compile()
+    logits, head = 4 * chunk * vocab // tensor, 4 * width * vocab // tensor  # bytes on a device
+    assert compiled.memory_analysis().temp_size_in_bytes <= 3 * logits + head
 
 
 def test_bfloat16_activations_keep_float32_parameters_and_log_probabilities():
