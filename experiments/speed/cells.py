@@ -156,15 +156,22 @@ def best_row_len(rows: list[dict], at_most: int) -> int:
 
 
 def count(config: ModelConfig, rows: list[dict]) -> dict[str, int]:
-    """What a step of these rows needs, in tokens and in floating-point operations."""
+    """What a step of these rows needs, in tokens and in floating-point operations.
+
+    The release's operations: every response with its prompt in a row of its own, filled up to the
+    longest of the prompt; logits everywhere; a forward pass of the reference, and three of the
+    policy.
+    """
     lengths = [(len(r["prompt_ids"]), [len(ids) for ids in r["response_ids"]]) for r in rows]
+    padded = [prompt + max(rs) for prompt, rs in lengths for _ in rs]
     needed = [flops.needed_flops(config, prompt, responses) for prompt, responses in lengths]
     return {
         "needed_tokens": sum(prompt + sum(responses) for prompt, responses in lengths),
         "scored_tokens": sum(sum(responses) for _, responses in lengths),
-        "padded_tokens": sum(len(rs) * (prompt + max(rs)) for prompt, rs in lengths),
+        "padded_tokens": sum(padded),
         "needed_flops": sum(x.total for x in needed),
         "head_flops": sum(x.head for x in needed),
+        "released_flops": sum(4 * flops.forward_flops(config, 1, [n - 1]).total for n in padded),
     }
 
 

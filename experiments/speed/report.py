@@ -76,14 +76,16 @@ def figures(job: dict, rounds: list[dict], check: dict, peak: float) -> dict[str
 
 def table(name: str, cell: dict) -> str:
     """Returns one cell as Markdown."""
-    job = cell["job"]
+    job, peak = cell["job"], cell["peak_flops_per_second"] / 1e9
+    times_needed = job["released_flops"] / job["needed_flops"]
     lines = [
         f"## {name}",
         "",
         f"{job['batch_size']} prompts, K = {job['k']}, loss {job['loss']}: {job['needed_tokens']} "
         f"needed tokens ({job['scored_tokens']} scored), {job['padded_tokens']} as the released "
         f"trainer pads them. Head: {job['head_flops'] / job['needed_flops']:.0%} of the needed "
-        f"operations. float32 matmul peak: {cell['peak_flops_per_second'] / 1e9:.0f} GFLOP/s.",
+        f"operations; the release computes {times_needed:.2f} times those needed. float32 matmul "
+        f"peak: {peak:.0f} GFLOP/s.",
         "",
         "| side | " + " | ".join(title for title, _ in COLUMNS.values()) + " |",
         "|---" * (len(COLUMNS) + 1) + "|",
