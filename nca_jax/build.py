@@ -5,7 +5,6 @@ config -> mesh, model, tokenizer -> parameters, optimizer, shardings -> input.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -20,6 +19,7 @@ from nca_jax.checks import UserError
 from nca_jax.data.fit import row_layout
 from nca_jax.data.pack import pack
 from nca_jax.data.pipeline import Data, load_data
+from nca_jax.files import as_path
 from nca_jax.mesh import (
     batch_shardings,
     check_divides,
@@ -191,7 +191,7 @@ def policy_params(run: Run, workdir: str) -> dict:
     """
     if not workdir:
         return start_params(run, run.config.model.init_from)
-    return restore_params(Path(workdir), run.model.abstract_params(), run.mesh)
+    return restore_params(as_path(workdir), run.model.abstract_params(), run.mesh)
 
 
 def reference_init_from(config) -> str:

@@ -26,7 +26,7 @@ CONFIG_FILES = sorted((ROOT / "configs").glob("*.py"))
 
 # Layers, from the bottom. A leaf imports leaves; a group imports leaves and itself; mains are
 # commands, which nobody imports.
-LEAVES = {"checks", "batch", "axes", "model_config", "config_arg", "losses", "flops"}
+LEAVES = {"checks", "files", "batch", "axes", "model_config", "config_arg", "losses", "flops"}
 GROUPS = {"models", "data", "rewards"}
 MAINS = {
     "train",

@@ -1,5 +1,6 @@
 """The training command: every way to the same step, and clear stops. See also test_released.py."""
 
+import json
 import math
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import pytest
 from commands import metric_lines, write_rows
 from safetensors.numpy import load_file, save_file
 
-from nca_jax import precompute, train
+from nca_jax import flops, precompute, profile, train
 from nca_jax.checks import UserError
+from nca_jax.model_config import MODELS
 
 EIGHT = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
 
@@ -121,6 +123,35 @@ def test_steps_after_the_first_compile_nothing(tmp_path, rows):
         run(tmp_path / str(num_steps), rows, *flags, "--config.data.shuffle=True")
         counts.append(len(compiled) - before)
     assert counts[2] == counts[1] > 0
+
+
+def test_a_profile_holds_the_asked_steps_and_changes_no_number(tmp_path, rows):
+    flags = ("--config.steps=5", "--config.eval_every=0", "--config.log_every=1")
+    plain = run(tmp_path / "plain", rows, *flags)
+    assert run(tmp_path / "run", rows, *flags, "--profile=2:4") == plain
+    (trace,) = (tmp_path / "run" / "profile").rglob("*.xplane.pb")
+    planes = jax.profiler.ProfileData.from_file(str(trace)).planes
+    events = [event for plane in planes for line in plane.lines for event in line.events]
+    steps = [dict(event.stats)["step_num"] for event in events if event.name == profile.STEP]
+    assert sorted(steps) == [2, 3, 4]
+
+
+def test_a_profile_of_steps_that_are_done_is_refused(tmp_path, rows):
+    flags = ("--config.steps=2", "--config.eval_every=0")
+    run(tmp_path / "run", rows, *flags)
+    with pytest.raises(UserError, match="--profile=1:2, but the steps to come are 3 to 2"):
+        run(tmp_path / "run", rows, *flags, "--profile=1:2")
+
+
+def test_mfu_is_written_where_the_peak_of_the_devices_is_known(tmp_path, rows, monkeypatch):
+    monkeypatch.setitem(flops.PEAK_FLOPS, "cpu", 1e12)
+    flags = ("--config.steps=1", "--config.eval_every=0")
+    run(tmp_path / "run", rows, *flags)
+    (line,) = (json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    # tiny: all tokens pass the trunk; attention is less than the rest
+    least = 6 * flops.trunk_params(MODELS["tiny"]) * line["needed_tokens"]
+    least /= line["step_seconds"] * 8 * 1e12
+    assert least < line["mfu"] < 10 * least
 
 
 def test_cached_reference_equals_live_one_and_is_checked(tmp_path, rows):

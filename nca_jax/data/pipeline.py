@@ -31,6 +31,7 @@ class HostBatch(NamedTuple):
     batch: Batch
     examples: list[str]
     stats: dict[str, float]
+    lengths: list[list[int]]  # tokens of each prompt, then of each of its responses
 
 
 class Data(NamedTuple):
@@ -242,7 +243,12 @@ def _make_batch(picks: Sequence[_Pick], config, rows_here: Sequence[int] | None)
     micro_of_prompt[: len(picks)] = micro
     batch = Batch(rows, np.int32(num_micro), micro_of_prompt, scores, mask, ref_logps)
     num_run = num_micro * layout.rows * layout.row_len
-    return HostBatch(batch, [pick.example.where for pick in picks], _stats(picks, groups, num_run))
+    return HostBatch(
+        batch,
+        [pick.example.where for pick in picks],
+        _stats(picks, groups, num_run),
+        [group.lengths() for group in groups],
+    )
 
 
 def _stats(picks: Sequence[_Pick], groups: Sequence[Group], num_run: int) -> dict[str, float]:

@@ -3,16 +3,15 @@
 An entry of data.files is a glob of JSON lines, or tfds:NAME[/BUILDER_CONFIG]:SPLIT.
 """
 
-import glob
 import gzip
 import json
-import os
 import zlib
 from collections.abc import Iterable
 from typing import Any
 
 from nca_jax.checks import UserError
 from nca_jax.data.tfds_source import PREFIX, TfdsSource, record_files
+from nca_jax.files import as_path, find_files, write_whole
 
 
 class RowError(UserError):
@@ -72,10 +71,8 @@ def open_source(entry: str) -> JsonlSource | TfdsSource:
 
 def write_rows(path: str, rows: Iterable[dict[str, Any]]) -> None:
     """Writes a .jsonl file that is whole or absent."""
-    partial = f"{path}.partial"
-    with open(partial, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    os.replace(partial, path)
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    write_whole(as_path(path), "".join(lines).encode())
 
 
 def split_globs(files: str) -> list[str]:
@@ -91,14 +88,14 @@ def list_files(files: str) -> list[str]:
 def _files_of(entry: str) -> list[str]:
     if entry.startswith(PREFIX):
         return record_files(entry)
-    return sorted(filter(os.path.isfile, glob.glob(entry, recursive=True)))
+    return find_files(entry)
 
 
 def _read_lines(path: str) -> list[tuple[int, bytes]]:
     """Returns (line number from 1, line) for every line that is not blank."""
-    open_file = gzip.open if path.endswith(".gz") else open
     try:
-        with open_file(path, "rb") as file:
+        with as_path(path).open("rb") as raw:
+            file = gzip.open(raw) if path.endswith(".gz") else raw
             lines = [(n, line) for n, line in enumerate(file, start=1) if line.strip()]
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(
