@@ -16,9 +16,11 @@ from jax.sharding import PartitionSpec as P
 from nca_jax.batch import Batch, Rows
 from nca_jax.checkpoint import restore_params
 from nca_jax.checks import UserError
+from nca_jax.data.encode import Share
 from nca_jax.data.fit import row_layout
 from nca_jax.data.pack import pack
 from nca_jax.data.pipeline import Data, load_data
+from nca_jax.distributed import gather
 from nca_jax.files import as_path
 from nca_jax.mesh import (
     batch_shardings,
@@ -205,7 +207,7 @@ def starts_at_reference(config) -> bool:
 
 
 def read_data(run: Run) -> Data:
-    """Reads, checks and encodes all rows of the config.
+    """Reads, checks and encodes all rows of the config; each process reads its share of them.
 
     Raises:
       UserError: a file or row is unusable, or evaluation is asked for and no row is held out.
@@ -216,6 +218,7 @@ def read_data(run: Run) -> Data:
         tokenizer=run.tokenizer,
         vocab_size=run.model.config.vocab_size,
         eos_ids=run.eos_ids,
+        share=Share(jax.process_index(), jax.process_count(), gather),
     )
     if config.eval_every and not data.heldout:
         raise UserError(

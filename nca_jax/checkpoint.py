@@ -5,6 +5,7 @@ workdir/checkpoints/N/  the TrainState after N updates
 """
 
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -121,7 +122,7 @@ def _with_shardings(abstract, shardings):
 
 
 def git_commit() -> str:
-    """The commit of this code, "-dirty" if it was changed, or "unknown" outside a checkout."""
+    """The commit of this code, "-dirty" if it was changed; without a checkout $NCA_JAX_COMMIT."""
     where = Path(__file__).parent
     try:
         run = subprocess.run(
@@ -132,7 +133,7 @@ def git_commit() -> str:
             check=True,
         )
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("NCA_JAX_COMMIT", "unknown")
     return run.stdout.strip()
 
 

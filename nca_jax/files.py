@@ -65,6 +65,11 @@ def find_files(pattern: str) -> list[str]:
     return sorted(map(os.fspath, path.parent.glob(path.name)))
 
 
+def num_bytes(path: AnyPath) -> int:
+    """Returns the size of a file."""
+    return path.stat().length if is_remote(path) else path.stat().st_size
+
+
 def write_whole(path: AnyPath, content: bytes) -> None:
     """Writes a file that is whole or absent."""
     if is_remote(path):  # an object is there once it is closed
@@ -116,7 +121,7 @@ def local_copy(path: AnyPath, patterns: Sequence[str] = ("*",)) -> Path:
         files = sorted(x for x in files if not x.is_dir())
     if not files or not files[0].exists():
         raise UserError(f"{path} is not there, or is empty.")
-    sizes = [f"{file.name} {file.stat().length}" for file in files]
+    sizes = [f"{file.name} {num_bytes(file)}" for file in files]
     digest = hashlib.sha256("\n".join([os.fspath(path), *sizes]).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("NCA_JAX_CACHE", "~/.cache/nca_jax")).expanduser()
     folder = cache / f"{path.name}-{digest}"

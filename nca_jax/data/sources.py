@@ -11,7 +11,7 @@ from typing import Any
 
 from nca_jax.checks import UserError
 from nca_jax.data.tfds_source import PREFIX, TfdsSource, record_files
-from nca_jax.files import as_path, find_files, write_whole
+from nca_jax.files import as_path, find_files, num_bytes, write_whole
 
 
 class RowError(UserError):
@@ -21,9 +21,17 @@ class RowError(UserError):
         super().__init__(f"{where}: {message}" if where else message)
         self.message, self.reason, self.where = message, reason, where
 
+    def __reduce__(self):
+        return _row_error, (self.message, self.reason, self.where)
+
     def at(self, where: str) -> "RowError":
         """Returns the same error with the place ("path:line") in front."""
         return RowError(self.message, reason=self.reason, where=where)
+
+
+def _row_error(message: str, reason: str, where: str) -> RowError:
+    """What pickle calls, as it passes no keywords."""
+    return RowError(message, reason=reason, where=where)
 
 
 class JsonlSource:
@@ -83,6 +91,12 @@ def split_globs(files: str) -> list[str]:
 def list_files(files: str) -> list[str]:
     """Returns the files of comma-separated entries: entry by entry, sorted within each."""
     return [path for entry in split_globs(files) for path in _files_of(entry)]
+
+
+def file_sizes(entry: str) -> list[tuple[str, int]]:
+    """Returns (name, bytes) of every file of one entry: what tells other files from the same."""
+    paths = map(as_path, _files_of(entry))
+    return [(path.name, num_bytes(path)) for path in paths]
 
 
 def _files_of(entry: str) -> list[str]:
