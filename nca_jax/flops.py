@@ -111,6 +111,5 @@ def _attended(before: int, length: int, window: int) -> int:
 
     A query at position t sees t + 1 keys, or `window` of them where that is less.
     """
-    if not window:
-        return length * before + length * (length + 1) // 2
-    return sum(min(before + i + 1, window) for i in range(length))
+    growing = min(length, max(0, window - before)) if window else length
+    return growing * before + growing * (growing + 1) // 2 + (length - growing) * window

@@ -5,12 +5,13 @@ tensorstore, which writes the arrays of a checkpoint, speaks the JSON API of GCS
 localhost.
 """
 
+import hashlib
 import json
 import sys
 import types
 import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from threading import Lock, Thread
 
 import fsspec
 from etils import epath
@@ -29,9 +30,14 @@ class MemoryGcs(MemoryFileSystem):
 
 
 class Api(BaseHTTPRequestHandler):
-    """What tensorstore asks for: read, write, list and delete objects."""
+    """What tensorstore asks for: read, write, list and delete objects.
+
+    It reads again only what has changed, and writes only what nobody else has written meanwhile: by
+    the generation of an object, a number that changes with its content.
+    """
 
     protocol_version = "HTTP/1.1"
+    lock = Lock()
 
     def do_GET(self):
         bucket, name, query = self.asked()
@@ -42,12 +48,15 @@ class Api(BaseHTTPRequestHandler):
             return self.answer(
                 {"items": [x for x in items if x["name"].startswith(query.get("prefix", ""))]}
             )
-        file = MemoryGcs.store.get(f"/{bucket}/{name}")
-        if file is None:
+        path = f"/{bucket}/{name}"
+        if path not in MemoryGcs.store:
             return self.answer({"error": {"code": 404}}, status=404)
+        if query.get("ifGenerationNotMatch") == generation(path):
+            return self.answer(b"", status=304)
         if query.get("alt") != "media":
             return self.answer(about(bucket, name))
-        content, status, headers = file.getvalue(), 200, {}
+        content, status = MemoryGcs.store[path].getvalue(), 200
+        headers = {"x-goog-generation": generation(path)}
         if wanted := self.headers.get("Range"):
             first, _, last = wanted.removeprefix("bytes=").partition("-")
             first, last = int(first), min(int(last or len(content) - 1), len(content) - 1)
@@ -59,12 +68,19 @@ class Api(BaseHTTPRequestHandler):
         bucket, _, query = self.asked()
         content = self.rfile.read(int(self.headers["Content-Length"]))
         path = f"/{bucket}/{query['name']}"
-        MemoryGcs.store[path] = MemoryFile(None, path, content)
-        self.answer(about(bucket, query["name"]))
+        with self.lock:
+            if query.get("ifGenerationMatch", generation(path)) != generation(path):
+                return self.answer({"error": {"code": 412}}, status=412)
+            MemoryGcs.store[path] = MemoryFile(None, path, content)
+            self.answer(about(bucket, query["name"]))
 
     def do_DELETE(self):
-        bucket, name, _ = self.asked()
-        found = MemoryGcs.store.pop(f"/{bucket}/{name}", None)
+        bucket, name, query = self.asked()
+        path = f"/{bucket}/{name}"
+        with self.lock:
+            if query.get("ifGenerationMatch", generation(path)) != generation(path):
+                return self.answer({"error": {"code": 412}}, status=412)
+            found = MemoryGcs.store.pop(path, None)
         self.answer(b"", status=204 if found else 404)
 
     def asked(self) -> tuple[str, str | None, dict[str, str]]:
@@ -78,7 +94,7 @@ class Api(BaseHTTPRequestHandler):
     def answer(self, content, *, status: int = 200, headers: dict | None = None) -> None:
         content = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
-        for name, value in {"x-goog-generation": "1", **(headers or {})}.items():
+        for name, value in (headers or {}).items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
@@ -87,9 +103,18 @@ class Api(BaseHTTPRequestHandler):
     def log_message(self, *args): ...
 
 
+def generation(path: str) -> str:
+    """Returns a positive number of the object's content, "0" where there is none."""
+    if path not in MemoryGcs.store:
+        return "0"
+    digest = hashlib.sha256(MemoryGcs.store[path].getvalue()).digest()
+    return str(1 + int.from_bytes(digest[:7], "big"))
+
+
 def about(bucket: str, name: str) -> dict[str, str]:
-    size = len(MemoryGcs.store[f"/{bucket}/{name}"].getvalue())
-    return {"name": name, "bucket": bucket, "generation": "1", "size": str(size)}
+    path = f"/{bucket}/{name}"
+    size = str(len(MemoryGcs.store[path].getvalue()))
+    return {"name": name, "bucket": bucket, "generation": generation(path), "size": size}
 
 
 def serve(monkeypatch) -> epath.Path:

@@ -120,6 +120,29 @@ def test_four_processes_have_the_metrics_of_one(tmp_path, rows, mesh):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("processes", [3, 8])
+def test_any_number_of_processes_over_which_the_rows_divide_has_the_metrics_of_one(
+    tmp_path, rows, processes
+):
+    one, many = tmp_path / "one", tmp_path / "many"
+    sizes = ["--config.mesh.fsdp=1", "--config.mesh.data=-1", "--config.data.rows=24"]
+    finish(command("train", *train_flags(one, rows, 3), *sizes))
+    finish(launch("train", *train_flags(many, rows, 3), *sizes, processes=processes))
+    assert_same_metrics(many, one)
+
+
+@pytest.mark.slow
+def test_a_number_of_processes_over_which_the_rows_do_not_divide_is_refused_by_name(tmp_path, rows):
+    sizes = ["--config.mesh.fsdp=1", "--config.mesh.data=-1"]
+    launcher = launch("train", *train_flags(tmp_path / "run", rows, 3), *sizes, processes=3)
+    _, err = launcher.communicate(timeout=120)
+    assert launcher.returncode == 2
+    assert "4 data.rows over mesh.data * mesh.fsdp * mesh.expert = 3 does not divide" in err
+    assert err.count("launch: ") == 1
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_when_one_is_killed_all_stop_and_one_process_goes_on(tmp_path, rows, alone, victim):
     workdir = tmp_path / "run"

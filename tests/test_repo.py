@@ -20,7 +20,7 @@ from nca_jax.models import names
 from nca_jax.models.decoder import Model
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("nca_jax", "configs", "experiments", "tests", ".ci")
+FOLDERS = ("nca_jax", "configs", "docs", "experiments", "tests", ".ci")
 MODULES = sorted((ROOT / "nca_jax").rglob("*.py"))
 CONFIG_FILES = sorted((ROOT / "configs").glob("*.py"))
 
