@@ -42,6 +42,13 @@ def as_path(name: str | os.PathLike) -> AnyPath:
     return Path(name).expanduser()
 
 
+def local_path(name: str | os.PathLike) -> Path:
+    """Returns the path of a name. Raises UserError unless it is local, as locks and logs want."""
+    if is_remote(name):
+        raise UserError(f"{os.fspath(name)!r}: this wants a path on a local disk.")
+    return as_path(name)
+
+
 def is_remote(name: str | os.PathLike) -> bool:
     return os.fspath(name).startswith(GS)
 
