@@ -35,27 +35,28 @@ def parse_steps(text: str) -> range:
     return steps
 
 
-def check_ahead(traced: range, *, done: int, last: int) -> None:
-    """Raises UserError unless a run that has done `done` of `last` steps will do all `traced`."""
-    if traced and not done < traced[0] <= traced[-1] <= last:
-        raise UserError(
-            f"--profile={traced[0]}:{traced[-1]}, but the steps to come are {done + 1} to {last}."
-        )
+def check_within(traced: range, last: int) -> None:
+    """Raises UserError unless a run of `last` steps has all of the steps `traced`."""
+    if traced and traced[-1] > last:
+        raise UserError(f"--profile={traced[0]}:{traced[-1]}, but the run has {last} steps.")
 
 
 @contextlib.contextmanager
 def tracing(train_step: Callable, traced: range, workdir: AnyPath) -> Iterator[Callable]:
     """Gives `run(step, *args)`, which is `train_step(*args)`, and is traced for the steps `traced`.
 
-    The devices are idle when a trace begins, and have done the last step when it ends; it also ends
-    where the body does, so that a run that is stopped keeps what there is.
+    The devices are idle when the trace begins, and have done the last step when it ends; it also
+    ends where the body does, so that a run that is stopped keeps what there is. A run that resumes
+    after some of the steps traces the others.
     """
-    trace = contextlib.ExitStack()
+    trace, has_begun = contextlib.ExitStack(), False
 
     def run(step: int, *args):
+        nonlocal has_begun
         if step not in traced:
             return train_step(*args)
-        if step == traced[0]:
+        if not has_begun:
+            has_begun = True
             jax.block_until_ready(args)
             trace.enter_context(_trace(workdir))
         with jax.profiler.StepTraceAnnotation(STEP, step_num=step):

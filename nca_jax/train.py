@@ -36,7 +36,7 @@ START_TOLERANCE = {"float32": 0.02, "bfloat16": 2.0}
 def main(argv: list[str]) -> int:
     config, flags = parse_flags(argv, workdir=None, profile="")
     traced = profile.parse_steps(flags.profile)
-    profile.check_ahead(traced, done=0, last=config.steps or sys.maxsize)
+    profile.check_within(traced, config.steps or sys.maxsize)
     workdir = as_path(flags.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     asked_to_stop = catch_sigterm()
@@ -67,6 +67,7 @@ def main(argv: list[str]) -> int:
         data.heldout, config.data, ref_logps=cached and cached(data.heldout), rows_here=here
     )
     steps = build.num_steps(config, len(dataset))
+    profile.check_within(traced, steps)
     print(
         f"{len(dataset)} training prompts, {len(data.heldout)} held out, {steps} steps of "
         f"{config.data.batch_size} prompts on {run.mesh.size} devices"
@@ -84,7 +85,6 @@ def main(argv: list[str]) -> int:
     ):
         restored_step = checkpoints.latest_step()
         is_new = restored_step is None
-        profile.check_ahead(traced, done=restored_step or 0, last=steps)
         if not is_new:
             state = checkpoint.restore(checkpoints, restored_step, abstract, shardings)
             print(f"resumed after step {restored_step} from {workdir}")

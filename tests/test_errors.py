@@ -68,7 +68,7 @@ def flags(tmp_path):
         ("--profile=3", "is not N:M"),
         ("--profile=3:2", "is not N:M"),
         ("--profile=0:2", "is not N:M"),
-        ("--profile=9:11", "the steps to come are 1 to 10"),
+        ("--profile=9:11", "--profile=9:11, but the run has 10 steps"),
         ("--workdir=s3://bucket/run", "files are local or on gs://"),
         ("extra", "Unknown argument"),
     ],

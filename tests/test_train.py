@@ -136,11 +136,11 @@ def test_a_profile_holds_the_asked_steps_and_changes_no_number(tmp_path, rows):
     assert sorted(steps) == [2, 3, 4]
 
 
-def test_a_profile_of_steps_that_are_done_is_refused(tmp_path, rows):
-    flags = ("--config.steps=2", "--config.eval_every=0")
-    run(tmp_path / "run", rows, *flags)
-    with pytest.raises(UserError, match="--profile=1:2, but the steps to come are 3 to 2"):
-        run(tmp_path / "run", rows, *flags, "--profile=1:2")
+def test_a_profile_beyond_the_epochs_of_a_run_is_refused_before_the_first_step(tmp_path, rows):
+    flags = ("--config.steps=0", "--config.epochs=1.0", "--profile=5:7")
+    with pytest.raises(UserError, match="--profile=5:7, but the run has 5 steps"):
+        run(tmp_path / "run", rows, *flags)
+    assert not (tmp_path / "run" / "run.json").exists()
 
 
 def test_mfu_is_written_where_the_peak_of_the_devices_is_known(tmp_path, rows, monkeypatch):
