@@ -9,7 +9,6 @@ import contextlib
 import functools
 import glob
 import hashlib
-import importlib.util
 import os
 import shutil
 import tempfile
@@ -18,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from pathlib import Path
 
+import fsspec
 from etils import epath
 
 from nca_jax.checks import UserError
@@ -114,8 +114,8 @@ def whole_folder(out: AnyPath) -> Iterator[Path]:
 def local_copy(path: AnyPath, patterns: Sequence[str] = ("*",)) -> Path:
     """Returns a local path: of the same file or folder, or of a copy of what is on gs://.
 
-    Of a folder the files that match one of `patterns` are copied, and no folders in it. A copy is
-    kept in $NCA_JAX_CACHE (~/.cache/nca_jax), and is made anew where a name or a size has changed.
+    Of a folder the files that match one of `patterns` are copied, and no folders in it. A copy
+    stays in $NCA_JAX_CACHE (~/.cache/nca_jax); another is made once a file is written anew.
 
     Raises:
       UserError: there is nothing on gs:// by this name.
@@ -128,8 +128,10 @@ def local_copy(path: AnyPath, patterns: Sequence[str] = ("*",)) -> Path:
         files = sorted(x for x in files if not x.is_dir())
     if not files or not files[0].exists():
         raise UserError(f"{path} is not there, or is empty.")
-    sizes = [f"{file.name} {num_bytes(file)}" for file in files]
-    digest = hashlib.sha256("\n".join([os.fspath(path), *sizes]).encode()).hexdigest()[:16]
+    names = [os.fspath(file) for file in files]
+    filesystem, _ = fsspec.core.url_to_fs(names[0])
+    versions = [f"{name} {filesystem.ukey(name)}" for name in names]
+    digest = hashlib.sha256("\n".join(versions).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("NCA_JAX_CACHE", "~/.cache/nca_jax")).expanduser()
     folder = cache / f"{path.name}-{digest}"
     if not folder.exists():
@@ -160,11 +162,8 @@ def _copy(pairs: Sequence[tuple]) -> None:
 
 @functools.cache
 def _check_gcs() -> None:
-    """Raises UserError unless epath can reach gs://."""
-    import fsspec  # epath's own way to gs:// where TensorFlow is not installed
-
+    """Raises UserError unless the client of gs:// is installed: epath's, by way of fsspec."""
     try:
         fsspec.get_filesystem_class("gcs")
     except ImportError:
-        if importlib.util.find_spec("tensorflow") is None:
-            raise UserError(f"{GS} wants the gcs extra: pip install 'nca_jax[gcs]'.") from None
+        raise UserError(f"{GS} wants the gcs extra: pip install 'nca_jax[gcs]'.") from None

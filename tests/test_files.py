@@ -95,7 +95,8 @@ def test_a_model_on_gs_is_copied_once_and_again_when_it_has_changed(tmp_path, bu
     assert sorted(x.name for x in copy.iterdir()) == ["config.json", "model.safetensors"]
     files.local_copy(bucket / "hf", ["*.json", "*.safetensors"])
     assert len(list((tmp_path / "copies").iterdir())) == 1
-    (bucket / "hf" / "config.json").write_text("{}")
+    weights = bucket / "hf" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[::-1])  # of the same size
     files.local_copy(bucket / "hf", ["*.json", "*.safetensors"])
     assert len(list((tmp_path / "copies").iterdir())) == 2
     with pytest.raises(UserError, match="gs://bucket/none is not there"):

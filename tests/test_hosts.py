@@ -102,11 +102,12 @@ def alone(tmp_path_factory, rows):
 def test_two_processes_have_the_metrics_of_one(tmp_path, rows):
     one, two = tmp_path / "one", tmp_path / "two"
     alone = command("train", *train_flags(one, rows, 3), devices=2)
-    out = finish(launch("train", *train_flags(two, rows, 3), processes=2))
+    out = finish(launch("train", *train_flags(two, rows, 3), "--profile=2:3", processes=2))
     finish(alone)
     assert out.count("train step 3 ") == 1  # one of them speaks
     assert_same_metrics(two, one)
     assert saved_step(two) == 3
+    assert len(list(two.rglob("*.xplane.pb"))) == 1
 
 
 @pytest.mark.slow
