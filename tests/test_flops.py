@@ -12,6 +12,7 @@ from nca_jax.flops import PEAK_FLOPS, forward_flops, head_params, mfu, needed_fl
 from nca_jax.model_config import MODELS
 from nca_jax.models import names
 from nca_jax.models.decoder import Model
+from nca_jax.topology import MEMORY_GIB
 
 # Wide enough that norms and rotary angles, which are not counted, are few.
 WIDE = dataclasses.replace(MODELS["tiny"], width=512, num_heads=8, head_dim=64, mlp_width=1024)
@@ -96,3 +97,7 @@ def test_a_step_at_the_peak_has_an_mfu_of_one():
 
 def test_an_unknown_device_has_no_mfu():
     assert mfu(WIDE, [[1, 1]], seconds=1.0, device_kind="cpu", num_devices=1) is None
+
+
+def test_the_chips_whose_memory_is_known_have_a_peak():
+    assert PEAK_FLOPS.keys() == MEMORY_GIB.keys()
