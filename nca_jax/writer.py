@@ -107,7 +107,7 @@ def _lines_until(path: AnyPath, step: int) -> list[str]:
 
 
 def _brief(metrics: dict[str, float]) -> str:
-    names = ("loss", "accuracy", "chosen_logp_drift", "grad_norm", "tokens_per_second")
+    names = ("loss", "accuracy", "chosen_logp_drift", "grad_norm", "step_seconds", "mfu")
     return "  ".join(f"{name} {metrics[name]:.4g}" for name in names if name in metrics)
 
 

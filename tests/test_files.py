@@ -144,10 +144,10 @@ def test_a_run_on_gs_stopped_and_resumed_is_the_local_run(tmp_path, bucket, monk
             ["generate", *config, workdir, f"--prompts={place}/prompts.jsonl"]
             + [f"--out={place}/out.jsonl"]
         )
-        export.main(["export", workdir, f"--out={place}/hf"])
+        export.main(["export", workdir, f"--out={place}/exported"])
     assert metric_lines(bucket / "run") == metric_lines(tmp_path / "run")
     assert (bucket / "out.jsonl").read_text() == (tmp_path / "out.jsonl").read_text()
-    here, there = (read_all(open_pretrained(f"{x}/hf")[1]) for x in (tmp_path, bucket))
+    here, there = (read_all(open_pretrained(f"{x}/exported")[1]) for x in (tmp_path, bucket))
     for path in here:
         np.testing.assert_array_equal(there[path], here[path])
     assert list((bucket / "run" / "tensorboard").iterdir())
