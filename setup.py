@@ -26,6 +26,7 @@ setup(
         "flax==0.12.8",
         "optax==0.2.8",
         "orbax-checkpoint==0.12.8",
+        "etils[epath]>=1.12",  # files on gs://
         "grain==0.2.18",
         "transformers>=5,<6",
         "tokenizers>=0.22",
@@ -49,6 +50,7 @@ setup(
         "torch": ["torch==2.13.0"],  # parity with the released code, in CPU arithmetic
         "tpu": ["jax[tpu]==0.10.2", "libtpu==0.0.42.*"],
         "gpu": ["jax[cuda13]==0.10.2"],
+        "gcs": ["gcsfs"],  # files on gs://; of the release of fsspec that is installed
         "wandb": ["wandb>=0.19"],
     },
 )

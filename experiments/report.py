@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from experiments import plots, results
 from nca_jax.checks import UserError, run_main
+from nca_jax.files import local_path
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
@@ -47,10 +48,11 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="experiments.report", description=__doc__.splitlines()[0], allow_abbrev=False
     )
-    parser.add_argument("dirs", nargs="+", type=Path, metavar="DIR")
-    parser.add_argument("--out", type=Path, default=Path("report.html"))
+    parser.add_argument("dirs", nargs="+", metavar="DIR")
+    parser.add_argument("--out", default="report.html")
     parser.add_argument("--title", default="")
     args = parser.parse_args(argv[1:])
+    args.dirs, args.out = list(map(local_path, args.dirs)), local_path(args.out)
     for path in args.dirs:
         if not path.exists():
             raise UserError(f"{path} is not there; give workdirs of runs or files of samples.")

@@ -34,6 +34,7 @@ from experiments.tasks import TRAINED, Task, commands_left, run_tasks
 from nca_jax.build import reference_init_from
 from nca_jax.checks import UserError, run_main
 from nca_jax.config import check_same_run, parse_flags
+from nca_jax.files import local_path
 from nca_jax.fingerprint import text_fingerprint
 from nca_jax.reference import ENCODING
 
@@ -78,13 +79,14 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         prog="experiments.sweep", description=__doc__.splitlines()[0], allow_abbrev=False
     )
     parser.add_argument("--config", required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", required=True)
     parser.add_argument("--grid", action="append", default=[])
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--evaluate", type=int, default=0)
     parser.add_argument("--print", action="store_true", dest="is_print")
     args, overrides = parser.parse_known_args(argv[1:])
+    args.out = local_path(args.out)
     if min(args.seeds, args.jobs) < 1:
         raise UserError(f"--seeds={args.seeds} and --jobs={args.jobs} must be at least 1.")
     for flag in overrides:
@@ -164,7 +166,7 @@ def make_point(args, overrides: list[str], setting: dict, seed: int, name: str) 
 
     cache = None
     if read.reference.kind == "cached":
-        folder = Path(read.reference.cache)
+        folder = local_path(read.reference.cache)
         steps = ((nca_jax("precompute", *flags), "complete.json"),)
         cache = Task(f"reference {folder}", folder, steps)
     flags.append(f"--workdir={workdir}")

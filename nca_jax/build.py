@@ -5,7 +5,6 @@ config -> mesh, model, tokenizer -> parameters, optimizer, shardings -> input.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -17,9 +16,12 @@ from jax.sharding import PartitionSpec as P
 from nca_jax.batch import Batch, Rows
 from nca_jax.checkpoint import restore_params
 from nca_jax.checks import UserError
+from nca_jax.data.encode import Share
 from nca_jax.data.fit import row_layout
 from nca_jax.data.pack import pack
 from nca_jax.data.pipeline import Data, load_data
+from nca_jax.distributed import gather
+from nca_jax.files import as_path
 from nca_jax.mesh import (
     batch_shardings,
     check_divides,
@@ -191,7 +193,7 @@ def policy_params(run: Run, workdir: str) -> dict:
     """
     if not workdir:
         return start_params(run, run.config.model.init_from)
-    return restore_params(Path(workdir), run.model.abstract_params(), run.mesh)
+    return restore_params(as_path(workdir), run.model.abstract_params(), run.mesh)
 
 
 def reference_init_from(config) -> str:
@@ -205,7 +207,7 @@ def starts_at_reference(config) -> bool:
 
 
 def read_data(run: Run) -> Data:
-    """Reads, checks and encodes all rows of the config.
+    """Reads, checks and encodes all rows of the config; each process reads its share of them.
 
     Raises:
       UserError: a file or row is unusable, or evaluation is asked for and no row is held out.
@@ -216,6 +218,7 @@ def read_data(run: Run) -> Data:
         tokenizer=run.tokenizer,
         vocab_size=run.model.config.vocab_size,
         eos_ids=run.eos_ids,
+        share=Share(jax.process_index(), jax.process_count(), gather),
     )
     if config.eval_every and not data.heldout:
         raise UserError(

@@ -5,6 +5,7 @@ workdir/checkpoints/N/  the TrainState after N updates
 """
 
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -14,11 +15,12 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from nca_jax.axes import flatten_paths
 from nca_jax.checks import UserError
+from nca_jax.files import AnyPath, absolute, write_whole
 from nca_jax.mesh import param_shardings
 from nca_jax.metrics import IS_BETTER_HIGH
 
 
-def open_checkpoints(workdir: Path, checkpoint) -> ocp.CheckpointManager:
+def open_checkpoints(workdir: AnyPath, checkpoint) -> ocp.CheckpointManager:
     """Returns the manager of workdir/checkpoints, keeping what `config.checkpoint` says."""
     policies = [LatestN(checkpoint.keep_last)]
     if checkpoint.best_metric:
@@ -34,7 +36,7 @@ def open_checkpoints(workdir: Path, checkpoint) -> ocp.CheckpointManager:
         preservation_policy=AnyPreservationPolicy(policies), cleanup_tmp_directories=True
     )
     return ocp.CheckpointManager(
-        (workdir / "checkpoints").absolute(),
+        absolute(workdir / "checkpoints"),
         options=options,
         item_handlers=ocp.StandardCheckpointHandler(),
     )
@@ -57,13 +59,13 @@ def restore(manager: ocp.CheckpointManager, step: int, abstract, shardings):
     return manager.restore(step, args=ocp.args.StandardRestore(target))
 
 
-def saved_step(workdir: Path, step: int = 0) -> int:
+def saved_step(workdir: AnyPath, step: int = 0) -> int:
     """Returns `step` if the run has a checkpoint of it; 0 asks for the latest.
 
     Raises:
       UserError: there is none; names those that are there.
     """
-    folder = (workdir / "checkpoints").absolute()
+    folder = absolute(workdir / "checkpoints")
     steps = sorted(ocp.utils.checkpoint_steps(folder)) if folder.exists() else []
     if not steps:
         raise UserError(f"{workdir} has no checkpoint; give the --workdir of a training run.")
@@ -72,13 +74,13 @@ def saved_step(workdir: Path, step: int = 0) -> int:
     return step or steps[-1]
 
 
-def restore_params(workdir: Path, abstract: dict, mesh, *, step: int = 0) -> dict:
+def restore_params(workdir: AnyPath, abstract: dict, mesh, *, step: int = 0) -> dict:
     """Returns the params alone of a checkpoint of a run; step 0 is the latest.
 
     Raises:
       UserError: there is no checkpoint, or it is of another model.
     """
-    folder = (workdir / "checkpoints").absolute()
+    folder = absolute(workdir / "checkpoints")
     path = folder / str(saved_step(workdir, step)) / "default"
     with ocp.PyTreeCheckpointer() as checkpointer:
         saved = checkpointer.metadata(path).item_metadata.tree["params"]
@@ -120,7 +122,7 @@ def _with_shardings(abstract, shardings):
 
 
 def git_commit() -> str:
-    """The commit of this code, "-dirty" if it was changed, or "unknown" outside a checkout."""
+    """The commit of this code, "-dirty" if it was changed; without a checkout $NCA_JAX_COMMIT."""
     where = Path(__file__).parent
     try:
         run = subprocess.run(
@@ -131,12 +133,10 @@ def git_commit() -> str:
             check=True,
         )
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("NCA_JAX_COMMIT", "unknown")
     return run.stdout.strip()
 
 
-def write_json(path: Path, content: dict) -> None:
+def write_json(path: AnyPath, content: dict) -> None:
     """Writes a JSON file that is whole or absent."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2, default=str) + "\n")
-    partial.replace(path)
+    write_whole(path, (json.dumps(content, indent=2, default=str) + "\n").encode())

@@ -7,13 +7,13 @@ before a device is touched.
 
 import json
 import math
-from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from nca_jax.checks import UserError
 from nca_jax.data.chat import FORMATS
+from nca_jax.files import AnyPath
 from nca_jax.losses import LOSSES, PAIR_LOSSES
 from nca_jax.metrics import IS_BETTER_HIGH
 from nca_jax.model_config import MODELS
@@ -132,7 +132,7 @@ def flatten(config: ConfigDict) -> dict[str, object]:
     return flat
 
 
-def read_saved(file: Path) -> ConfigDict:
+def read_saved(file: AnyPath) -> ConfigDict:
     """Returns the config of a run from its config.json, nested again.
 
     It is the record of what was run, so it is not checked against the fields of today.
@@ -293,7 +293,7 @@ def _read_flags(values: flags.FlagValues, argv: list[str], extra: dict[str, str 
             raise UserError(f"Give --{name}=...")
 
 
-def check_same_run(config: ConfigDict, saved_file: Path) -> None:
+def check_same_run(config: ConfigDict, saved_file: AnyPath) -> None:
     """Refuses to resume a run under another config, except for what MAY_CHANGE lists.
 
     Raises:

@@ -7,8 +7,16 @@ each other by themselves. Elsewhere three variables say where they are:
     JAX_NUM_PROCESSES        how many they are; 1: this one is alone
     JAX_PROCESS_ID           0 .. JAX_NUM_PROCESSES - 1
 
-Without them a process is alone. Every process reads the rows, the work directory and the cache, so
-these lie on a file system that all of them see; process 0 alone writes there, but for checkpoints.
+Without them a process is alone. Files, the work directory and the cache lie where all processes see
+them. Who reads and writes what, of n processes:
+
+    rows         process p parses and encodes the rows p, p + n, ..., and sends them to the others;
+                 of a data set it reads these rows alone, of a file of JSON lines every line
+    a step       each packs the rows that its devices hold, by one plan that all make
+    model files  the slices that its devices hold; a model on gs:// or the hub is first copied whole
+    cache        every process reads all of it: 4 bytes a response
+    checkpoint   each writes and reads the slices that its devices hold
+    all else     process 0 alone writes: metrics, the cache, responses, evaluations
 """
 
 import glob
@@ -24,6 +32,7 @@ from jax.experimental import multihost_utils
 from nca_jax.checks import UserError
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+PIECE = 2**24  # bytes of each process that are on the devices at a time
 SILENCE = 40  # seconds after which a process that says nothing is dead, and the others stop too
 
 
@@ -56,6 +65,19 @@ def is_first() -> bool:
 def from_first(x: np.ndarray) -> np.ndarray:
     """Returns what process 0 has, in all of them; shapes and dtypes agree."""
     return np.asarray(multihost_utils.broadcast_one_to_all(x))
+
+
+def gather(mine: bytes) -> list[bytes]:
+    """Returns the bytes that each process gives, in the order of the processes."""
+    sizes = multihost_utils.process_allgather(np.int32(len(mine))).reshape(-1)
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: len(mine)] = np.frombuffer(mine, np.uint8)
+    pieces = [
+        multihost_utils.process_allgather(padded[start : start + PIECE])
+        for start in range(0, len(padded), PIECE)
+    ]
+    parts = np.concatenate(pieces, axis=1)
+    return [part[:size].tobytes() for part, size in zip(parts, sizes, strict=True)]
 
 
 def check_same(**digests: str) -> None:

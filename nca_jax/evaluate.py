@@ -7,8 +7,6 @@ reference. Without --workdir it evaluates the model of init_from.
     --num_prompts  held-out prompts to sample responses for; 0: none, so no KL and no rewards
 """
 
-from pathlib import Path
-
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
@@ -22,13 +20,14 @@ from nca_jax.data.fit import row_layout
 from nca_jax.data.pipeline import eval_batches
 from nca_jax.decode import make_generator, to_text
 from nca_jax.evaluators import Piece, fill_reference, heldout_metrics, make_kl, score_responses
+from nca_jax.files import as_path
 from nca_jax.mesh import compiler_options, rows_here
 from nca_jax.rewards.scorers import get_scorer
 
 
 def main(argv: list[str]) -> int:
     config, flags = parse_flags(argv, workdir="", out="", num_prompts=64)
-    out = Path(flags.out or Path(flags.workdir or ".") / "evaluation.json")
+    out = as_path(flags.out or as_path(flags.workdir or ".") / "evaluation.json")
     run = build.build(config)
     data = build.read_data(run)
     if not data.heldout:

@@ -12,7 +12,6 @@ on), the tokenizer's files, and a model card: README.md with the config, metrics
 """
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ from nca_jax.axes import flatten_paths
 from nca_jax.checkpoint import restore_params, saved_step
 from nca_jax.checks import UserError, run_main
 from nca_jax.config import flatten, parse_own_flags, read_saved
+from nca_jax.files import AnyPath, as_path, whole_folder
 from nca_jax.mesh import host_mesh
 from nca_jax.models.decoder import Model
 from nca_jax.models.hf_export import DTYPES, write_hf
@@ -31,7 +31,7 @@ from nca_jax.models.pretrained import resolve, save_tokenizer
 
 def main(argv: list[str]) -> int:
     flags = parse_own_flags(argv, workdir=None, out=None, dtype="float32", step=0)
-    workdir, out = Path(flags.workdir), Path(flags.out)
+    workdir, out = as_path(flags.workdir), as_path(flags.out)
     if flags.dtype not in DTYPES:
         raise UserError(f"--dtype must be one of {', '.join(DTYPES)}; it is {flags.dtype!r}.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -40,19 +40,16 @@ def main(argv: list[str]) -> int:
     config = read_saved(workdir / "config.json")
     model_config = build.open_model_config(config.model)
 
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
-    partial.mkdir(parents=True)
-    tokenizer = build.tokenizer_from(config)
-    if tokenizer:
-        save_tokenizer(tokenizer, partial)
-    else:
-        print("no tokenizer: the run's rows were token ids, so the folder has weights alone")
-    abstract = Model(model_config).abstract_params()
-    params = restore_params(workdir, abstract, host_mesh(), step=step)
-    write_hf(partial, model_config, opened(params), dtype=flags.dtype, origin=origin(config.model))
-    (partial / "README.md").write_text(model_card(workdir, config, step), encoding="utf-8")
-    partial.replace(out)
+    with whole_folder(out) as folder:
+        tokenizer = build.tokenizer_from(config)
+        if tokenizer:
+            save_tokenizer(tokenizer, folder)
+        else:
+            print("no tokenizer: the run's rows were token ids, so the folder has weights alone")
+        abstract = Model(model_config).abstract_params()
+        params = opened(restore_params(workdir, abstract, host_mesh(), step=step))
+        write_hf(folder, model_config, params, dtype=flags.dtype, origin=origin(config.model))
+        (folder / "README.md").write_text(model_card(workdir, config, step), encoding="utf-8")
     print(f"step {step} of {workdir} in {out}, {flags.dtype}")
     return 0
 
@@ -69,7 +66,7 @@ def origin(model) -> Path | None:
     return where if where and where.is_dir() else None
 
 
-def model_card(workdir: Path, config, step: int) -> str:
+def model_card(workdir: AnyPath, config, step: int) -> str:
     """Returns README.md: what was trained, from what, and what it reached."""
     start, loss = config.model.init_from or "random weights", config.loss
     commit = json.loads((workdir / "run.json").read_text())["commit"]
@@ -102,7 +99,7 @@ Models with Explicit Rewards" (arXiv:2402.05369).
 """
 
 
-def _metric_rows(workdir: Path, step: int) -> str:
+def _metric_rows(workdir: AnyPath, step: int) -> str:
     """The last training and evaluation metrics up to `step`, a row each."""
     last = {}
     for line in (workdir / "metrics.jsonl").read_text().splitlines():

@@ -3,12 +3,12 @@
 import hashlib
 import json
 from collections.abc import Iterable
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
 from nca_jax.axes import flatten_paths
+from nca_jax.files import as_path
 
 
 @jax.jit
@@ -35,11 +35,11 @@ def tokenizer_fingerprint(tokenizer) -> str:
     return text_fingerprint(json.dumps(parts, sort_keys=True, default=str))
 
 
-def files_fingerprint(paths: Iterable[Path]) -> str:
+def files_fingerprint(paths: Iterable[str]) -> str:
     """A digest of the contents of files, in their order."""
     digest = hashlib.sha256()
     for path in paths:
-        with open(path, "rb") as file:
+        with as_path(path).open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]
 

@@ -9,10 +9,19 @@ is its own loss: `needed` says what the work is, not what a program does.
 Axes: D width, N query heads, G kv heads, H head width, F MLP width, L layers, E experts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from nca_jax.model_config import ModelConfig
+
+# Published peaks, bfloat16 operations a second a device as JAX counts devices (a v4 or v5p device
+# is a chip with two cores). From cloud.google.com/tpu/docs, the pages v4, v5e, v5p and v6e.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,  # v5e
+    "TPU v5": 459e12,  # v5p
+    "TPU v6 lite": 918e12,  # v6e
+}
 
 
 class Flops(NamedTuple):
@@ -68,11 +77,39 @@ def needed_flops(config: ModelConfig, prompt_len: int, response_lens: Sequence[i
     return Flops(3 * trunk, 3 * attention, 4 * head)
 
 
+def mfu(
+    config: ModelConfig,
+    lengths: Iterable[Sequence[int]],
+    *,
+    seconds: float,
+    device_kind: str,
+    num_devices: int,
+) -> float | None:
+    """Model FLOPs utilization of a step: needed operations over what the devices could have done.
+
+        sum over prompts of 3 * forward / (seconds * num_devices * peak)
+
+    Three forward passes are the policy's forward and backward. A prompt counts once however often
+    it is computed; padding, anything that is computed again (layers, logits) and the reference's
+    pass count nothing. The peak is that of bfloat16, whatever the run computes in.
+
+    Args:
+      lengths: tokens of each prompt, then of each of its responses.
+      seconds: of the step.
+      device_kind: as JAX names the devices.
+    Returns:
+      A fraction, or None for a device whose peak is not known.
+    """
+    if device_kind not in PEAK_FLOPS:
+        return None
+    needed = sum(3 * forward_flops(config, prompt, rest).total for prompt, *rest in lengths)
+    return needed / (seconds * num_devices * PEAK_FLOPS[device_kind])
+
+
 def _attended(before: int, length: int, window: int) -> int:
     """Pairs (query, key) of a segment that follows `before` tokens, all causal.
 
     A query at position t sees t + 1 keys, or `window` of them where that is less.
     """
-    if not window:
-        return length * before + length * (length + 1) // 2
-    return sum(min(before + i + 1, window) for i in range(length))
+    growing = min(length, max(0, window - before)) if window else length
+    return growing * before + growing * (growing + 1) // 2 + (length - growing) * window

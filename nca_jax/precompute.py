@@ -9,7 +9,6 @@ the rows of every part, and the first of them writes it.
 """
 
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -21,6 +20,7 @@ from nca_jax.checks import UserError, run_main
 from nca_jax.config import parse_flags
 from nca_jax.data.fit import row_layout
 from nca_jax.evaluators import Piece, score_responses
+from nca_jax.files import as_path
 
 PART = 64  # examples in a part: what a stop can lose
 
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
     config, _ = parse_flags(argv)
     if config.reference.kind != "cached":
         raise UserError("Set --config.reference.kind=cached and --config.reference.cache=FOLDER.")
-    folder = Path(config.reference.cache)
+    folder = as_path(config.reference.cache)
     folder.mkdir(parents=True, exist_ok=True)
     run = build.build(config)
     data = build.read_data(run)

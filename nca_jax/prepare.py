@@ -12,7 +12,6 @@ tfds:NAME[/SCORE]:SPLIT.
 """
 
 import sys
-from pathlib import Path
 
 import tensorflow_datasets as tfds
 from absl import flags
@@ -21,16 +20,22 @@ from nca_jax.checks import UserError, run_main
 from nca_jax.data import builders
 from nca_jax.data.layouts import DATA_SETS
 from nca_jax.data.tfds_source import data_dir
+from nca_jax.files import as_path, is_remote, local_copy
 
 
 def main(argv: list[str]) -> int:
     given = parse(argv)
     origin = DATA_SETS[given.name][given.score]
-    raw = Path(given.raw).expanduser() if given.raw else builders.fetch(origin)
+    raw = local_copy(as_path(given.raw)) if given.raw else builders.fetch(origin)
     if not raw.exists():
         raise UserError(f"--raw={given.raw} is not there; give a folder or file of raw rows.")
+    out = as_path(given.out) if given.out else data_dir()
+    if is_remote(out):
+        raise UserError(
+            f"Records are written to a local disk, not to {out}: give --out=FOLDER, then copy it "
+            f"there (gcloud storage cp -r 'FOLDER/*' {out})."
+        )
     files = builders.find_files(raw, origin)
-    out = Path(given.out).expanduser() if given.out else data_dir()
     builder = builders.ScoredRows(given.name, given.score, origin, files, out)
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()

@@ -9,15 +9,15 @@ every K, choice of responses, loss and seed.
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load, save
 
 from nca_jax import build
 from nca_jax.checks import UserError
 from nca_jax.data.encode import Example
 from nca_jax.data.sources import list_files
+from nca_jax.files import AnyPath, as_path, write_whole
 from nca_jax.fingerprint import files_fingerprint, params_fingerprint, tokenizer_fingerprint
 
 ENCODING = ("format", "max_prompt_len", "max_response_len", "prompt_keep", "too_long")
@@ -50,19 +50,17 @@ def examples_fingerprint(examples: Sequence[Example]) -> str:
     return hashlib.sha256(keys.tobytes()).hexdigest()[:16]
 
 
-def write_part(folder: Path, part: int, examples: Sequence[Example], logps: np.ndarray) -> None:
+def write_part(folder: AnyPath, part: int, examples: Sequence[Example], logps: np.ndarray) -> None:
     """Writes one part, whole or absent."""
-    path = part_path(folder, part)
     arrays = {
         "keys": np.array([example_key(example) for example in examples], np.uint64),
         "sizes": np.array([len(example.responses) for example in examples], np.int32),
         "logps": np.asarray(logps, np.float32),
     }
-    save_file(arrays, path.with_suffix(".partial"))
-    path.with_suffix(".partial").replace(path)
+    write_whole(part_path(folder, part), save(arrays))
 
 
-def part_path(folder: Path, part: int) -> Path:
+def part_path(folder: AnyPath, part: int) -> AnyPath:
     return folder / f"part-{part:05d}.safetensors"
 
 
@@ -73,7 +71,7 @@ def read_cached_logps(run: build.Run) -> Callable[[Sequence[Example]], list[np.n
       UserError: there is no cache, it was made from something else (says what), or it is not
         finished.
     """
-    folder = Path(run.config.reference.cache)
+    folder = as_path(run.config.reference.cache)
     path = folder / "fingerprint.json"
     if not path.exists():
         raise UserError(
@@ -84,7 +82,7 @@ def read_cached_logps(run: build.Run) -> Callable[[Sequence[Example]], list[np.n
     check_fingerprint(folder, cache_fingerprint(run, ref_params))
     found: dict[int, np.ndarray] = {}
     for part in sorted(folder.glob("part-*.safetensors")):
-        arrays = load_file(part)
+        arrays = load(part.read_bytes())
         pieces = np.split(arrays["logps"], np.cumsum(arrays["sizes"])[:-1])
         found |= dict(zip(arrays["keys"].tolist(), pieces, strict=True))
 
@@ -100,7 +98,7 @@ def read_cached_logps(run: build.Run) -> Callable[[Sequence[Example]], list[np.n
     return lookup
 
 
-def check_fingerprint(folder: Path, now: dict[str, object]) -> None:
+def check_fingerprint(folder: AnyPath, now: dict[str, object]) -> None:
     """Raises UserError, naming what differs, unless the cache was made from the same things."""
     saved = json.loads((folder / "fingerprint.json").read_text())
     differs = [

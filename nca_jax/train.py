@@ -1,5 +1,8 @@
 """Train a policy: python -m nca_jax.train --config=FILE[:args] --workdir=DIR [--config.key=value].
 
+    --workdir  a local folder or one on gs://
+    --profile  N:M, the first and the last of the steps to trace; see nca_jax.profile
+
 The loop reads top to bottom in the order in which it happens. Start it again with the same command
 after any stop, and it goes on where the last checkpoint is, bit for bit.
 """
@@ -7,17 +10,18 @@ after any stop, and it goes on where the last checkpoint is, bit for bit.
 import contextlib
 import json
 import math
+import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 
-from nca_jax import build, checkpoint, distributed
+from nca_jax import build, checkpoint, distributed, flops, profile
 from nca_jax.checks import UserError, run_main
 from nca_jax.config import check_same_run, flatten, parse_flags
 from nca_jax.data.pipeline import Dataset, HostBatch, eval_batches
 from nca_jax.evaluators import fill_reference, heldout_metrics
+from nca_jax.files import AnyPath, as_path
 from nca_jax.fingerprint import params_fingerprint, text_fingerprint
 from nca_jax.mesh import put_batch, rows_here
 from nca_jax.preemption import catch_sigterm
@@ -30,8 +34,10 @@ START_TOLERANCE = {"float32": 0.02, "bfloat16": 2.0}
 
 
 def main(argv: list[str]) -> int:
-    config, flags = parse_flags(argv, workdir=None)
-    workdir = Path(flags.workdir)
+    config, flags = parse_flags(argv, workdir=None, profile="")
+    traced = profile.parse_steps(flags.profile)
+    profile.check_within(traced, config.steps or sys.maxsize)
+    workdir = as_path(flags.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     asked_to_stop = catch_sigterm()
 
@@ -61,6 +67,7 @@ def main(argv: list[str]) -> int:
         data.heldout, config.data, ref_logps=cached and cached(data.heldout), rows_here=here
     )
     steps = build.num_steps(config, len(dataset))
+    profile.check_within(traced, steps)
     print(
         f"{len(dataset)} training prompts, {len(data.heldout)} held out, {steps} steps of "
         f"{config.data.batch_size} prompts on {run.mesh.size} devices"
@@ -105,7 +112,11 @@ def main(argv: list[str]) -> int:
             if distributed.is_first()
             else SilentWriter()
         )
-        with contextlib.closing(writer):
+        traced_here = traced if distributed.is_first() else range(0)
+        with (
+            contextlib.closing(writer),
+            profile.tracing(train_step, traced_here, workdir) as run_step,
+        ):
             if is_new and config.eval_every:
                 writer.write(0, "eval", heldout_metrics(step_logps, state.params, heldout, config))
             step = first = restored_step or 0
@@ -113,17 +124,17 @@ def main(argv: list[str]) -> int:
             clock = time.perf_counter()
             for step, batch in enumerate(dataset.iterate(first, steps), start=first + 1):
                 on_mesh = put_batch(run.mesh, batch.batch, config.data.rows)
-                state, metrics = train_step(state, ref_params, on_mesh)
+                state, metrics = run_step(step, state, ref_params, on_mesh)
                 unread.append((step, batch, metrics))
                 writer.advance()
                 is_last, is_stopped = step == steps, asked_to_stop()
                 is_eval = bool(config.eval_every) and (step % config.eval_every == 0 or is_last)
                 is_save = step % config.save_every == 0 or is_last or is_stopped
                 if is_eval or is_save:  # all of them: a bad step must never be saved
-                    clock = write_metrics(writer, unread, config, clock, is_new)
+                    clock = write_metrics(writer, unread, run, clock, is_new)
                 elif step % config.log_every == 0 or step == 2:
                     # One step late, so that the device is busy while the host reads.
-                    clock = write_metrics(writer, unread[:-1], config, clock, is_new)
+                    clock = write_metrics(writer, unread[:-1], run, clock, is_new)
                     unread = unread[-1:]
                 eval_metrics = None
                 if is_eval:
@@ -145,7 +156,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def record_run(workdir: Path, config, steps: int, ref_params: dict | None) -> None:
+def record_run(workdir: AnyPath, config, steps: int, ref_params: dict | None) -> None:
     """Checks on a resume that the reference is still the same; writes config.json and run.json.
 
     Raises:
@@ -165,7 +176,7 @@ def record_run(workdir: Path, config, steps: int, ref_params: dict | None) -> No
         checkpoint.write_json(path, {"reference": reference, "commit": commit, "steps": steps})
 
 
-def write_metrics(writer, unread: list, config, clock: float, is_new: bool) -> float:
+def write_metrics(writer, unread: list, run: build.Run, clock: float, is_new: bool) -> float:
     """Reads the metrics of finished steps, checks them, and writes those that are logged.
 
     Returns the time to count the next steps from.
@@ -173,6 +184,7 @@ def write_metrics(writer, unread: list, config, clock: float, is_new: bool) -> f
     Raises:
       UserError: a loss is not finite, or the first step of a new run is not at the reference.
     """
+    config = run.config
     fetched = [(step, host, jax.device_get(metrics)) for step, host, metrics in unread]
     seconds = (time.perf_counter() - clock) / max(len(fetched), 1)
     for step, host, metrics in fetched:
@@ -182,10 +194,24 @@ def write_metrics(writer, unread: list, config, clock: float, is_new: bool) -> f
         if step == 1 and is_new and build.starts_at_reference(config):
             check_start(metrics, config)
         if step == 1 or step % config.log_every == 0:
-            stats = host.stats | {"step_seconds": seconds}
-            stats["useful_tokens_per_second"] = stats["scored_tokens"] / seconds
-            writer.write(step, "train", metrics | stats)
+            writer.write(step, "train", metrics | host.stats | speed(run, host, seconds))
     return time.perf_counter()
+
+
+def speed(run: build.Run, host: HostBatch, seconds: float) -> dict[str, float]:
+    """Returns what a step of `seconds` did a second; mfu where the devices' peak is known."""
+    rates = {
+        "step_seconds": seconds,
+        "useful_tokens_per_second": host.stats["scored_tokens"] / seconds,
+    }
+    mfu = flops.mfu(
+        run.model.config,
+        host.lengths,
+        seconds=seconds,
+        device_kind=run.mesh.devices.flat[0].device_kind,
+        num_devices=run.mesh.size,
+    )
+    return rates if mfu is None else rates | {"mfu": mfu}
 
 
 def check_finite(step: int, examples: list[str], prompt_loss: np.ndarray, metrics: dict) -> None:

@@ -3,36 +3,45 @@
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from nca_jax.checks import UserError
+from nca_jax.files import AnyPath, copy_into, is_remote, write_whole
+
+METRICS = "metrics.jsonl"
 
 
 class MetricWriter:
     """Writes `{"step": n, "split": "train" | "eval", metric: value, ...}` lines.
 
     A resumed run cuts every record back to the restored step, so that no line is there twice and
-    none is lost.
+    none is lost. Nothing can be appended on gs://: the records of such a run are in a local folder,
+    and are copied whole at every `sync`. What a kill loses a resume would have cut off.
     """
 
-    def __init__(self, workdir: Path, log, *, restored_step: int | None, num_steps: int):
+    def __init__(self, workdir: AnyPath, log, *, restored_step: int | None, num_steps: int):
         """Opens the records of a run that goes on after `restored_step` (None: it is new)."""
-        path = workdir / "metrics.jsonl"
-        kept = [] if restored_step is None else _lines_until(path, restored_step)
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(kept))
-        partial.replace(path)
-        self._file = open(path, "a")
+        self._workdir, self._staging = workdir, None
+        folder = workdir
+        if is_remote(workdir):
+            self._staging = tempfile.TemporaryDirectory()
+            folder = Path(self._staging.name)
+        kept = [] if restored_step is None else _lines_until(workdir / METRICS, restored_step)
+        write_whole(folder / METRICS, "".join(kept).encode())
+        self._file = open(folder / METRICS, "a")
         purge = 0 if restored_step is None else restored_step + 1
         self._board = (
-            SummaryWriter(str(workdir / "tensorboard"), purge_step=purge)
+            SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
             if log.tensorboard
             else None
         )
-        self._wandb = _open_wandb(workdir, log.wandb_project) if log.wandb_project else None
+        self._wandb = (
+            _open_wandb(folder, workdir.name, log.wandb_project) if log.wandb_project else None
+        )
         self._bar = tqdm(
             total=num_steps,
             initial=restored_step or 0,
@@ -58,16 +67,23 @@ class MetricWriter:
         self._bar.update()
 
     def sync(self) -> None:
-        """Returns when every line is on disk; a checkpoint must not be ahead of its metrics."""
+        """Returns when every line is stored; a checkpoint must not be ahead of its metrics."""
         os.fsync(self._file.fileno())
+        if self._staging:
+            if self._board:
+                self._board.flush()
+            copy_into(Path(self._staging.name), self._workdir)
 
     def close(self) -> None:
-        self._file.close()
         self._bar.close()
         if self._board:
             self._board.close()
         if self._wandb:
             self._wandb.finish()
+        self._file.close()
+        if self._staging:
+            copy_into(Path(self._staging.name), self._workdir)
+            self._staging.cleanup()
 
 
 class SilentWriter:
@@ -82,7 +98,7 @@ class SilentWriter:
     def close(self) -> None: ...
 
 
-def _lines_until(path: Path, step: int) -> list[str]:
+def _lines_until(path: AnyPath, step: int) -> list[str]:
     """The whole lines of an earlier run up to `step`; the last may be torn by a kill."""
     if not path.exists():
         return []
@@ -91,13 +107,13 @@ def _lines_until(path: Path, step: int) -> list[str]:
 
 
 def _brief(metrics: dict[str, float]) -> str:
-    names = ("loss", "accuracy", "chosen_logp_drift", "grad_norm", "tokens_per_second")
+    names = ("loss", "accuracy", "chosen_logp_drift", "grad_norm", "step_seconds", "mfu")
     return "  ".join(f"{name} {metrics[name]:.4g}" for name in names if name in metrics)
 
 
-def _open_wandb(workdir: Path, project: str):
+def _open_wandb(folder: Path, name: str, project: str):
     try:
         import wandb
     except ImportError:
         raise UserError("config.log.wandb_project is set: pip install nca_jax[wandb].") from None
-    return wandb.init(project=project, dir=str(workdir), resume="allow", id=workdir.name)
+    return wandb.init(project=project, dir=str(folder), resume="allow", id=name)

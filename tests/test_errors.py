@@ -65,6 +65,11 @@ def flags(tmp_path):
         ("--config.model.init_from=no/where/at/all", "no/where/at/all"),
         ("--config.model.attention=splash", "config.data.block in multiples of 128"),
         ("--confg.steps=1", "confg.steps"),
+        ("--profile=3", "is not N:M"),
+        ("--profile=3:2", "is not N:M"),
+        ("--profile=0:2", "is not N:M"),
+        ("--profile=9:11", "--profile=9:11, but the run has 10 steps"),
+        ("--workdir=s3://bucket/run", "files are local or on gs://"),
         ("extra", "Unknown argument"),
     ],
 )

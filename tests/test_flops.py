@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nca_jax.flops import forward_flops, head_params, needed_flops, trunk_params
+from nca_jax.flops import PEAK_FLOPS, forward_flops, head_params, mfu, needed_flops, trunk_params
 from nca_jax.model_config import MODELS
 from nca_jax.models import names
 from nca_jax.models.decoder import Model
+from nca_jax.topology import MEMORY_GIB
 
 # Wide enough that norms and rotary angles, which are not counted, are few.
 WIDE = dataclasses.replace(MODELS["tiny"], width=512, num_heads=8, head_dim=64, mlp_width=1024)
@@ -76,3 +77,27 @@ def test_a_step_is_three_passes_of_the_trunk_and_four_of_the_head():
     assert forward.head == 2 * head_params(WIDE) * 10
     assert needed == (3 * forward.trunk, 3 * forward.attention, 4 * forward.head)
     assert needed.total == sum(needed)
+
+
+def test_mfu_is_six_operations_a_parameter_and_token_over_what_the_chips_could_do():
+    """In closed form, attention apart: P + R tokens pass the trunk, R the head."""
+    lengths = [[10, 4, 6], [7, 3]]
+    attention = sum(3 * forward_flops(WIDE, prompt, rest).attention for prompt, *rest in lengths)
+    products = 6 * trunk_params(WIDE) * (20 + 10) + 6 * head_params(WIDE) * (10 + 3)
+    found = mfu(WIDE, lengths, seconds=0.5, device_kind="TPU v5", num_devices=8)
+    assert found == pytest.approx((products + attention) / (0.5 * 8 * 459e12), rel=1e-12)
+
+
+def test_a_step_at_the_peak_has_an_mfu_of_one():
+    needed = 3 * forward_flops(WIDE, 100, [50, 50]).total
+    for kind, peak in PEAK_FLOPS.items():
+        args = dict(device_kind=kind, num_devices=4)
+        assert mfu(WIDE, [[100, 50, 50]], seconds=needed / (4 * peak), **args) == pytest.approx(1)
+
+
+def test_an_unknown_device_has_no_mfu():
+    assert mfu(WIDE, [[1, 1]], seconds=1.0, device_kind="cpu", num_devices=1) is None
+
+
+def test_the_chips_whose_memory_is_known_have_a_peak():
+    assert PEAK_FLOPS.keys() == MEMORY_GIB.keys()

@@ -102,11 +102,12 @@ def alone(tmp_path_factory, rows):
 def test_two_processes_have_the_metrics_of_one(tmp_path, rows):
     one, two = tmp_path / "one", tmp_path / "two"
     alone = command("train", *train_flags(one, rows, 3), devices=2)
-    out = finish(launch("train", *train_flags(two, rows, 3), processes=2))
+    out = finish(launch("train", *train_flags(two, rows, 3), "--profile=2:3", processes=2))
     finish(alone)
     assert out.count("train step 3 ") == 1  # one of them speaks
     assert_same_metrics(two, one)
     assert saved_step(two) == 3
+    assert len(list(two.rglob("*.xplane.pb"))) == 1
 
 
 @pytest.mark.slow
@@ -117,6 +118,29 @@ def test_four_processes_have_the_metrics_of_one(tmp_path, rows, mesh):
     finish(command("train", *train_flags(one, rows, 3), *sizes, devices=4))
     finish(launch("train", *train_flags(four, rows, 3), *sizes, processes=4))
     assert_same_metrics(four, one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [3, 8])
+def test_any_number_of_processes_over_which_the_rows_divide_has_the_metrics_of_one(
+    tmp_path, rows, processes
+):
+    one, many = tmp_path / "one", tmp_path / "many"
+    sizes = ["--config.mesh.fsdp=1", "--config.mesh.data=-1", "--config.data.rows=24"]
+    finish(command("train", *train_flags(one, rows, 3), *sizes))
+    finish(launch("train", *train_flags(many, rows, 3), *sizes, processes=processes))
+    assert_same_metrics(many, one)
+
+
+@pytest.mark.slow
+def test_a_number_of_processes_over_which_the_rows_do_not_divide_is_refused_by_name(tmp_path, rows):
+    sizes = ["--config.mesh.fsdp=1", "--config.mesh.data=-1"]
+    launcher = launch("train", *train_flags(tmp_path / "run", rows, 3), *sizes, processes=3)
+    _, err = launcher.communicate(timeout=120)
+    assert launcher.returncode == 2
+    assert "4 data.rows over mesh.data * mesh.fsdp * mesh.expert = 3 does not divide" in err
+    assert err.count("launch: ") == 1
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 @pytest.mark.slow

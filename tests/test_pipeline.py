@@ -154,7 +154,7 @@ def test_every_step_has_the_same_shape_and_says_what_it_spends():
     config = data_config(num_responses=3, max_response_len=2)
     row = id_row(0) | {"prompt_ids": list(range(20))}  # 4 more than max_prompt_len
     dataset = pipeline.Dataset([[encode_one(row, config)]], config, seed=0)
-    batch, where, stats = dataset.batch_at(0)
+    batch, where, stats, lengths = dataset.batch_at(0)
     assert batch.rows.tokens.shape == (2, 2, 64)
     assert where == ["f:1"] * 4
     assert batch.num_micro == 1  # four prompts of 22 tokens: two rows, of two
@@ -165,6 +165,7 @@ def test_every_step_has_the_same_shape_and_says_what_it_spends():
         "scored_tokens": 24.0,
         "needed_tokens": 88.0,
     }
+    assert lengths == [[16, 2, 2, 2]] * 4
 
 
 def test_evaluation_covers_each_example_once_and_the_last_batch_may_be_short():

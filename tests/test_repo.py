@@ -20,13 +20,13 @@ from nca_jax.models import names
 from nca_jax.models.decoder import Model
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("nca_jax", "configs", "experiments", "tests", ".ci")
+FOLDERS = ("nca_jax", "configs", "docs", "experiments", "tests", ".ci")
 MODULES = sorted((ROOT / "nca_jax").rglob("*.py"))
 CONFIG_FILES = sorted((ROOT / "configs").glob("*.py"))
 
 # Layers, from the bottom. A leaf imports leaves; a group imports leaves and itself; mains are
 # commands, which nobody imports.
-LEAVES = {"checks", "batch", "axes", "model_config", "config_arg", "losses", "flops"}
+LEAVES = {"checks", "files", "batch", "axes", "model_config", "config_arg", "losses", "flops"}
 GROUPS = {"models", "data", "rewards"}
 MAINS = {
     "train",
@@ -133,15 +133,25 @@ def test_every_config_loads_with_every_loss(path, algo):
 
 
 @functools.cache
+def documented_lines() -> dict[str, list[str]]:
+    """Returns {file: lines} of all that tells a user what to type, continued lines joined."""
+    documents = [ROOT / "README.md", *CONFIG_FILES, *(ROOT / "nca_jax").glob("*.py")]
+    documents += [*(ROOT / "docs").glob("*.md"), *(ROOT / "experiments").rglob("*.md")]
+    return {
+        str(path.relative_to(ROOT)): re.sub(r"\\\n\s*", " ", path.read_text()).splitlines()
+        for path in documents
+    }
+
+
+@functools.cache
 def documented_commands() -> list[tuple[str, ...]]:
     """Returns the --config flags of every command line in the docs that names a config file."""
-    documents = [ROOT / "README.md", *CONFIG_FILES, *(ROOT / "experiments").rglob("*.md")]
     commands = []
-    for path in filter(Path.exists, documents):
-        for line in re.sub(r"\\\n\s*", " ", path.read_text()).splitlines():
+    for lines in documented_lines().values():
+        for line in lines:
             flags = re.findall(r"--config(?:\.[\w.]+)?=[^\s`'\"]+", line)
             flags = [flag.rstrip(".,;:)") for flag in flags]
-            if any(flag.startswith("--config=configs/") for flag in flags):
+            if any(re.match(r"--config=configs/[a-z]", flag) for flag in flags):
                 commands.append(tuple(flags))
     return sorted(set(commands))
 
@@ -151,6 +161,28 @@ def test_every_documented_config_loads(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     config, _ = parse_flags(["prog", *command])
     assert len(flatten(config)) <= MAX_LEAVES
+
+
+def test_every_documented_command_and_flag_exists():
+    """`python -m NAME --flag=...`: the module is there, and its source names the flag."""
+    wrong = []
+    for document, lines in documented_lines().items():
+        for line in lines:
+            for name, rest in re.findall(
+                r"python3? -m ((?:nca_jax|experiments)\.[\w.]+)(.*)", line
+            ):
+                spec = importlib.util.find_spec(name.rstrip("."))
+                source = Path(spec.origin).read_text() if spec else ""
+                flags = re.findall(r"\s--(\w+)[= ]", rest.split(" -- ")[0])
+                lacks = [x for x in flags if x != "config" and not re.search(rf"\b{x}\b", source)]
+                if not spec or lacks:
+                    wrong.append((document, name, lacks))
+            wrong += [
+                (document, file)
+                for file in re.findall(r"\bexperiments/[\w/]+\.(?:py|sh|txt|md)\b", line)
+                if not (ROOT / file).exists()
+            ]
+    assert wrong == []
 
 
 # Arrays

@@ -134,6 +134,7 @@ def test_print_gives_a_line_for_every_point_that_is_left(stub, tmp_path, capsys)
         (["--grid=loss.alpha=1,,2"], "--grid wants NAME=VALUE"),
         (["--grid=loss.alpha=1,1"], "gives loss.alpha=1/seed=0 twice"),
         (["--jobs=0"], "--jobs=0 must be at least 1"),
+        (["--out=gs://bucket/sweep"], "wants a path on a local disk"),
         (["--optim.lr=1"], "Unknown argument '--optim.lr=1'"),
     ],
 )

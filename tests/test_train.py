@@ -1,5 +1,6 @@
 """The training command: every way to the same step, and clear stops. See also test_released.py."""
 
+import json
 import math
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import pytest
 from commands import metric_lines, write_rows
 from safetensors.numpy import load_file, save_file
 
-from nca_jax import precompute, train
+from nca_jax import flops, precompute, profile, train
 from nca_jax.checks import UserError
+from nca_jax.model_config import MODELS
 
 EIGHT = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
 
@@ -121,6 +123,42 @@ def test_steps_after_the_first_compile_nothing(tmp_path, rows):
         run(tmp_path / str(num_steps), rows, *flags, "--config.data.shuffle=True")
         counts.append(len(compiled) - before)
     assert counts[2] == counts[1] > 0
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """The workdir of a run of four steps, of which 2 and 3 are traced, on devices of 1 TFLOP/s."""
+    folder = tmp_path_factory.mktemp("measured")
+    flags = ("--config.steps=4", "--config.eval_every=0", "--profile=2:3")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(flops.PEAK_FLOPS, "cpu", 1e12)
+        run(folder / "run", write_rows(folder / "rows.jsonl"), *flags)
+    return folder / "run"
+
+
+def test_a_profile_holds_the_asked_steps(measured):
+    (trace,) = (measured / "profile").rglob("*.xplane.pb")
+    planes = jax.profiler.ProfileData.from_file(str(trace)).planes
+    events = [event for plane in planes for line in plane.lines for event in line.events]
+    steps = [dict(event.stats)["step_num"] for event in events if event.name == profile.STEP]
+    assert sorted(steps) == [2, 3]
+
+
+def test_mfu_is_written_where_the_peak_of_the_devices_is_known(measured):
+    lines = [json.loads(line) for line in (measured / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 4
+    for line in lines:
+        # All needed tokens pass the trunk; the head and attention are less than ten times that.
+        least = 6 * flops.trunk_params(MODELS["tiny"]) * line["needed_tokens"]
+        least /= line["step_seconds"] * 8 * 1e12
+        assert least < line["mfu"] < 10 * least
+
+
+def test_a_profile_beyond_the_epochs_of_a_run_is_refused_before_the_first_step(tmp_path, rows):
+    flags = ("--config.steps=0", "--config.epochs=1.0", "--profile=5:7")
+    with pytest.raises(UserError, match="--profile=5:7, but the run has 5 steps"):
+        run(tmp_path / "run", rows, *flags)
+    assert not (tmp_path / "run" / "run.json").exists()
 
 
 def test_cached_reference_equals_live_one_and_is_checked(tmp_path, rows):

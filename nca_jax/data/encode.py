@@ -9,8 +9,9 @@ A pair has the scores 1 and 0. Ids are used as they are: nothing is appended.
 
 import hashlib
 import json
+import pickle
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ import numpy as np
 
 from nca_jax.checks import UserError
 from nca_jax.data import chat, released
-from nca_jax.data.sources import RowError, open_source, split_globs
+from nca_jax.data.sources import RowError, file_sizes, open_source, split_globs
 
 FORMS = (
     ("prompt_ids", "response_ids", "scores"),
@@ -52,17 +53,38 @@ class Examples(NamedTuple):
     skipped: dict[str, int]
 
 
+class Share(NamedTuple):
+    """Which rows this process reads and encodes, and how it gets those that the others do."""
+
+    process: int
+    num_processes: int
+    gather: Callable[[bytes], list[bytes]]  # from its own bytes to those of every process
+
+
+ALONE = Share(0, 1, lambda mine: [mine])
+
+
 def load_examples(
-    files: str, *, tokenizer, config, vocab_size: int, eos_ids: Sequence[int]
+    files: str,
+    *,
+    tokenizer,
+    config,
+    vocab_size: int,
+    eos_ids: Sequence[int],
+    share: Share = ALONE,
 ) -> Examples:
     """Reads and encodes every row of comma-separated entries, all of it into memory.
+
+    Process p of n reads the rows p, p + n, p + 2 n, ... and all of them get every example, in the
+    order of the rows.
 
     Args:
       tokenizer: None will do where all rows are ids.
       config: the `data` section; `bad_rows` and `too_long` say which rows stop or are skipped.
       eos_ids: ids that end a turn; empty: the tokenizer's eos.
     Raises:
-      UserError: no glob is named, a file or a row is unusable, or no row of an entry is left.
+      UserError: no glob is named, a file or a row is unusable, no row of an entry is left, or the
+        processes do not see the same files.
     """
     patterns = split_globs(files)
     if not patterns:
@@ -71,7 +93,7 @@ def load_examples(
     sources = []
     for pattern in patterns:
         examples = []
-        for item in _read(pattern, tokenizer, config, vocab_size, eos_ids):
+        for item in _read(pattern, share, tokenizer, config, vocab_size, eos_ids):
             if isinstance(item, Example):
                 examples.append(item)
                 continue
@@ -84,8 +106,10 @@ def load_examples(
     return Examples(sources, dict(skipped))
 
 
-def _read(pattern: str, tokenizer, config, vocab_size: int, eos_ids: Sequence[int]):
-    """Iterates over one entry in order: an Example or, for a row that is at fault, its RowError."""
+def _read(
+    pattern: str, share: Share, tokenizer, config, vocab_size: int, eos_ids: Sequence[int]
+) -> Iterable[Example | RowError]:
+    """Returns one entry in order: an Example or, for a row that is at fault, its RowError."""
     source = open_source(pattern)
 
     def read(index: int) -> Example | RowError:
@@ -101,7 +125,29 @@ def _read(pattern: str, tokenizer, config, vocab_size: int, eos_ids: Sequence[in
             return error
 
     options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=READ_AHEAD)
-    return grain.MapDataset.range(len(source)).map(read).to_iter_dataset(options)
+    mine = grain.MapDataset.range(share.process, len(source), share.num_processes)
+    items = mine.map(read).to_iter_dataset(options)
+    return items if share.num_processes == 1 else _gathered(pattern, len(source), items, share)
+
+
+def _gathered(
+    pattern: str, num_rows: int, items: Iterable[Example | RowError], share: Share
+) -> list[Example | RowError]:
+    """Returns the items of all processes in the order of the rows.
+
+    Raises:
+      UserError: a process has other files than the first.
+    """
+    seen = (num_rows, file_sizes(pattern))
+    parts = [pickle.loads(part) for part in share.gather(pickle.dumps((seen, list(items))))]
+    for process, (theirs, _) in enumerate(parts):
+        if theirs != parts[0][0]:
+            raise UserError(
+                f"Process {process} sees other files of {pattern!r} than process 0: {theirs[0]} "
+                f"rows there, {parts[0][0][0]} here; give all of them the same files."
+            )
+    n = share.num_processes
+    return [parts[i % n][1][i // n] for i in range(num_rows)]
 
 
 def encode_row(

@@ -16,7 +16,7 @@ import numpy as np
 
 from nca_jax.batch import Batch
 from nca_jax.checks import UserError
-from nca_jax.data.encode import Example, Examples, load_examples
+from nca_jax.data.encode import ALONE, Example, Examples, Share, load_examples
 from nca_jax.data.fit import check_examples, fit_rows, row_layout
 from nca_jax.data.pack import Group, pack
 from nca_jax.data.sources import split_globs
@@ -31,6 +31,7 @@ class HostBatch(NamedTuple):
     batch: Batch
     examples: list[str]
     stats: dict[str, float]
+    lengths: list[list[int]]  # tokens of each prompt, then of each of its responses
 
 
 class Data(NamedTuple):
@@ -122,14 +123,20 @@ def eval_batches(
     return [_make_batch(picks[i : i + config.batch_size], config, rows_here) for i in starts]
 
 
-def load_data(config, *, tokenizer, vocab_size: int, eos_ids: Sequence[int]) -> Data:
+def load_data(
+    config, *, tokenizer, vocab_size: int, eos_ids: Sequence[int], share: Share = ALONE
+) -> Data:
     """Reads `config.files`, and the held-out rows from `config.eval_files` or out of them.
+
+    Each process reads its `share` of the rows, and all get all of them.
 
     Raises:
       UserError: a file, a row, or the number of weights is wrong.
     """
     _weights(config)  # wrong ones should not wait for the reading
-    how = dict(tokenizer=tokenizer, config=config, vocab_size=vocab_size, eos_ids=eos_ids)
+    how = dict(
+        tokenizer=tokenizer, config=config, vocab_size=vocab_size, eos_ids=eos_ids, share=share
+    )
     sources, skipped = _load_fitting(config.files, **how)
     if not split_globs(config.eval_files):
         return Data(*split_heldout(sources, config.eval_fraction), skipped)
@@ -242,7 +249,12 @@ def _make_batch(picks: Sequence[_Pick], config, rows_here: Sequence[int] | None)
     micro_of_prompt[: len(picks)] = micro
     batch = Batch(rows, np.int32(num_micro), micro_of_prompt, scores, mask, ref_logps)
     num_run = num_micro * layout.rows * layout.row_len
-    return HostBatch(batch, [pick.example.where for pick in picks], _stats(picks, groups, num_run))
+    return HostBatch(
+        batch,
+        [pick.example.where for pick in picks],
+        _stats(picks, groups, num_run),
+        [group.lengths() for group in groups],
+    )
 
 
 def _stats(picks: Sequence[_Pick], groups: Sequence[Group], num_run: int) -> dict[str, float]:

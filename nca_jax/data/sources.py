@@ -3,16 +3,15 @@
 An entry of data.files is a glob of JSON lines, or tfds:NAME[/BUILDER_CONFIG]:SPLIT.
 """
 
-import glob
 import gzip
 import json
-import os
 import zlib
 from collections.abc import Iterable
 from typing import Any
 
 from nca_jax.checks import UserError
 from nca_jax.data.tfds_source import PREFIX, TfdsSource, record_files
+from nca_jax.files import as_path, find_files, num_bytes, write_whole
 
 
 class RowError(UserError):
@@ -22,9 +21,17 @@ class RowError(UserError):
         super().__init__(f"{where}: {message}" if where else message)
         self.message, self.reason, self.where = message, reason, where
 
+    def __reduce__(self):
+        return _row_error, (self.message, self.reason, self.where)
+
     def at(self, where: str) -> "RowError":
         """Returns the same error with the place ("path:line") in front."""
         return RowError(self.message, reason=self.reason, where=where)
+
+
+def _row_error(message: str, reason: str, where: str) -> RowError:
+    """What pickle calls, as it passes no keywords."""
+    return RowError(message, reason=reason, where=where)
 
 
 class JsonlSource:
@@ -72,10 +79,8 @@ def open_source(entry: str) -> JsonlSource | TfdsSource:
 
 def write_rows(path: str, rows: Iterable[dict[str, Any]]) -> None:
     """Writes a .jsonl file that is whole or absent."""
-    partial = f"{path}.partial"
-    with open(partial, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    os.replace(partial, path)
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    write_whole(as_path(path), "".join(lines).encode())
 
 
 def split_globs(files: str) -> list[str]:
@@ -88,17 +93,23 @@ def list_files(files: str) -> list[str]:
     return [path for entry in split_globs(files) for path in _files_of(entry)]
 
 
+def file_sizes(entry: str) -> list[tuple[str, int]]:
+    """Returns (name, bytes) of every file of one entry: what tells other files from the same."""
+    paths = map(as_path, _files_of(entry))
+    return [(path.name, num_bytes(path)) for path in paths]
+
+
 def _files_of(entry: str) -> list[str]:
     if entry.startswith(PREFIX):
         return record_files(entry)
-    return sorted(filter(os.path.isfile, glob.glob(entry, recursive=True)))
+    return find_files(entry)
 
 
 def _read_lines(path: str) -> list[tuple[int, bytes]]:
     """Returns (line number from 1, line) for every line that is not blank."""
-    open_file = gzip.open if path.endswith(".gz") else open
     try:
-        with open_file(path, "rb") as file:
+        with as_path(path).open("rb") as raw:
+            file = gzip.open(raw) if path.endswith(".gz") else raw
             lines = [(n, line) for n, line in enumerate(file, start=1) if line.strip()]
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(

@@ -1,7 +1,8 @@
 """A prepared tensorflow-dataset as a random-access source of rows, without TensorFlow.
 
 An entry of data.files is `tfds:NAME[/BUILDER_CONFIG]:SPLIT`; it is found under $TFDS_DATA_DIR, or
-~/tensorflow_datasets, in its newest version. SPLIT may be a slice: train[:100].
+~/tensorflow_datasets, in its newest version. SPLIT may be a slice: train[:100]. Records are read
+from a local disk: a data set on gs:// is copied there first, see `files.local_copy`.
 """
 
 import os
@@ -10,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from nca_jax.checks import UserError
+from nca_jax.files import AnyPath, as_path, local_copy
 
 PREFIX = "tfds:"
 
 
-def data_dir() -> Path:
+def data_dir() -> AnyPath:
     """Where tensorflow-datasets live."""
-    return Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
+    return as_path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"))
 
 
 def record_files(entry: str) -> list[str]:
@@ -61,7 +63,7 @@ class TfdsSource:
 
 
 def _find(entry: str) -> tuple[Path, str]:
-    """Returns the folder of the newest version, and the split. Raises UserError if it lacks."""
+    """Returns the newest version's local folder, and the split. Raises UserError if it lacks."""
     name, _, split = entry.removeprefix(PREFIX).partition(":")
     if not name or not split:
         raise UserError(f"{entry!r} is not of the form tfds:NAME[/BUILDER_CONFIG]:SPLIT.")
@@ -75,7 +77,8 @@ def _find(entry: str) -> tuple[Path, str]:
             f"{entry}: {data_dir() / name} holds no data set; build it with python -m "
             f"nca_jax.prepare --name={name.split('/')[0]}, or set TFDS_DATA_DIR."
         )
-    return max(versions, key=lambda path: [int(n) for n in path.name.split(".")]), split
+    newest = max(versions, key=lambda path: [int(n) for n in path.name.split(".")])
+    return local_copy(newest), split
 
 
 def _plain(value: Any, feature: Any) -> Any:

@@ -1,7 +1,7 @@
 """Finds a pretrained model by one string, and opens its parameters and its tokenizer.
 
-`where` is a folder (Hugging Face layout), a .gguf file, `package:NAME` (the one .gguf that an
-installed Python package ships) or a repository of the Hugging Face Hub.
+`where` is a folder (Hugging Face layout) or a .gguf file, local or on gs://, `package:NAME` (the
+one .gguf that an installed Python package ships) or a repository of the Hugging Face Hub.
 """
 
 import functools
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import huggingface_hub
 
 from nca_jax.checks import UserError
+from nca_jax.files import as_path, local_copy
 from nca_jax.model_config import ModelConfig
 from nca_jax.models.gguf import gguf_tokenizer, open_gguf
 from nca_jax.models.hf import open_hf
@@ -32,14 +33,14 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.js
 
 
 def resolve(where: str) -> Path:
-    """Returns the local folder or .gguf file of `where`, downloading only from the hub.
+    """Returns the local folder or .gguf file of `where`, copied to this host from gs:// or the hub.
 
     Raises:
       UserError: there is no such thing, or the hub cannot be reached.
     """
     if where.startswith("package:"):
         return _packaged_gguf(where.removeprefix("package:"))
-    path = Path(where).expanduser()
+    path = local_copy(as_path(where), HUB_FILES + ["*.gguf"])
     if where and (path.is_dir() or (path.is_file() and path.suffix == ".gguf")):
         return path
     if path.suffix == ".gguf" or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", where):

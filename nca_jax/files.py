@@ -1,0 +1,169 @@
+"""Files of a run on a local disk or on Google Cloud Storage: the one way to open either.
+
+A name that begins with gs:// is an `etils.epath.Path`, any other a `pathlib.Path`; what is used of
+them here is the same in both. What only a local disk can do (weights mapped into memory, records,
+event files, traces) is done there: read from a copy, or written and copied.
+"""
+
+import contextlib
+import functools
+import glob
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
+from pathlib import Path
+
+import fsspec
+from etils import epath
+
+from nca_jax.checks import UserError
+
+GS = "gs://"
+AnyPath = Path | epath.Path
+STREAMS = 8  # files that are copied at a time
+
+
+def as_path(name: str | os.PathLike) -> AnyPath:
+    """Returns the path of a name that a user gave, "~" expanded.
+
+    Raises:
+      UserError: it is neither local nor on gs://, or what reads gs:// is not installed.
+    """
+    name = os.fspath(name)
+    if is_remote(name):
+        _check_gcs()
+        return epath.Path(name)
+    if "://" in name:
+        raise UserError(f"{name!r}: files are local or on {GS}.")
+    return Path(name).expanduser()
+
+
+def local_path(name: str | os.PathLike) -> Path:
+    """Returns the path of a name. Raises UserError unless it is local, as locks and logs want."""
+    if is_remote(name):
+        raise UserError(f"{os.fspath(name)!r}: this wants a path on a local disk.")
+    return as_path(name)
+
+
+def is_remote(name: str | os.PathLike) -> bool:
+    return os.fspath(name).startswith(GS)
+
+
+def absolute(path: AnyPath) -> AnyPath:
+    """Returns the path from the root; one on gs:// is as it is."""
+    return path if is_remote(path) else path.absolute()
+
+
+def find_files(pattern: str) -> list[str]:
+    """Returns the files that match a glob, sorted; ** is any folders, on a local disk alone.
+
+    Raises:
+      UserError: as `as_path`, or ** on gs://.
+    """
+    path = as_path(pattern)
+    if not is_remote(pattern):
+        return sorted(filter(os.path.isfile, glob.glob(os.fspath(path), recursive=True)))
+    if "**" in pattern:
+        raise UserError(f"{pattern!r}: ** is for a local disk; list the folders on {GS}.")
+    return sorted(map(os.fspath, path.parent.glob(path.name)))
+
+
+def num_bytes(path: AnyPath) -> int:
+    """Returns the size of a file."""
+    return path.stat().length if is_remote(path) else path.stat().st_size
+
+
+def write_whole(path: AnyPath, content: bytes) -> None:
+    """Writes a file that is whole or absent."""
+    if is_remote(path):  # an object is there once it is closed
+        path.write_bytes(content)
+        return
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(content)
+    partial.replace(path)
+
+
+def copy_into(folder: Path, target: AnyPath) -> None:
+    """Copies every file of a local folder, however deep, to the same place in `target`."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    pairs = [(file, target / file.relative_to(folder).as_posix()) for file in files]
+    for parent in {to.parent for _, to in pairs}:
+        parent.mkdir(parents=True, exist_ok=True)
+    _copy(pairs)
+
+
+@contextlib.contextmanager
+def whole_folder(out: AnyPath) -> Iterator[Path]:
+    """Gives a local folder; what the body writes there is the new folder `out` if it ends well."""
+    if is_remote(out):
+        with tempfile.TemporaryDirectory() as partial:
+            yield Path(partial)
+            copy_into(Path(partial), out)
+        return
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a body that was killed
+    partial.mkdir(parents=True)
+    yield partial
+    partial.replace(out)
+
+
+def local_copy(path: AnyPath, patterns: Sequence[str] = ("*",)) -> Path:
+    """Returns a local path: of the same file or folder, or of a copy of what is on gs://.
+
+    Of a folder the files that match one of `patterns` are copied, and no folders in it. A copy
+    stays in $NCA_JAX_CACHE (~/.cache/nca_jax); another is made once a file is written anew.
+
+    Raises:
+      UserError: there is nothing on gs:// by this name.
+    """
+    if not is_remote(path):
+        return path
+    files = [path]
+    if path.is_dir():
+        files = [x for x in path.iterdir() if any(fnmatch(x.name, p) for p in patterns)]
+        files = sorted(x for x in files if not x.is_dir())
+    if not files or not files[0].exists():
+        raise UserError(f"{path} is not there, or is empty.")
+    names = [os.fspath(file) for file in files]
+    filesystem, _ = fsspec.core.url_to_fs(names[0])
+    versions = [f"{name} {filesystem.ukey(name)}" for name in names]
+    digest = hashlib.sha256("\n".join(versions).encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("NCA_JAX_CACHE", "~/.cache/nca_jax")).expanduser()
+    folder = cache / f"{path.name}-{digest}"
+    if not folder.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        # Of several processes on one host each makes a copy, and the first is kept.
+        with tempfile.TemporaryDirectory(dir=cache) as partial:
+            whole = Path(partial) / "whole"
+            whole.mkdir()
+            _copy([(file, whole / file.name) for file in files])
+            try:
+                whole.rename(folder)
+            except OSError:
+                if not folder.exists():
+                    raise
+    return folder / path.name if files == [path] else folder
+
+
+def _copy(pairs: Sequence[tuple]) -> None:
+    """Copies files, (from, to), several at a time."""
+
+    def one(pair: tuple) -> None:
+        source, target = pair
+        epath.Path(source).copy(target, overwrite=True)
+
+    with ThreadPoolExecutor(STREAMS) as pool:
+        list(pool.map(one, pairs))
+
+
+@functools.cache
+def _check_gcs() -> None:
+    """Raises UserError unless the client of gs:// is installed: epath's, by way of fsspec."""
+    try:
+        fsspec.get_filesystem_class("gcs")
+    except ImportError:
+        raise UserError(f"{GS} wants the gcs extra: pip install 'nca_jax[gcs]'.") from None

@@ -1,0 +1,77 @@
+"""Several processes share the reading of rows; threads stand for processes here."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from helpers import data_config, id_row, write
+
+from nca_jax.checks import UserError
+from nca_jax.data import encode
+
+
+def in_processes(num_processes: int, run) -> list:
+    """Returns `run(share)` of every process, a thread here, or the UserError that it raised."""
+    barrier, given = threading.Barrier(num_processes), {}
+
+    def one(process: int):
+        def gather(mine: bytes) -> list[bytes]:
+            given[process] = mine
+            barrier.wait(timeout=10)
+            parts = [given[p] for p in range(num_processes)]
+            barrier.wait(timeout=10)
+            return parts
+
+        try:
+            return run(encode.Share(process, num_processes, gather))
+        except UserError as error:
+            return error
+
+    with ThreadPoolExecutor(num_processes) as pool:
+        return list(pool.map(one, range(num_processes)))
+
+
+def load(files: str, share=encode.ALONE, **changes):
+    config = data_config(**changes)
+    how = dict(tokenizer=None, config=config, vocab_size=1000, eos_ids=(), share=share)
+    return encode.load_examples(files, **how)
+
+
+@pytest.mark.parametrize("num_processes", [2, 3, 8])
+def test_every_row_is_encoded_by_one_process_and_known_to_all_in_order(
+    tmp_path, monkeypatch, num_processes
+):
+    files = write(tmp_path / "rows.jsonl", [*map(id_row, range(7)), {"prompt": "no"}])
+    alone = load(files, bad_rows="skip")
+    encoded = []
+    encode_row = encode.encode_row
+
+    def counting(where, row, **how):
+        encoded.append(where)
+        return encode_row(where, row, **how)
+
+    monkeypatch.setattr(encode, "encode_row", counting)
+    for found in in_processes(num_processes, lambda share: load(files, share, bad_rows="skip")):
+        assert found.skipped == alone.skipped == {"keys": 1}
+        for a, b in zip(found.sources[0], alone.sources[0], strict=True):
+            assert (a.where, a.prompt_hash) == (b.where, b.prompt_hash)
+            assert a.prompt.tolist() == b.prompt.tolist()
+            assert [x.tolist() for x in a.responses] == [x.tolist() for x in b.responses]
+    assert sorted(encoded) == [f"{files}:{i}" for i in range(1, 9)]
+
+
+def test_a_bad_row_stops_every_process_with_the_same_words(tmp_path):
+    files = write(tmp_path / "rows.jsonl", [id_row(0), {"prompt": "no"}, id_row(2)])
+    found = in_processes(3, lambda share: load(files, share))
+    assert {str(error) for error in found} == {
+        f"{files}:2: wanted keys (prompt_ids, response_ids, scores) or (prompt, responses, scores) "
+        "or (prompt, chosen, rejected), got (prompt)"
+    }
+
+
+def test_processes_that_do_not_see_the_same_files_are_refused(tmp_path, monkeypatch):
+    for process in range(2):
+        (tmp_path / str(process)).mkdir()
+        write(tmp_path / str(process) / "rows.jsonl", [id_row(i) for i in range(3 + process)])
+    found = in_processes(2, lambda share: load(f"{tmp_path}/{share.process}/*.jsonl", share))
+    assert all("Process 1 sees other files" in str(error) for error in found)
