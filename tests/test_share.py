@@ -1,8 +1,11 @@
 """Several processes share the reading of rows; threads stand for processes here."""
 
+import dataclasses
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import jax
+import numpy as np
 import pytest
 from helpers import data_config, id_row, write
 
@@ -75,3 +78,25 @@ def test_processes_that_do_not_see_the_same_files_are_refused(tmp_path, monkeypa
         write(tmp_path / str(process) / "rows.jsonl", [id_row(i) for i in range(3 + process)])
     found = in_processes(2, lambda share: load(f"{tmp_path}/{share.process}/*.jsonl", share))
     assert all("Process 1 sees other files" in str(error) for error in found)
+
+
+def test_examples_come_through_bytes_as_they_are(tmp_path):
+    items = list(
+        encode._read(
+            write(tmp_path / "rows.jsonl", [id_row(0), {"prompt": "no"}]),
+            encode.ALONE,
+            None,
+            data_config(),
+            1000,
+            (),
+        )
+    )
+    keys = (items[0].prompt > 5, tuple(ids > 5 for ids in items[0].responses))
+    items.insert(0, dataclasses.replace(items[0], key_on=keys, prompt_text=[{"role": "user"}]))
+    seen, found = encode._from_bytes(encode._to_bytes({"rows": 2}, items))
+    assert seen == {"rows": 2}
+    for got, want in zip(found[:2], items[:2], strict=True):
+        got, want = dataclasses.asdict(got), dataclasses.asdict(want)
+        jax.tree.map(np.testing.assert_array_equal, got, want)
+        assert got["prompt"].dtype == np.int32 and got["scores"].dtype == np.float32
+    assert str(found[2]) == str(items[2]) and found[2].reason == "keys"

@@ -8,8 +8,8 @@ A pair has the scores 1 and 0. Ids are used as they are: nothing is appended.
 """
 
 import hashlib
+import io
 import json
-import pickle
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -44,6 +44,10 @@ class Example:
     num_cut: int  # how many of these were cut off
     # Which tokens may be attended to, as (prompt's, each response's) bools; None: all.
     key_on: tuple[np.ndarray, tuple[np.ndarray, ...]] | None = None
+
+
+# What of an Example is a JSON value.
+_SIMPLE = ("where", "prompt_text", "prompt_hash", "num_tokens", "num_cut")
 
 
 class Examples(NamedTuple):
@@ -138,16 +142,60 @@ def _gathered(
     Raises:
       UserError: a process has other files than the first.
     """
-    seen = (num_rows, file_sizes(pattern))
-    parts = [pickle.loads(part) for part in share.gather(pickle.dumps((seen, list(items))))]
+    seen = {"rows": num_rows, "sizes": file_sizes(pattern)}
+    parts = [_from_bytes(part) for part in share.gather(_to_bytes(seen, items))]
     for process, (theirs, _) in enumerate(parts):
         if theirs != parts[0][0]:
             raise UserError(
-                f"Process {process} sees other files of {pattern!r} than process 0: {theirs[0]} "
-                f"rows there, {parts[0][0][0]} here; give all of them the same files."
+                f"Process {process} sees other files of {pattern!r} than process 0: "
+                f"{theirs['rows']} rows there, {parts[0][0]['rows']} here; give all of them the "
+                "same files."
             )
     n = share.num_processes
     return [parts[i % n][1][i // n] for i in range(num_rows)]
+
+
+def _to_bytes(seen: dict, items: Iterable[Example | RowError]) -> bytes:
+    """Returns what a process has seen and encoded, as arrays of ids and JSON; no pickle."""
+    told, ids, keys = [], [np.zeros(0, np.int32)], [np.zeros(0, bool)]
+    for item in items:
+        if isinstance(item, RowError):
+            told.append({"message": item.message, "reason": item.reason, "where": item.where})
+            continue
+        ids += [item.prompt, *item.responses]
+        if item.key_on:
+            keys += [item.key_on[0], *item.key_on[1]]
+        simple = {name: getattr(item, name) for name in _SIMPLE}
+        lengths = [len(item.prompt), *map(len, item.responses)]
+        more = {"lengths": lengths, "scores": item.scores.tolist(), "keys": bool(item.key_on)}
+        told.append(simple | more)
+    file = io.BytesIO()
+    text = np.frombuffer(json.dumps([seen, told]).encode(), np.uint8)
+    np.savez(file, text=text, ids=np.concatenate(ids), keys=np.concatenate(keys))
+    return file.getvalue()
+
+
+def _from_bytes(content: bytes) -> tuple[dict, list[Example | RowError]]:
+    """Returns what `_to_bytes` was given."""
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        ids, keys = arrays["ids"], arrays["keys"]
+        seen, told = json.loads(arrays["text"].tobytes())
+    items, num_ids, num_keys = [], 0, 0
+    for item in told:
+        if "lengths" not in item:
+            items.append(RowError(**item))
+            continue
+        ends = np.cumsum(item["lengths"])
+        prompt, *responses = np.split(ids[num_ids : num_ids + ends[-1]], ends[:-1])
+        key_on, num_ids = None, num_ids + ends[-1]
+        if item["keys"]:
+            first, *rest = np.split(keys[num_keys : num_keys + ends[-1]], ends[:-1])
+            key_on, num_keys = (first, tuple(rest)), num_keys + ends[-1]
+        scores = np.array(item["scores"], np.float32)
+        simple = {name: item[name] for name in _SIMPLE}
+        arrays = dict(prompt=prompt, responses=tuple(responses), scores=scores, key_on=key_on)
+        items.append(Example(**arrays, **simple))
+    return seen, items
 
 
 def encode_row(

@@ -21,17 +21,9 @@ class RowError(UserError):
         super().__init__(f"{where}: {message}" if where else message)
         self.message, self.reason, self.where = message, reason, where
 
-    def __reduce__(self):
-        return _row_error, (self.message, self.reason, self.where)
-
     def at(self, where: str) -> "RowError":
         """Returns the same error with the place ("path:line") in front."""
         return RowError(self.message, reason=self.reason, where=where)
-
-
-def _row_error(message: str, reason: str, where: str) -> RowError:
-    """What pickle calls, as it passes no keywords."""
-    return RowError(message, reason=reason, where=where)
 
 
 class JsonlSource:
