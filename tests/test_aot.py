@@ -93,6 +93,30 @@ def test_collectives_are_counted_by_kind_network_and_turns_of_loops():
     assert by_slice == {"all-reduce": "dcn", "all-gather": "ici", "reduce-scatter": "dcn"}
 
 
+def test_a_loop_that_the_compiler_unrolled_turns_less_often_than_its_bound():
+    text = """%body (p: (f32[4], u32[])) -> (f32[4], u32[]) {
+      %p = (f32[4]{0:T(128)}, u32[]{:T(128)}) parameter(0)
+      %x = f32[4]{0:T(128)} get-tuple-element(%p), index=0
+      %i = u32[]{:T(128)} get-tuple-element(%p), index=1
+      %two = u32[]{:T(128)} constant(2)
+      %next = u32[]{:T(128)} add(%i, %two)
+      %copied = u32[]{:T(128)} copy(%next)
+      %sum = f32[4]{0:T(128)} all-reduce(%x), replica_groups={}, to_apply=%add
+      ROOT %t = (f32[4]{0:T(128)}, u32[]{:T(128)}) tuple(%sum, %copied)
+    }
+    %condition (p: (f32[4], u32[])) -> pred[] {
+      %limit = u32[]{:T(128)} constant(7)
+      %p = (f32[4]{0:T(128)}, u32[]{:T(128)}) parameter(0)
+      %i = u32[]{:T(128)} get-tuple-element(%p), index=1
+      ROOT %less = pred[]{:T(512)} compare(%i, %limit), direction=LT
+    }
+    ENTRY %main (p: (f32[4], u32[])) -> (f32[4], u32[]) {
+      %p = (f32[4]{0:T(128)}, u32[]{:T(128)}) parameter(0)
+      ROOT %w = (f32[4]{0:T(128)}, u32[]{:T(128)}) while(%p), condition=%condition, body=%body
+    }""".replace("\n    ", "\n")
+    assert collectives(text, [0, 0]) == [Collective("all-reduce", "ici", 4, 4 * 16)]
+
+
 @pytest.mark.parametrize(
     ("text", "groups"),
     [

@@ -11,10 +11,13 @@ are not compiled again, so the table can be continued. It wants libtpu (the tpu 
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
+
+from nca_jax.topology import MEMORY_GIB
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -33,29 +36,40 @@ class Cell(NamedTuple):
     flags: tuple[str, ...] = ()
 
 
-EXPERTS = ("--config.mesh.expert=8",)
 TOPOLOGIES = ("v5e:4x4", "v5e:16x16", "v6e:16x16", "v5p:4x4x4", "v5p:8x8x16")
+# How many copies of the parameters (mesh.data) a slice has, where its memory allows: README.md.
+COPIES = {
+    "mistral_7b": {"v5e:16x16": 8, "v6e:16x16": 8, "v5p:4x4x4": 2, "v5p:8x8x16": 32},
+    "mixtral_8x7b": {"v5p:8x8x16": 16},
+}
+EXPERTS = {"mistral_7b": 1, "mixtral_8x7b": 8}  # mesh.expert; fsdp has the rest
 
 
 def cells() -> list[Cell]:
     """Returns the table: models by references by topologies, two slices, and one choice undone."""
+
+    def cell(name: str, model: str, reference: str, topology: str, *flags: str, **changes) -> Cell:
+        data = COPIES[model].get(topology, 1) * changes.get("num_slices", 1)
+        copies, experts = f"--config.mesh.data={data}", f"--config.mesh.expert={EXPERTS[model]}"
+        return Cell(name, model, reference, topology, flags=(copies, experts, *flags), **changes)
+
     table = [
-        Cell(f"{model}-{reference}-{topology}", model, reference, topology, flags=flags)
+        cell(f"{model}-{reference}-{topology}", model, reference, topology)
         for topology in TOPOLOGIES
         for reference in ("cached", "live")
-        for model, flags in (("mistral_7b", ()), ("mixtral_8x7b", EXPERTS))
+        for model in EXPERTS
     ]
     table += [
-        Cell(f"mistral_7b-cached-2x{topology}", "mistral_7b", "cached", topology, 2)
+        cell(f"mistral_7b-cached-2x{topology}", "mistral_7b", "cached", topology, num_slices=2)
         for topology in ("v5e:16x16", "v5p:4x4x4")
     ]
     base = ("mistral_7b", "cached", "v5p:4x4x4")
-    whole_rows = ("--config.loss.logits_chunk=4096",)
     table += [
-        Cell("choice-whole-logits", *base, flags=whole_rows),
-        Cell("choice-4-rows", *base, rows_a_chip=4),
-        Cell("choice-no-remat", *base, flags=("--config.model.remat=none",)),
-        Cell("choice-remat-dots", *base, flags=("--config.model.remat=dots",)),
+        cell("choice-one-fsdp-axis", *base, "--config.mesh.data=1"),
+        cell("choice-whole-logits", *base, "--config.loss.logits_chunk=4096"),
+        cell("choice-4-rows", *base, rows_a_chip=4),
+        cell("choice-no-remat", *base, "--config.model.remat=none"),
+        cell("choice-remat-dots", *base, "--config.model.remat=dots"),
     ]
     return table
 
@@ -119,7 +133,9 @@ def table(reports: dict[str, dict]) -> str:
         work = f" {report['flops_a_step_and_chip']:.2e} | {program['compile_seconds']:.0f} "
         work += f"| {report['commit']} |"
         if not program["fits"]:
-            lines.append(f"{start} does not fit | - | - | - | - |{work}")
+            needs = re.search(r"([\d.]+)G", program["reason"])[1]  # the first size that it names
+            limit = MEMORY_GIB[report["device_kind"]]
+            lines.append(f"{start} does not fit: {needs} | {limit:.2f} | - | - | - |{work}")
             continue
         memory = program["memory"]
         margin = memory["margin"] / memory["limit"]
