@@ -34,6 +34,7 @@ class Cell(NamedTuple):
     num_slices: int = 1
     rows_a_chip: int = 1
     flags: tuple[str, ...] = ()
+    programs: tuple[str, ...] = ("train",)
 
 
 TOPOLOGIES = ("v5e:4x4", "v5e:16x16", "v6e:16x16", "v5p:4x4x4", "v5p:8x8x16")
@@ -71,6 +72,17 @@ def cells() -> list[Cell]:
         cell("choice-no-remat", *base, "--config.model.remat=none"),
         cell("choice-remat-dots", *base, "--config.model.remat=dots"),
     ]
+    table += [
+        cell(
+            f"{model}-forward-{topology}",
+            model,
+            "cached",
+            topology,
+            programs=("precompute", "decode"),
+        )
+        for topology in ("v5p:4x4x4", "v5e:16x16")
+        for model in EXPERTS
+    ]
     return table
 
 
@@ -86,7 +98,7 @@ def command(cell: Cell, out: Path) -> list[str]:
         f"--topology={cell.topology}",
         f"--num_slices={cell.num_slices}",
         f"--rows_per_chip={cell.rows_a_chip}",
-        "--programs=train",
+        f"--programs={','.join(cell.programs)}",
         *cell.flags,
         f"--json={out}",
     ]
@@ -127,24 +139,28 @@ def table(reports: dict[str, dict]) -> str:
         if report is None:
             lines.append(f"| {cell.name} |" + " - |" * 11)
             continue
-        program = report["programs"]["train"]
-        mesh = " ".join(f"{axis}={n}" for axis, n in report["mesh"].items() if n > 1)
-        start = f"| {cell.name} | {report['chips']} | {mesh} | {report['rows_a_chip']} |"
-        work = f" {report['flops_a_step_and_chip']:.2e} | {program['compile_seconds']:.0f} "
-        work += f"| {report['commit']} |"
-        if not program["fits"]:
-            needs = re.search(r"([\d.]+)G", program["reason"])[1]  # the first size that it names
-            limit = MEMORY_GIB[report["device_kind"]]
-            lines.append(f"{start} does not fit: {needs} | {limit:.2f} | - | - | - |{work}")
-            continue
-        memory = program["memory"]
-        margin = memory["margin"] / memory["limit"]
-        sent = [sent_bytes(program, network) / 2**30 for network in ("ici", "dcn")]
-        lines.append(
-            f"{start} {memory['total']:.2f} | {memory['limit']:.2f} | {margin:.0%} "
-            f"| {sent[0]:.1f} | {sent[1]:.2f} |{work}"
-        )
+        lines += [line(cell, report, name) for name in cell.programs]
     return "\n".join(lines) + "\n"
+
+
+def line(cell: Cell, report: dict, name: str) -> str:
+    """Returns the line of one program of a cell."""
+    program = report["programs"][name]
+    title = cell.name.replace("forward", name)
+    mesh = " ".join(f"{axis}={n}" for axis, n in report["mesh"].items() if n > 1)
+    start = f"| {title} | {report['chips']} | {mesh} | {report['rows_a_chip']} |"
+    flops = f"{report['flops_a_step_and_chip']:.2e}" if name == "train" else "-"
+    work = f" {flops} | {program['compile_seconds']:.0f} | {report['commit']} |"
+    if not program["fits"]:
+        needs = re.search(r"([\d.]+)G", program["reason"])[1]  # the first size that it names
+        limit = MEMORY_GIB[report["device_kind"]]
+        return f"{start} does not fit: {needs} | {limit:.2f} | - | - | - |{work}"
+    memory = program["memory"]
+    sent = [sent_bytes(program, network) / 2**30 for network in ("ici", "dcn")]
+    return (
+        f"{start} {memory['total']:.2f} | {memory['limit']:.2f} "
+        f"| {memory['margin'] / memory['limit']:.0%} | {sent[0]:.1f} | {sent[1]:.2f} |{work}"
+    )
 
 
 def plot(reports: dict[str, dict], out: Path) -> None:
@@ -158,7 +174,8 @@ def plot(reports: dict[str, dict], out: Path) -> None:
     series: dict[str, list[tuple]] = {}
     for cell in cells():
         report = reports.get(cell.name)
-        if report is None or cell.name.startswith("choice") or cell.num_slices > 1:
+        is_series = cell.programs == ("train",) and not cell.name.startswith("choice")
+        if report is None or not is_series or cell.num_slices > 1:
             continue
         program = report["programs"]["train"]
         if program["fits"]:
