@@ -151,15 +151,16 @@ def line(cell: Cell, report: dict, name: str) -> str:
     start = f"| {title} | {report['chips']} | {mesh} | {report['rows_a_chip']} |"
     flops = f"{report['flops_a_step_and_chip']:.2e}" if name == "train" else "-"
     work = f" {flops} | {program['compile_seconds']:.0f} | {report['commit']} |"
-    if not program["fits"]:
-        needs = re.search(r"([\d.]+)G", program["reason"])[1]  # the first size that it names
-        limit = MEMORY_GIB[report["device_kind"]]
-        return f"{start} does not fit: {needs} | {limit:.2f} | - | - | - |{work}"
+    limit = MEMORY_GIB[report["device_kind"]]
+    if "memory" not in program:
+        needs = re.search(r"([\d.]+)G", program["reason"])[1]  # of temporaries
+        return f"{start} does not fit: {needs} and arguments | {limit:.2f} | - | - | - |{work}"
     memory = program["memory"]
+    verdict = "" if memory["total"] <= limit else "does not fit: "
     sent = [sent_bytes(program, network) / 2**30 for network in ("ici", "dcn")]
     return (
-        f"{start} {memory['total']:.2f} | {memory['limit']:.2f} "
-        f"| {memory['margin'] / memory['limit']:.0%} | {sent[0]:.1f} | {sent[1]:.2f} |{work}"
+        f"{start} {verdict}{memory['total']:.2f} | {limit:.2f} "
+        f"| {1 - memory['total'] / limit:.0%} | {sent[0]:.1f} | {sent[1]:.2f} |{work}"
     )
 
 
