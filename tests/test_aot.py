@@ -162,6 +162,37 @@ def test_a_step_of_billions_of_parameters_is_described_without_arrays():
     assert batch.rows.tokens.shape == (2, 8, config.data.row_len)
 
 
+def test_what_compiles_but_needs_more_than_the_chip_has_does_not_fit(monkeypatch):
+    config, _ = parse_flags(["aot", "--config=configs/jsonl.py:files=x,smoke", *SMOKE])
+    run = build.build_for(config, jax.devices())
+    monkeypatch.setattr(aot, "MEMORY_GIB", {"cpu": 1e-4})
+    program = aot.compile_program("precompute", run)
+    assert not program["fits"] and program["memory"]["margin"] < 0
+    assert program["reason"].endswith("of 0.00 GiB") and program["largest"]
+
+
+def test_fit_takes_the_least_recomputation_then_the_most_rows(monkeypatch, capsys):
+    def compile_program(name, run):
+        config = run.config
+        rows = config.data.rows // len(jax.devices())
+        fits = config.model.remat == "full" and rows <= 4
+        return {"fits": fits, "reason": "too large", "memory": {"total": float(rows)}}
+
+    monkeypatch.setattr(aot, "compile_program", compile_program)
+    config, _ = parse_flags(["aot", "--config=configs/jsonl.py:files=x,smoke"])
+    config, rows_per_chip = aot.find_fit(config, jax.devices())
+    assert (config.model.remat, rows_per_chip) == ("full", 4)
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in said] == [
+        "remat=none, 1 rows a chip",
+        "remat=dots, 1 rows a chip",
+        "remat=full, 1 rows a chip",
+        "remat=full, 2 rows a chip",
+        "remat=full, 4 rows a chip",
+        "remat=full, 8 rows a chip",
+    ]
+
+
 wants_libtpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="wants libtpu")
 
 
