@@ -23,8 +23,7 @@ from ml_collections import ConfigDict
 from nca_jax import build
 from nca_jax.aot_report import (
     implied,
-    largest_arguments,
-    largest_values,
+    largest,
     print_report,
     prompts_a_row,
 )
@@ -151,7 +150,10 @@ def find_fit(config: ConfigDict, devices) -> tuple[ConfigDict, int]:
     def fits(config, rows_per_chip: int) -> bool:
         changes = changes_for(config, devices, rows_per_chip)
         program = compile_program("train", build.build_for(changed(config, changes), devices))
-        answer = f"{program['memory']['total']:.2f} GiB" if program["fits"] else "does not fit"
+        if program["fits"]:
+            answer = f"{program['memory']['total']:.2f} GiB"
+        else:
+            answer = f"does not fit ({program['reason']})"
         print(f"remat={config.model.remat}, {rows_per_chip} rows a chip: {answer}", flush=True)
         return program["fits"]
 
@@ -179,10 +181,7 @@ def compile_program(name: str, run: build.Run) -> dict:
         return {
             "fits": False,
             "reason": str(error).splitlines()[0],
-            "largest": [
-                *largest_arguments(run),
-                *largest_values(lowered.as_text(), run.mesh.size),
-            ],
+            "largest": largest(run, lowered.as_text()),
             "compile_seconds": time.perf_counter() - start,
         }
     seconds = time.perf_counter() - start
@@ -194,22 +193,26 @@ def compile_program(name: str, run: build.Run) -> dict:
     limit = MEMORY_GIB[run.mesh.devices.flat[0].device_kind]
     arguments_bytes, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     output, alias = memory.output_size_in_bytes, memory.alias_size_in_bytes
-    total = arguments_bytes + temporaries + output - alias
+    total = (arguments_bytes + temporaries + output - alias) / GIB
     sent = collectives(compiled.as_text(), [slice_of(device) for device in run.mesh.devices.flat])
-    return {
-        "fits": True,
+    report = {
+        "fits": total <= limit,  # the compiler refuses what is far too large, not all that is
         "memory": {
             "arguments": arguments_bytes / GIB,
             "temporaries": temporaries / GIB,
             "output": output / GIB,
             "alias": alias / GIB,
-            "total": total / GIB,
+            "total": total,
             "limit": limit,
-            "margin": limit - total / GIB,
+            "margin": limit - total,
         },
         "collectives": [one._asdict() for one in sent],
         "compile_seconds": seconds,
     }
+    if not report["fits"]:
+        report["reason"] = f"{total:.2f} GiB of {limit:.2f} GiB"
+        report["largest"] = largest(run, lowered.as_text())
+    return report
 
 
 if __name__ == "__main__":

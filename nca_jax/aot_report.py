@@ -50,6 +50,11 @@ def implied(run: build.Run) -> dict[str, object]:
     }
 
 
+def largest(run: build.Run, text: str) -> list[str]:
+    """Returns the largest arrays of the train state and of a lowered program's text, described."""
+    return [*largest_arguments(run), *largest_values(text, run.mesh.size)]
+
+
 def largest_arguments(run: build.Run) -> list[str]:
     """Returns the largest arrays of the train state, as one chip has them."""
     optimizer = build.build_optimizer(run.config, 1)
@@ -107,6 +112,7 @@ def print_report(report: dict) -> None:
         if not program["fits"]:
             print(f"  DOES NOT FIT: {program['reason']}")
             print("\n".join(f"    {line}" for line in program["largest"]))
+        if "memory" not in program:
             continue
         memory = program["memory"]
         print("  GiB a chip: " + ", ".join(f"{key} {gib:.2f}" for key, gib in memory.items()))

@@ -5,6 +5,9 @@ result of an all-gather, the operand of a reduce-scatter, the array of an all-re
 (n - 1) / n of that over each link, an all-reduce twice that. Between slices the TPU's compiler
 writes the sum of a collective within each slice, and a `send` from host to host.
 
+A collective that runs while something else is computed is written several times, with one chain id:
+where it starts, in what is computed meanwhile, and where it is done. It counts where it starts.
+
 A collective inside a loop counts once a turn. The turns of the loop over layers are constants of
 the program; a loop whose turns are known at run time only (the micro-batches) counts one turn.
 """
@@ -46,7 +49,10 @@ def collectives(text: str, slices: Sequence[int]) -> list[Collective]:
     bodies, entry = _computations(text)
     totals: dict[tuple[str, str], list[int]] = {}
     for name, turns in _turns(bodies, entry).items():
+        is_start = any('"AsyncCollectiveStart"' in line for line in bodies[name])
         for line in bodies[name]:
+            if "chain_id=" in line and not is_start:  # the same one again
+                continue
             sent = _SENT.search(line)
             match = _COLLECTIVE.search(line)
             if sent:
@@ -154,14 +160,46 @@ def _turns(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:
 
 
 def _loop_turns(line: str, bodies: dict[str, list[str]]) -> int:
-    """Returns the turns of a while instruction that counts from 0 to a constant; else 1."""
+    """Returns the turns of a while instruction that counts up to a constant; else 1.
+
+    The counter is an element of the loop's tuple. It starts at 0; a body that the compiler has
+    unrolled, as it does products that are computed while their parts arrive, adds more than 1.
+    """
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
     if known:
         return int(known[1])
-    condition = re.search(r" while\(.*condition=%?([\w.\-]+)", line)
-    if not condition:
+    names = re.search(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line)
+    if not names:
         return 1
-    body = bodies[condition[1]]
-    constants = dict(re.findall(r"%([\w.\-]+) = s32\[\]\S* constant\((\d+)\)", "\n".join(body)))
-    compared = re.search(r"compare\([^,]*, %([\w.\-]+)\), direction=LT", "\n".join(body))
-    return int(constants.get(compared[1], 1)) if compared else 1
+    condition, body = (_instructions(bodies[name]) for name in names.groups())
+    compared = re.match(r"compare\(%([\w.\-]+), %([\w.\-]+)\), direction=LT", condition["ROOT"])
+    if not compared:
+        return 1
+    counter, limit = (condition[name] for name in compared.groups())
+    index, limit = re.search(r"index=(\d+)", counter), _constant(limit)
+    if not index or limit is None:
+        return 1
+    following = body[re.findall(r"%([\w.\-]+)", body["ROOT"])[int(index[1])]]
+    while copied := re.match(r"copy\(%([\w.\-]+)\)", following):
+        following = body[copied[1]]
+    added = re.match(r"add\(%([\w.\-]+), %([\w.\-]+)\)", following)
+    steps = [_constant(body[name]) for name in added.groups() if name in body] if added else []
+    step = next((step for step in steps if step), 1)
+    return -(-limit // step)
+
+
+def _instructions(lines: list[str]) -> dict[str, str]:
+    """Returns {name: "opcode(operands), attributes"} of a computation; the last is "ROOT" too."""
+    found = {}
+    for line in lines:
+        match = re.match(r"\s*(ROOT )?%?([\w.\-]+) = (?:\(.*?\)|\S+) ([\w\-]+\(.*)", line)
+        if match:
+            found[match[2]] = match[3]
+            if match[1]:
+                found["ROOT"] = match[3]
+    return found
+
+
+def _constant(instruction: str) -> int | None:
+    match = re.match(r"constant\((\d+)\)", instruction)
+    return int(match[1]) if match else None

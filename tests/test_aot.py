@@ -93,6 +93,30 @@ def test_collectives_are_counted_by_kind_network_and_turns_of_loops():
     assert by_slice == {"all-reduce": "dcn", "all-gather": "ici", "reduce-scatter": "dcn"}
 
 
+def test_a_loop_that_the_compiler_unrolled_turns_less_often_than_its_bound():
+    text = """%body (p: (f32[4], u32[])) -> (f32[4], u32[]) {
+      %p = (f32[4]{0:T(128)}, u32[]{:T(128)}) parameter(0)
+      %x = f32[4]{0:T(128)} get-tuple-element(%p), index=0
+      %i = u32[]{:T(128)} get-tuple-element(%p), index=1
+      %two = u32[]{:T(128)} constant(2)
+      %next = u32[]{:T(128)} add(%i, %two)
+      %copied = u32[]{:T(128)} copy(%next)
+      %sum = f32[4]{0:T(128)} all-reduce(%x), replica_groups={}, to_apply=%add
+      ROOT %t = (f32[4]{0:T(128)}, u32[]{:T(128)}) tuple(%sum, %copied)
+    }
+    %condition (p: (f32[4], u32[])) -> pred[] {
+      %limit = u32[]{:T(128)} constant(7)
+      %p = (f32[4]{0:T(128)}, u32[]{:T(128)}) parameter(0)
+      %i = u32[]{:T(128)} get-tuple-element(%p), index=1
+      ROOT %less = pred[]{:T(512)} compare(%i, %limit), direction=LT
+    }
+    ENTRY %main (p: (f32[4], u32[])) -> (f32[4], u32[]) {
+      %p = (f32[4]{0:T(128)}, u32[]{:T(128)}) parameter(0)
+      ROOT %w = (f32[4]{0:T(128)}, u32[]{:T(128)}) while(%p), condition=%condition, body=%body
+    }""".replace("\n    ", "\n")
+    assert collectives(text, [0, 0]) == [Collective("all-reduce", "ici", 4, 4 * 16)]
+
+
 @pytest.mark.parametrize(
     ("text", "groups"),
     [
@@ -136,6 +160,37 @@ def test_a_step_of_billions_of_parameters_is_described_without_arrays():
     num_params = sum(x.size for x in jax.tree.leaves(state.params))
     assert num_params == pytest.approx(46.7e9, rel=1e-3)
     assert batch.rows.tokens.shape == (2, 8, config.data.row_len)
+
+
+def test_what_compiles_but_needs_more_than_the_chip_has_does_not_fit(monkeypatch):
+    config, _ = parse_flags(["aot", "--config=configs/jsonl.py:files=x,smoke", *SMOKE])
+    run = build.build_for(config, jax.devices())
+    monkeypatch.setattr(aot, "MEMORY_GIB", {"cpu": 1e-4})
+    program = aot.compile_program("precompute", run)
+    assert not program["fits"] and program["memory"]["margin"] < 0
+    assert program["reason"].endswith("of 0.00 GiB") and program["largest"]
+
+
+def test_fit_takes_the_least_recomputation_then_the_most_rows(monkeypatch, capsys):
+    def compile_program(name, run):
+        config = run.config
+        rows = config.data.rows // len(jax.devices())
+        fits = config.model.remat == "full" and rows <= 4
+        return {"fits": fits, "reason": "too large", "memory": {"total": float(rows)}}
+
+    monkeypatch.setattr(aot, "compile_program", compile_program)
+    config, _ = parse_flags(["aot", "--config=configs/jsonl.py:files=x,smoke"])
+    config, rows_per_chip = aot.find_fit(config, jax.devices())
+    assert (config.model.remat, rows_per_chip) == ("full", 4)
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in said] == [
+        "remat=none, 1 rows a chip",
+        "remat=dots, 1 rows a chip",
+        "remat=full, 1 rows a chip",
+        "remat=full, 2 rows a chip",
+        "remat=full, 4 rows a chip",
+        "remat=full, 8 rows a chip",
+    ]
 
 
 wants_libtpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="wants libtpu")

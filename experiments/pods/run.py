@@ -11,10 +11,13 @@ are not compiled again, so the table can be continued. It wants libtpu (the tpu 
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
+
+from nca_jax.topology import MEMORY_GIB
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -31,31 +34,54 @@ class Cell(NamedTuple):
     num_slices: int = 1
     rows_a_chip: int = 1
     flags: tuple[str, ...] = ()
+    programs: tuple[str, ...] = ("train",)
 
 
-EXPERTS = ("--config.mesh.expert=8",)
 TOPOLOGIES = ("v5e:4x4", "v5e:16x16", "v6e:16x16", "v5p:4x4x4", "v5p:8x8x16")
+# How many copies of the parameters (mesh.data) a slice has, where its memory allows: README.md.
+COPIES = {
+    "mistral_7b": {"v5e:16x16": 8, "v6e:16x16": 8, "v5p:4x4x4": 2, "v5p:8x8x16": 32},
+    "mixtral_8x7b": {"v5p:8x8x16": 16},
+}
+EXPERTS = {"mistral_7b": 1, "mixtral_8x7b": 8}  # mesh.expert; fsdp has the rest
 
 
 def cells() -> list[Cell]:
     """Returns the table: models by references by topologies, two slices, and one choice undone."""
+
+    def cell(name: str, model: str, reference: str, topology: str, *flags: str, **changes) -> Cell:
+        data = COPIES[model].get(topology, 1) * changes.get("num_slices", 1)
+        copies, experts = f"--config.mesh.data={data}", f"--config.mesh.expert={EXPERTS[model]}"
+        return Cell(name, model, reference, topology, flags=(copies, experts, *flags), **changes)
+
     table = [
-        Cell(f"{model}-{reference}-{topology}", model, reference, topology, flags=flags)
+        cell(f"{model}-{reference}-{topology}", model, reference, topology)
         for topology in TOPOLOGIES
         for reference in ("cached", "live")
-        for model, flags in (("mistral_7b", ()), ("mixtral_8x7b", EXPERTS))
+        for model in EXPERTS
     ]
     table += [
-        Cell(f"mistral_7b-cached-2x{topology}", "mistral_7b", "cached", topology, 2)
+        cell(f"mistral_7b-cached-2x{topology}", "mistral_7b", "cached", topology, num_slices=2)
         for topology in ("v5e:16x16", "v5p:4x4x4")
     ]
     base = ("mistral_7b", "cached", "v5p:4x4x4")
-    whole_rows = ("--config.loss.logits_chunk=4096",)
     table += [
-        Cell("choice-whole-logits", *base, flags=whole_rows),
-        Cell("choice-4-rows", *base, rows_a_chip=4),
-        Cell("choice-no-remat", *base, flags=("--config.model.remat=none",)),
-        Cell("choice-remat-dots", *base, flags=("--config.model.remat=dots",)),
+        cell("choice-one-fsdp-axis", *base, "--config.mesh.data=1"),
+        cell("choice-whole-logits", *base, "--config.loss.logits_chunk=4096"),
+        cell("choice-4-rows", *base, rows_a_chip=4),
+        cell("choice-no-remat", *base, "--config.model.remat=none"),
+        cell("choice-remat-dots", *base, "--config.model.remat=dots"),
+    ]
+    table += [
+        cell(
+            f"{model}-forward-{topology}",
+            model,
+            "cached",
+            topology,
+            programs=("precompute", "decode"),
+        )
+        for topology in ("v5p:4x4x4", "v5e:16x16")
+        for model in EXPERTS
     ]
     return table
 
@@ -72,7 +98,7 @@ def command(cell: Cell, out: Path) -> list[str]:
         f"--topology={cell.topology}",
         f"--num_slices={cell.num_slices}",
         f"--rows_per_chip={cell.rows_a_chip}",
-        "--programs=train",
+        f"--programs={','.join(cell.programs)}",
         *cell.flags,
         f"--json={out}",
     ]
@@ -113,22 +139,29 @@ def table(reports: dict[str, dict]) -> str:
         if report is None:
             lines.append(f"| {cell.name} |" + " - |" * 11)
             continue
-        program = report["programs"]["train"]
-        mesh = " ".join(f"{axis}={n}" for axis, n in report["mesh"].items() if n > 1)
-        start = f"| {cell.name} | {report['chips']} | {mesh} | {report['rows_a_chip']} |"
-        work = f" {report['flops_a_step_and_chip']:.2e} | {program['compile_seconds']:.0f} "
-        work += f"| {report['commit']} |"
-        if not program["fits"]:
-            lines.append(f"{start} does not fit | - | - | - | - |{work}")
-            continue
-        memory = program["memory"]
-        margin = memory["margin"] / memory["limit"]
-        sent = [sent_bytes(program, network) / 2**30 for network in ("ici", "dcn")]
-        lines.append(
-            f"{start} {memory['total']:.2f} | {memory['limit']:.2f} | {margin:.0%} "
-            f"| {sent[0]:.1f} | {sent[1]:.2f} |{work}"
-        )
+        lines += [line(cell, report, name) for name in cell.programs]
     return "\n".join(lines) + "\n"
+
+
+def line(cell: Cell, report: dict, name: str) -> str:
+    """Returns the line of one program of a cell."""
+    program = report["programs"][name]
+    title = cell.name.replace("forward", name)
+    mesh = " ".join(f"{axis}={n}" for axis, n in report["mesh"].items() if n > 1)
+    start = f"| {title} | {report['chips']} | {mesh} | {report['rows_a_chip']} |"
+    flops = f"{report['flops_a_step_and_chip']:.2e}" if name == "train" else "-"
+    work = f" {flops} | {program['compile_seconds']:.0f} | {report['commit']} |"
+    limit = MEMORY_GIB[report["device_kind"]]
+    if "memory" not in program:
+        needs = re.search(r"([\d.]+)G", program["reason"])[1]  # of temporaries
+        return f"{start} does not fit: {needs} and arguments | {limit:.2f} | - | - | - |{work}"
+    memory = program["memory"]
+    verdict = "" if memory["total"] <= limit else "does not fit: "
+    sent = [sent_bytes(program, network) / 2**30 for network in ("ici", "dcn")]
+    return (
+        f"{start} {verdict}{memory['total']:.2f} | {limit:.2f} "
+        f"| {1 - memory['total'] / limit:.0%} | {sent[0]:.1f} | {sent[1]:.2f} |{work}"
+    )
 
 
 def plot(reports: dict[str, dict], out: Path) -> None:
@@ -142,7 +175,8 @@ def plot(reports: dict[str, dict], out: Path) -> None:
     series: dict[str, list[tuple]] = {}
     for cell in cells():
         report = reports.get(cell.name)
-        if report is None or cell.name.startswith("choice") or cell.num_slices > 1:
+        is_series = cell.programs == ("train",) and not cell.name.startswith("choice")
+        if report is None or not is_series or cell.num_slices > 1:
             continue
         program = report["programs"]["train"]
         if program["fits"]:
