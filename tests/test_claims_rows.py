@@ -10,7 +10,16 @@ from commands import ROOT
 
 pytest.importorskip("matplotlib")
 from experiments import results  # noqa: E402  (they plot)
-from experiments.claims import chosen, judge, pairs, rows, study, temperatures  # noqa: E402
+from experiments.claims import (  # noqa: E402
+    chosen,
+    judge,
+    pairs,
+    reasoning,
+    responses,
+    rows,
+    study,
+    temperatures,
+)
 from nca_jax.checks import UserError  # noqa: E402
 from nca_jax.flops import needed_flops  # noqa: E402
 from nca_jax.model_config import MODELS  # noqa: E402
@@ -53,6 +62,38 @@ def test_rows_that_runs_were_made_with_are_not_written_over(tmp_path):
     rows.write_new(path, [ROW])
     with pytest.raises(UserError, match="holds other rows"):
         rows.write_new(path, [ROW, ROW])
+
+
+def test_more_responses_hold_all_of_fewer_and_the_same_best():
+    row = {"prompt": "x", "responses": list("abcdefgh"), "scores": [0, 1, 2, 9, 4, 5, 6, 7]}
+    made = [responses.with_k(row, k, seed=0) for k in (2, 4, 8)]
+    assert [len(x["responses"]) for x in made] == [2, 4, 8]
+    assert all(x["responses"][0] == "d" and x["scores"][0] == 9 for x in made)
+    assert set(made[0]["responses"]) < set(made[1]["responses"]) < set(made[2]["responses"])
+    assert {x: row["scores"][row["responses"].index(x)] for x in made[1]["responses"]} == dict(
+        zip(made[1]["responses"], made[1]["scores"], strict=True)
+    )
+    assert responses.with_k(row, 4, seed=1) != made[1]
+
+
+def test_problems_of_rounds_differ_from_those_that_are_held_out():
+    heldout = {row["prompt"] for row in reasoning.make_problems(reasoning.NUM_HELDOUT, -1)}
+    rounds = [{x["prompt"] for x in reasoning.make_problems(64, seed)} for seed in (1, 2, 11)]
+    assert len(heldout) == reasoning.NUM_HELDOUT and all(len(x) == 64 for x in rounds)
+    assert not any(heldout & x for x in rounds) and rounds[0] != rounds[1] != rounds[2]
+
+
+@pytest.mark.parametrize(
+    ("response", "right"),
+    [("30", True), ("30.", True), ("It is 30", True), ("27 + 3 = 30", False), ("", False)],
+)
+def test_an_answer_is_right_where_its_first_number_is_the_sum(response, right):
+    assert reasoning.is_right(reasoning.PROBLEM.format(a=27, b=3), response) == right
+
+
+def test_only_problems_with_right_and_wrong_answers_are_trained_on():
+    made = [{"scores": x} for x in ([0, 0], [1, 1], [0, 1])]
+    assert reasoning.teaching(made) == made[2:]
 
 
 # Tables
@@ -150,7 +191,7 @@ def test_the_judge_tells_praise_from_blame_as_a_scorer():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("claim", ["chosen"])
+@pytest.mark.parametrize("claim", ["chosen", "reasoning", "responses"])
 def test_a_claim_runs_in_its_smoke_form(claim, tmp_path):
     pytest.importorskip("vaderSentiment")
     command = [sys.executable, "-m", f"experiments.claims.{claim}", f"--out={tmp_path}"]
@@ -159,5 +200,6 @@ def test_a_claim_runs_in_its_smoke_form(claim, tmp_path):
         [*command, "--smoke", "--seeds=1"], cwd=ROOT, env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert "| nca | 1 |" in (tmp_path / f"{claim}.md").read_text()
+    arm = {"chosen": "| nca | 1 |", "reasoning": "| 2 | dpo | 1 |", "responses": "| K=16 | 1 |"}
+    assert arm[claim] in (tmp_path / f"{claim}.md").read_text()
     assert (tmp_path / f"{claim}.png").exists()

@@ -20,8 +20,8 @@ from nca_jax.checks import run_main
 matplotlib.use("agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend)
 
-BETAS = (0.03, 0.3, 3.0)  # at ALPHA
-ALPHAS = (0.02, 0.5)  # at the middle beta
+BETAS = (0.3, 0.03, 3.0)  # at ALPHA
+ALPHAS = (0.02, 0.5)  # at the first beta
 LOSSES = ("nca", "infonca", "dpo")
 
 
@@ -34,8 +34,8 @@ def make_arms() -> list[Arm]:
         arms.append(pairs_arm(name_of("dpo", beta, 0), "best_worst", beta=beta, steps=steps))
     for alpha in ALPHAS:
         for loss in LOSSES[:2]:
-            name = name_of(loss, BETAS[1], alpha)
-            arms.append(scores_arm(name, loss, beta=BETAS[1], alpha=alpha, steps=steps))
+            name = name_of(loss, BETAS[0], alpha)
+            arms.append(scores_arm(name, loss, beta=BETAS[0], alpha=alpha, steps=steps))
     return arms
 
 
@@ -76,7 +76,7 @@ def plot(path: Path, runs: Sequence[results.Run]) -> None:
             xerr=kl[1],
             yerr=reward[1],
             fmt="o",
-            ms=5 + 3 * BETAS.index(beta),
+            ms=5 + 3 * sorted(BETAS).index(beta),
             color=color,
             mfc=color if alpha in (0, ALPHA) else "white",
             label=setting.replace(",", ", "),
