@@ -1,6 +1,6 @@
 r"""Claim (e): alpha and beta: what they buy in reward and pay in KL, and how sure a choice must be.
 
-    python -m experiments.claims.temperatures --out=runs/claims/temperatures --seeds=1
+    python -m experiments.claims.temperatures --out=runs/claims/demo --seeds=1
 
 NCA, InfoNCA and DPO (best with worst) over a hundredfold range of beta, and NCA and InfoNCA over
 alpha; one pass over the 48 prompts of a seed. Writes temperatures.md and temperatures.png.
@@ -44,7 +44,7 @@ def name_of(loss: str, beta: float, alpha: float) -> str:
 
 
 def main(argv: list[str]) -> int:
-    args = study.parse_args(argv, "temperatures", __doc__.splitlines()[0], "temperatures")
+    args = study.parse_args(argv, "temperatures", __doc__.splitlines()[0], "demo")
     arms = make_arms()
     status = study.run_arms(args, arms, "--config.eval_every=0")
     runs = study.runs_of(args.out, arms)
