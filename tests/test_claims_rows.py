@@ -1,6 +1,9 @@
 """Claims (b) to (f): what their rows, tables and second judge are made of; smoke runs of each."""
 
+import io
+import json
 import os
+import re
 import subprocess
 import sys
 
@@ -83,12 +86,16 @@ def test_problems_of_rounds_differ_from_those_that_are_held_out():
     assert not any(heldout & x for x in rounds) and rounds[0] != rounds[1] != rounds[2]
 
 
-@pytest.mark.parametrize(
-    ("response", "right"),
-    [("30", True), ("30.", True), ("It is 30", True), ("27 + 3 = 30", False), ("", False)],
-)
-def test_an_answer_is_right_where_its_first_number_is_the_sum(response, right):
-    assert reasoning.is_right(reasoning.PROBLEM.format(a=27, b=3), response) == right
+def test_the_checker_knows_the_answer_from_the_prompt_alone(monkeypatch, capsys):
+    problem = reasoning.make_problems(1, 5)[0]
+    a, b = sorted(map(int, re.findall(r"\d+", problem["prompt"])))
+    assert problem["answer"] == b
+    said = [f"{b}", f"It is {b}.", f"{a}", f"{b} is larger than {a}", ""]
+    lines = [json.dumps({"prompt": problem["prompt"], "response": x}) + "\n" for x in said]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(lines)))
+    assert reasoning.main(["reasoning", "--check"]) == 0
+    got = [json.loads(line)["score"] for line in capsys.readouterr().out.splitlines()]
+    assert got == [1, 1, 0, 0, 0]
 
 
 def test_only_problems_with_right_and_wrong_answers_are_trained_on():

@@ -19,7 +19,7 @@ from experiments.claims.study import STEPS, pairs_arm
 from nca_jax.checks import run_main
 
 # Operations of a step beside those of K = 4: prompts of 54 tokens, responses of 25.
-COST = {"best_worst": 0.64, "best_each": 1.92, "all": 3.85}
+COST = {"best_worst": 0.66, "best_each": 1.92, "all": 3.85}
 EQUAL_PROMPTS = (
     pairs_arm("dpo-best-each", "best_each", beta=chosen.BETA),
     pairs_arm("dpo-all-pairs", "all", beta=chosen.BETA),

@@ -10,6 +10,7 @@ Paper: arXiv:2402.05369, section 5. Writes reasoning.md and reasoning.png.
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -25,13 +26,16 @@ from experiments.claims import study
 from experiments.claims.rows import write_new
 from experiments.tasks import Task, run_tasks
 from nca_jax.checks import run_main
+from nca_jax.rewards.scorers import SCORERS
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend)
 
-PROBLEM = "What is {a} + {b}? Answer with the number only."
-NUM_PROBLEMS, NUM_HELDOUT = 64, 48  # of a round; held out, the same for all seeds
-K, BATCH, STEPS = 8, 8, 16
+# Of seven kinds of task that were tried, the one that the model gets right most often: 20% of its
+# samples; additions of two digits never, of one digit 11%, with examples in the prompt 4%.
+PROBLEM = "Which number is larger, {a} or {b}? Answer with the number only."
+NUM_PROBLEMS, NUM_HELDOUT = 64, 32  # of a round; held out, the same for all seeds
+K, BATCH, STEPS = 8, 4, 12
 LOSSES = ("nca", "dpo")
 BETA, ALPHA = 0.3, 0.25  # of scores that are 0 or 1
 CHECK = f"command:{sys.executable} -m experiments.claims.reasoning --check"
@@ -42,7 +46,6 @@ FLAGS = (
     "--config.loss.logits_chunk=352",
     f"--config.data.batch_size={BATCH}",
     f"--config.loss.beta={BETA}",
-    "--config.optim.lr=2e-5",
     "--config.generate.max_new_tokens=16",
     "--config.generate.batch_size=512",
     "--config.log.tensorboard=False",
@@ -50,26 +53,25 @@ FLAGS = (
 
 
 def make_problems(num: int, seed: int) -> list[dict]:
-    """Returns different additions, each with its "answer"; held-out ones are those of seed -1."""
-    every = [(a, b) for a in range(11, 100) for b in range(2, 10)]
+    """Returns different problems, each with its "answer"; held-out ones are those of seed -1."""
+    every = list(itertools.permutations(range(10, 100), 2))
     heldout = random.Random(0).sample(every, NUM_HELDOUT)
     if seed >= 0:
         rest = sorted(set(every) - set(heldout))
         heldout = random.Random(seed + 1).sample(rest, num)
-    return [{"prompt": PROBLEM.format(a=a, b=b), "answer": a + b} for a, b in heldout[:num]]
-
-
-def is_right(prompt: str, response: str) -> bool:
-    """Whether the first number of a response is the sum of the two of the prompt."""
-    a, b = map(int, re.findall(r"\d+", prompt))
-    return [int(x) for x in re.findall(r"\d+", response)[:1]] == [a + b]
+    return [{"prompt": PROBLEM.format(a=a, b=b), "answer": max(a, b)} for a, b in heldout[:num]]
 
 
 def check() -> None:
-    """Scores JSON lines of "prompt" and "response" from stdin: the command of CHECK."""
+    """Scores JSON lines of "prompt" and "response" from stdin: the command of CHECK.
+
+    It is the scorer "answer", for rows that have lost their "answer", as those of evaluate have.
+    """
     for line in sys.stdin:
         row = json.loads(line)
-        print(json.dumps({"score": float(is_right(row["prompt"], row["response"]))}))
+        wanted = max(map(int, re.findall(r"\d+", row["prompt"])))
+        (score,) = SCORERS["answer"]([row | {"answer": wanted}], [row["response"]]).tolist()
+        print(json.dumps({"score": score}))
 
 
 def teaching(rows: Sequence[dict]) -> list[dict]:
