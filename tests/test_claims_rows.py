@@ -99,8 +99,10 @@ def test_the_checker_knows_the_answer_from_the_prompt_alone(monkeypatch, capsys)
 
 
 def test_only_problems_with_right_and_wrong_answers_are_trained_on():
-    made = [{"scores": x} for x in ([0, 0], [1, 1], [0, 1])]
+    made = [{"responses": ["a", "b"], "scores": x} for x in ([0, 0], [1, 1], [0, 1])]
     assert reasoning.teaching(made) == made[2:]
+    made[2]["responses"][0] = " "  # which nobody can be trained on
+    assert reasoning.teaching(made) == []
 
 
 # Tables
@@ -153,7 +155,7 @@ def test_pairs_at_equal_operations_take_fewer_steps():
     steps = {arm.name: arm.changes["steps"] for arm in pairs.ARMS}
     assert steps["nca"] == steps["dpo-all-pairs"] == 24
     assert [steps[f"dpo-{x}-flops"] for x in ("best-worst", "best-each", "all-pairs")] == [
-        38,
+        36,
         12,
         6,
     ]

@@ -23,7 +23,7 @@ import matplotlib
 
 from experiments import results, sweep
 from experiments.claims import study
-from experiments.claims.rows import write_new
+from experiments.claims.rows import without_empty, write_new
 from experiments.tasks import Task, run_tasks
 from nca_jax.checks import run_main
 from nca_jax.rewards.scorers import SCORERS
@@ -76,6 +76,7 @@ def check() -> None:
 
 def teaching(rows: Sequence[dict]) -> list[dict]:
     """Returns the rows with a right and a wrong response: the others teach nothing."""
+    rows = [without_empty(row) for row in rows]
     return [row for row in rows if len(set(row["scores"])) > 1]
 
 
@@ -119,6 +120,9 @@ def make_rounds(out: Path, num_seeds: int, smoke: bool) -> int:
     heldout = sample_task(out, "heldout", "heldout", 0, smoke)
     if run_tasks([heldout, *tasks], jobs=1, env=dict(os.environ)):
         return 1
+    answered = [without_empty(row) for row in scored(out, "heldout")]
+    answered = [row for row in answered if len(row["responses"]) > 1]
+    write_new(out / "rows/heldout.jsonl", answered)
     for seed in seeds:
         write_new(out / f"rows/round1-{seed}.jsonl", teaching(scored(out, f"round1-{seed}")))
     if train_round(out, 1, num_seeds, smoke):
@@ -165,7 +169,7 @@ def train_round(out: Path, round_: int, num_seeds: int, smoke: bool) -> int:
     """Trains and evaluates both losses on the rows of a round; returns the sweep's exit status."""
     argv = ["sweep", "--config=configs/sentiment.py" + (":smoke" if smoke else ""), *FLAGS]
     argv += [f"--out={out}/round{round_}", f"--seeds={num_seeds}", f"--text={study.TEXT}"]
-    argv += [f"--config.data.eval_files={out}/samples/heldout/scored.jsonl"]
+    argv += [f"--config.data.eval_files={out}/rows/heldout.jsonl"]
     argv += [f"--config.generate.scorer={'length' if smoke else CHECK}"]
     argv += ["--config.generate.num_samples=4", f"--evaluate={2 if smoke else NUM_HELDOUT}"]
     for loss in LOSSES:

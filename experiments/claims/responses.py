@@ -17,7 +17,7 @@ import numpy as np
 
 from experiments import results, sweep
 from experiments.claims import study
-from experiments.claims.rows import DEMO, split_rows, write_new
+from experiments.claims.rows import DEMO, split_rows, without_empty, write_new
 from experiments.claims.study import ALPHA, BATCH, NUM_HELDOUT, NUM_TRAIN
 from experiments.tasks import Task, run_tasks
 from nca_jax.checks import run_main
@@ -55,7 +55,8 @@ def main(argv: list[str]) -> int:
     if run_tasks(tasks, jobs=args.jobs, env=dict(os.environ)):
         return 1
     for seed in range(args.seeds):
-        rows = results.read_lines(out / f"samples/seed={seed}/sampled.jsonl")
+        sampled = results.read_lines(out / f"samples/seed={seed}/sampled.jsonl")
+        rows = [without_empty(row) for row in sampled]
         for k in RESPONSES:
             write_new(out / f"rows/k{k}-{seed}.jsonl", [with_k(row, k, seed) for row in rows])
     status = train(args)

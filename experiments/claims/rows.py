@@ -52,6 +52,12 @@ def pairs(row: dict, how: str) -> list[dict]:
     ]
 
 
+def without_empty(row: dict) -> dict:
+    """Returns a scored row without its empty responses: nca_jax.train refuses them."""
+    kept = [i for i, text in enumerate(row["responses"]) if text.strip()]
+    return row | {name: [row[name][i] for i in kept] for name in ("responses", "scores")}
+
+
 def write_new(path: Path, rows: Iterable[dict]) -> None:
     """Writes rows, or leaves the file as it is where it holds these rows already.
 

@@ -20,23 +20,26 @@ from nca_jax.checks import run_main
 matplotlib.use("agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend)
 
-BETAS = (0.3, 0.03, 3.0)  # at ALPHA
+BETAS = (0.3, 3.0, 0.03)  # at ALPHA
 ALPHAS = (0.02, 0.5)  # at the first beta
+ONE_PASS = STEPS // PASSES
 LOSSES = ("nca", "infonca", "dpo")
 
 
 def make_arms() -> list[Arm]:
-    """Returns the arms: first those of beta, then those of alpha."""
-    steps, arms = STEPS // PASSES, []
-    for beta in BETAS:
-        for loss in LOSSES[:2]:
-            arms.append(scores_arm(name_of(loss, beta, ALPHA), loss, beta=beta, steps=steps))
-        arms.append(pairs_arm(name_of("dpo", beta, 0), "best_worst", beta=beta, steps=steps))
-    for alpha in ALPHAS:
-        for loss in LOSSES[:2]:
-            name = name_of(loss, BETAS[0], alpha)
-            arms.append(scores_arm(name, loss, beta=BETAS[0], alpha=alpha, steps=steps))
-    return arms
+    """Returns the arms: NCA and InfoNCA over beta, DPO over beta, then those of alpha."""
+    temperatures = [(beta, ALPHA) for beta in BETAS]
+    arms = [scores_arm_of(loss, *x) for x in temperatures for loss in LOSSES[:2]]
+    arms += [
+        pairs_arm(name_of("dpo", beta, 0), "best_worst", beta=beta, steps=ONE_PASS)
+        for beta in BETAS
+    ]
+    return arms + [scores_arm_of(loss, BETAS[0], x) for x in ALPHAS for loss in LOSSES[:2]]
+
+
+def scores_arm_of(loss: str, beta: float, alpha: float) -> Arm:
+    name = name_of(loss, beta, alpha)
+    return scores_arm(name, loss, beta=beta, alpha=alpha, steps=ONE_PASS)
 
 
 def name_of(loss: str, beta: float, alpha: float) -> str:
