@@ -2,18 +2,22 @@ r"""Train a grid of settings, each over several seeds; start it again after any 
 
     python -m experiments.sweep --config=FILE[:args] --out=DIR --seeds=3 \
         --grid "loss.alpha=0.01,0.1,1;loss.beta=1e-3,1e-2;config.algo=nca,infonca" \
-        [--config.section.field=value ...] [--jobs=1] [--evaluate=0] [--print]
+        [--point "NAME: loss.alpha=0;config.algo=dpo"] [--config.section.field=value ...] \
+        [--jobs=1] [--evaluate=0 [--judge=SCORER] [--text=FILE]] [--print]
 
 --grid      axes, separated by ";": a field of the config, or config.NAME for an argument of the
             config string; given more than once, the points add up
+--point     one setting under a name of its own; given more than once, the points add up
 --jobs      runs at a time
 --evaluate  held-out prompts that nca_jax.evaluate answers once a run is trained; 0: none
+--judge, --text  go to nca_jax.evaluate
 --print     only print the commands that are left, one line a point, for a scheduler
 
-A point is one nca_jax.train in the workdir DIR/SETTING/seed=N. What is left to do is read from the
-workdirs alone: a finished point is not run again, a killed one resumes. A point that breaks says
-why and stops no other; the exit status is then 1. Where reference.kind=cached is asked for without
-a cache, points with the same reference share one, which is made first.
+A point is one nca_jax.train in the workdir DIR/SETTING/seed=N; "{seed}" in a value is its N. What
+is left to do is read from the workdirs alone: a finished point is not run again, a killed one
+resumes; the checkpoints of one that is evaluated may be removed. A point that breaks says why and
+stops no other; the exit status is then 1. Where reference.kind=cached is asked for without a cache,
+points with the same reference share one, which is made first.
 
 Writes DIR/table.md and, by experiments.report, DIR/report.html.
 """
@@ -81,9 +85,12 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--config", required=True)
     parser.add_argument("--out", required=True)
     parser.add_argument("--grid", action="append", default=[])
+    parser.add_argument("--point", action="append", default=[])
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--evaluate", type=int, default=0)
+    parser.add_argument("--judge", default="")
+    parser.add_argument("--text", default="")
     parser.add_argument("--print", action="store_true", dest="is_print")
     args, overrides = parser.parse_known_args(argv[1:])
     args.out = local_path(args.out)
@@ -104,17 +111,38 @@ def make_points(args, overrides: list[str]) -> tuple[list[Point], dict[str, str]
       UserError: a grid cannot be read, or gives a point twice.
     """
     points, broken = [], {}
+    settings = named_settings(args.point)
+    if args.grid or not settings:
+        settings += [(setting_name(setting), setting) for setting in settings_of(args.grid)]
     names = set()
-    for setting, seed in itertools.product(settings_of(args.grid), range(args.seeds)):
-        name = f"{setting_name(setting)}/seed={seed}"
+    for (of_setting, setting), seed in itertools.product(settings, range(args.seeds)):
+        name = f"{of_setting}/seed={seed}"
         if name in names:
-            raise UserError(f"--grid gives {name} twice; write it once.")
+            raise UserError(f"--grid or --point gives {name} twice; write it once.")
         names.add(name)
         try:
             points.append(make_point(args, overrides, setting, seed, name))
         except UserError as error:
             broken[name] = str(error)
     return points, broken
+
+
+def named_settings(points: Sequence[str]) -> list[tuple[str, dict[str, str]]]:
+    """Returns (name, {field: value}) of every --point.
+
+    Raises:
+      UserError: a point is not NAME: FIELD=VALUE;FIELD=VALUE;...
+    """
+    named = []
+    for point in points:
+        name, colon, changes = point.partition(":")
+        pairs = [change.strip().partition("=") for change in filter(None, changes.split(";"))]
+        if not colon or not name or "/" in name or not all(x and y for x, y, _ in pairs):
+            raise UserError(
+                f"--point wants 'NAME: FIELD=VALUE;FIELD=VALUE'; {point!r} is not that."
+            )
+        named.append((name.strip(), {field: value for field, _, value in pairs}))
+    return named
 
 
 def settings_of(grids: Sequence[str]) -> list[dict[str, str]]:
@@ -155,6 +183,7 @@ def make_point(args, overrides: list[str], setting: dict, seed: int, name: str) 
         else:
             fields.append(f"--config.{field}={value}")
     flags = [f"--config={config}", *overrides, *fields, f"--config.seed={seed}"]
+    flags = [flag.replace("{seed}", str(seed)) for flag in flags]
     folder = next((x.partition("=")[2] for x in reversed(flags) if x.startswith(CACHE)), "")
     if "--config.reference.kind=cached" in flags and not folder:
         digest = reference_digest(parse_flags(["sweep", *flags, f"{CACHE}unknown"])[0])
@@ -172,8 +201,10 @@ def make_point(args, overrides: list[str], setting: dict, seed: int, name: str) 
     flags.append(f"--workdir={workdir}")
     steps = ((nca_jax("train", *flags), TRAINED),)
     if args.evaluate:
-        command = nca_jax("evaluate", *flags, f"--num_prompts={args.evaluate}")
-        steps += ((command, "evaluation.json"),)
+        flags.append(f"--num_prompts={args.evaluate}")
+        flags += [f"--judge={args.judge}"] if args.judge else []
+        flags += [f"--text={args.text}"] if args.text else []
+        steps += ((nca_jax("evaluate", *flags), "evaluation.json"),)
     return Point(Task(name, workdir, steps), cache)
 
 

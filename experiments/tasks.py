@@ -38,11 +38,13 @@ class Running(NamedTuple):
 
 
 def commands_left(task: Task) -> list[list[str]]:
-    """Returns the commands that are not done, from the first such one on."""
-    for index, (_, file) in enumerate(task.steps):
-        if not (is_trained(task.folder) if file == TRAINED else (task.folder / file).exists()):
-            return [command for command, _ in task.steps[index:]]
-    return []
+    """Returns the commands that are not done: those after the last one that is."""
+    done = [
+        index
+        for index, (_, file) in enumerate(task.steps, start=1)
+        if (is_trained(task.folder) if file == TRAINED else (task.folder / file).exists())
+    ]
+    return [command for command, _ in task.steps[max(done, default=0) :]]
 
 
 def is_trained(workdir: Path) -> bool:

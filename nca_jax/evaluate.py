@@ -2,10 +2,15 @@ r"""Evaluate a policy on held-out prompts: python -m nca_jax.evaluate --config=.
 
 Prints, and writes to --out (by default DIR/evaluation.json): the held-out metrics of training, KL
 to the reference on the policy's own samples, and a scorer's mean reward on samples of policy and
-reference. Without --workdir it evaluates the model of init_from.
+reference, with their length and repetition: a reward may be bought by breaking the language.
+Without --workdir it evaluates the model of init_from.
 
     --num_prompts  held-out prompts to sample responses for; 0: none, so no KL and no rewards
+    --judge        a second scorer (see nca_jax.score), which was not trained on
+    --text         a file of plain text, paragraphs apart by empty lines: the perplexity of both
 """
+
+import re
 
 import jax
 import numpy as np
@@ -19,16 +24,27 @@ from nca_jax.data.encode import Example
 from nca_jax.data.fit import row_layout
 from nca_jax.data.pipeline import eval_batches
 from nca_jax.decode import make_generator, to_text
-from nca_jax.evaluators import Piece, fill_reference, heldout_metrics, make_kl, score_responses
+from nca_jax.evaluators import (
+    Piece,
+    fill_reference,
+    heldout_metrics,
+    length,
+    make_kl,
+    repetition,
+    score_responses,
+    text_perplexity,
+)
 from nca_jax.files import as_path
 from nca_jax.mesh import compiler_options, rows_here
 from nca_jax.rewards.scorers import get_scorer
 
 
 def main(argv: list[str]) -> int:
-    config, flags = parse_flags(argv, workdir="", out="", num_prompts=64)
+    config, flags = parse_flags(argv, workdir="", out="", num_prompts=64, judge="", text="")
     out = as_path(flags.out or as_path(flags.workdir or ".") / "evaluation.json")
+    scorers = {"reward": get_scorer(config.generate.scorer), "judge": get_scorer(flags.judge)}
     run = build.build(config)
+    texts = read_texts(run, flags.text) if flags.text else []
     data = build.read_data(run)
     if not data.heldout:
         raise UserError("No rows are held out: set data.eval_fraction or data.eval_files.")
@@ -43,8 +59,10 @@ def main(argv: list[str]) -> int:
         heldout = data.heldout[: flags.num_prompts]
         samples = {}
         if heldout:
-            sampled, samples = sample_metrics(run, policy, reference, heldout)
+            sampled, samples = sample_metrics(run, policy, reference, heldout, scorers)
             metrics |= sampled
+        if texts:
+            metrics |= perplexities(run, policy, reference, texts)
     if distributed.is_first():
         checkpoint.write_json(out, {"metrics": metrics, "samples": samples})
     for name, value in metrics.items():
@@ -53,61 +71,109 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def sample_metrics(run: build.Run, policy: dict, reference: dict, heldout) -> tuple[dict, list]:
+def sample_metrics(
+    run: build.Run, policy: dict, reference: dict, heldout, scorers: dict
+) -> tuple[dict, list]:
     """Samples responses of policy and reference to held-out prompts, with the same random keys.
 
+    Args:
+      scorers: {metric: scorer or None}.
     Returns:
-      {"kl" nats a response, "reward", "reward_reference"} (rewards where a scorer is configured),
-      and [{"prompt", "policy", "reference"}], the texts.
+      {"kl" nats a response, "length" tokens, "repetition", and the mean of each scorer}, those of
+      the reference as "NAME_reference"; and [{"prompt", "policy", "policy_scores", ...}], the texts
+      with their rewards.
     """
-    config = run.config
     generate = make_generator(run)
     prompts = [example.prompt for example in heldout]
     drawn = {
-        "policy": generate(policy, prompts, config.seed),
-        "reference": generate(reference, prompts, config.seed),
+        "policy": generate(policy, prompts, run.config.seed),
+        "reference": generate(reference, prompts, run.config.seed),
     }
     metrics = {}
-    if config.generate.temperature == 1 and config.generate.top_p == 1:
-        num_slots = len(prompts) * config.generate.num_samples
-        kl = jax.jit(
-            make_kl(
-                run.model,
-                num_slots=num_slots,
-                block=config.data.block,
-                chunk=config.loss.logits_chunk,
-            ),
-            out_shardings=NamedSharding(run.mesh, P()),
-            compiler_options=compiler_options(run.mesh),
-        )
-        values = score_responses(
-            lambda rows: kl(policy, reference, rows),
-            [sampled_piece(*pair) for pair in zip(heldout, drawn["policy"], strict=True)],
-            row_layout(config.data),
-            num_slots=num_slots,
-            mesh=run.mesh,
-        )
-        metrics["kl"] = float(np.mean(values))
+    if run.config.generate.temperature == 1 and run.config.generate.top_p == 1:
+        metrics["kl"] = mean_kl(run, policy, reference, heldout, drawn["policy"])
     else:
         print("no KL: it is estimated on samples of generate.temperature=1 and top_p=1")
-    if run.tokenizer is None or not distributed.is_first():
-        return metrics, []
-
-    texts = {
-        who: [[to_text(run, ids) for ids in responses] for responses in samples]
-        for who, samples in drawn.items()
-    }
-    scorer = get_scorer(config.generate.scorer)
     rows = [{"prompt": str(example.prompt_text)} for example in heldout]
-    for who, name in (("policy", "reward"), ("reference", "reward_reference")):
-        for row, responses in zip(rows, texts[who], strict=True):
-            row[who] = responses
-            if scorer:
-                scores = scorer([{"prompt": row["prompt"]}] * len(responses), responses)
-                row[f"{who}_scores"] = [float(score) for score in scores]
-        if scorer:
-            metrics[name] = float(np.mean([row[f"{who}_scores"] for row in rows]))
-    return metrics, rows
+    for who, samples in drawn.items():
+        suffix = "" if who == "policy" else f"_{who}"
+        responses = [ids.tolist() for of_prompt in samples for ids in of_prompt]
+        metrics[f"length{suffix}"] = length(responses)
+        metrics[f"repetition{suffix}"] = repetition(responses)
+        if run.tokenizer is None or not distributed.is_first():
+            continue
+        texts = [to_text(run, np.array(ids)) for ids in responses]
+        asked = [{"prompt": row["prompt"]} for row in rows for _ in range(len(samples[0]))]
+        scores = {name: scorer(asked, texts) for name, scorer in scorers.items() if scorer}
+        metrics |= {f"{name}{suffix}": float(np.mean(x)) for name, x in scores.items()}
+        for i, row in enumerate(rows):
+            of_row = slice(i * len(samples[0]), (i + 1) * len(samples[0]))
+            row[who] = texts[of_row]
+            if "reward" in scores:
+                row[f"{who}_scores"] = scores["reward"][of_row].tolist()
+    return metrics, rows if run.tokenizer is not None and distributed.is_first() else []
+
+
+def mean_kl(run: build.Run, policy: dict, reference: dict, heldout, drawn) -> float:
+    """Returns KL(policy || reference), nats a response, on the policy's own samples."""
+    config = run.config
+    num_slots = len(heldout) * config.generate.num_samples
+    kl = jax.jit(
+        make_kl(
+            run.model,
+            num_slots=num_slots,
+            block=config.data.block,
+            chunk=config.loss.logits_chunk,
+        ),
+        out_shardings=NamedSharding(run.mesh, P()),
+        compiler_options=compiler_options(run.mesh),
+    )
+    values = score_responses(
+        lambda rows: kl(policy, reference, rows),
+        [sampled_piece(*pair) for pair in zip(heldout, drawn, strict=True)],
+        row_layout(config.data),
+        num_slots=num_slots,
+        mesh=run.mesh,
+    )
+    return float(np.mean(values))
+
+
+def read_texts(run: build.Run, file: str) -> list[list[int]]:
+    """Returns the paragraphs of a file of plain text as token ids.
+
+    Raises:
+      UserError: there is no such file, no tokenizer, or a paragraph of one token or none.
+    """
+    if run.tokenizer is None:
+        raise UserError("--text needs a tokenizer: set config.data.tokenizer.")
+    path = as_path(file)
+    if not path.exists():
+        raise UserError(f"--text={file} is not there; give a file of plain text.")
+    paragraphs = re.split(r"\n\s*\n", path.read_text(encoding="utf-8").strip())
+    texts = [
+        run.tokenizer.encode(" ".join(paragraph.split()), add_special_tokens=False)
+        for paragraph in paragraphs
+    ]
+    if min(map(len, texts)) < 2:
+        raise UserError(f"--text={file} has a paragraph of less than two tokens; give longer ones.")
+    return texts
+
+
+def perplexities(run: build.Run, policy: dict, reference: dict, texts: list) -> dict[str, float]:
+    """Returns {"text_perplexity", "text_perplexity_reference"} of plain text."""
+    logps = build.jit_rows_logps(run, len(texts))
+    pieces = [Piece(ids[:1], [ids[1:]]) for ids in texts]
+    found = {}
+    for name, params in (("text_perplexity", policy), ("text_perplexity_reference", reference)):
+        values = score_responses(
+            lambda rows, params=params: np.asarray(logps(params, rows))[0],
+            pieces,
+            row_layout(run.config.data),
+            num_slots=len(texts),
+            mesh=run.mesh,
+        )
+        found[name] = text_perplexity(values, texts)
+    return found
 
 
 def sampled_piece(example: Example, responses: list[np.ndarray]) -> Piece:

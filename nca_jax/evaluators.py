@@ -128,3 +128,31 @@ def make_kl(model, *, num_slots: int, block: int, chunk: int) -> Callable:
         return sum_by_slot(jnp.expm1(-d) + d, rows, num_slots)
 
     return kl
+
+
+def length(responses: Sequence[Sequence[int]]) -> float:
+    """Returns the mean number of tokens of responses, each with its end-of-turn token."""
+    return float(np.mean([len(ids) for ids in responses]))
+
+
+def repetition(responses: Sequence[Sequence[int]], n: int = 3) -> float:
+    """Returns the share of n-grams of tokens that their response has had before, mean over them.
+
+    0: no response says anything twice; near 1: they go in circles. One that is shorter than n
+    tokens repeats nothing.
+    """
+    shares = []
+    for ids in responses:
+        grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+        shares.append(1 - len(set(grams)) / len(grams) if grams else 0.0)
+    return float(np.mean(shares))
+
+
+def text_perplexity(logps: np.ndarray, texts: Sequence[Sequence[int]]) -> float:
+    """Returns exp of the mean loss of a token of plain text, each text's first token being given.
+
+    Args:
+      logps: log-probability of each text after its first token, [texts] nats.
+      texts: token ids.
+    """
+    return float(np.exp(-np.sum(logps) / sum(len(ids) - 1 for ids in texts)))

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from commands import write_rows
 
-from nca_jax import evaluate, generate
+from nca_jax import evaluate, evaluators, generate
 from nca_jax.data.pack import RowLayout
 from nca_jax.data.plan import causal_bound
 from nca_jax.decode import make_sampler, to_text
-from nca_jax.evaluators import Piece, make_kl, score_responses
+from nca_jax.evaluators import Piece, make_kl, repetition, score_responses, text_perplexity
 from nca_jax.logprobs import sequence_logps
 from nca_jax.mesh import make_mesh
 from nca_jax.model_config import MODELS
@@ -198,6 +198,19 @@ def test_scores_of_responses_come_in_order_however_they_are_packed():
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
+def test_length_and_repetition_are_means_over_responses():
+    responses = [[1, 2, 3, 1, 2, 3, 1], [1, 2], [4, 4, 4, 4, 4]]
+    assert evaluators.length(responses) == pytest.approx(14 / 3)
+    # 123 231 312 123 231: 2 of 5 said before; none; 444 444 444: 2 of 3.
+    assert repetition(responses) == pytest.approx((2 / 5 + 0 + 2 / 3) / 3)
+
+
+def test_perplexity_is_that_of_a_token_after_the_first_of_each_text():
+    logps = np.array([-2 * math.log(8), -math.log(2)])
+    got = text_perplexity(logps, [[1, 2, 3], [4, 5]])
+    assert got == pytest.approx(math.exp((2 * math.log(8) + math.log(2)) / 3))
+
+
 def test_text_has_no_end_of_turn_token_and_stops_at_the_stop_string():
     tokenizer = load_tokenizer("byte")
     ids = np.array([*tokenizer("one. two. three", add_special_tokens=False)["input_ids"], 1])
@@ -224,9 +237,17 @@ def test_generate_writes_rows_that_train_reads_and_evaluate_writes_its_metrics(t
     assert all(len(row["responses"]) == 2 for row in written)
     assert all("scores" not in row for row in written)  # those of the responses before
 
-    evaluate.main(["evaluate", *config, f"--out={tmp_path / 'eval.json'}", "--num_prompts=3"])
+    (tmp_path / "plain.txt").write_text("One two\nthree.\n\nFour five.\n")
+    flags = (f"--text={tmp_path / 'plain.txt'}", "--judge=length", "--num_prompts=3")
+    evaluate.main(["evaluate", *config, f"--out={tmp_path / 'eval.json'}", *flags])
     result = json.loads((tmp_path / "eval.json").read_text())
     assert result["metrics"]["loss"] == pytest.approx(2 * math.log(2), abs=1e-5)
     assert result["metrics"]["kl"] == pytest.approx(0, abs=1e-5)
+    metrics = result["metrics"]
+    words = [len(text.split()) for row in result["samples"] for text in row["policy"]]
+    assert metrics["judge"] == metrics["judge_reference"] == pytest.approx(sum(words) / len(words))
+    assert 1 <= metrics["length"] <= 5 and 0 <= metrics["repetition"] < 1
+    assert metrics["text_perplexity"] == pytest.approx(metrics["text_perplexity_reference"])
+    assert 50 < metrics["text_perplexity"] < 5000  # random weights on bytes
     assert len(result["samples"]) == 3
     assert all(row["policy"] == row["reference"] for row in result["samples"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -127,9 +128,31 @@ def test_print_gives_a_line_for_every_point_that_is_left(stub, tmp_path, capsys)
     assert not (tmp_path / "out/config.algo=nca").exists()
 
 
+def test_a_point_has_a_name_of_its_own_and_values_know_their_seed(stub, tmp_path, capsys):
+    point = "--point=some pairs: loss.alpha=0.1;data.files=rows-{seed}.jsonl;config.k=4"
+    assert stub("", point, "--seeds=2", "--evaluate=1", "--judge=length", "--text=x.txt") == 0
+    assert starts(tmp_path / "out/some pairs/seed=1") == ["train", "evaluate"]
+    assert "| some pairs | 2 | evaluation |" in (tmp_path / "out/table.md").read_text()
+    capsys.readouterr()
+    assert stub("", point, "--seeds=3", "--evaluate=1", "--judge=length", "--print") == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "smoke,k=4 " in line and "--config.data.files=rows-2.jsonl" in line
+    assert "--judge=length" in line and "--text" not in line
+
+
+def test_checkpoints_of_a_point_that_is_evaluated_may_be_removed(stub, tmp_path):
+    assert stub("loss.alpha=1", "--evaluate=1") == 0
+    workdir = tmp_path / "out/loss.alpha=1/seed=0"
+    shutil.rmtree(workdir / "checkpoints")
+    assert stub("loss.alpha=1", "--evaluate=1") == 0
+    assert starts(workdir) == ["train", "evaluate"]
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
+        (["--point=nca"], "--point wants 'NAME: FIELD=VALUE"),
+        (["--point=a/b: loss.alpha=1"], "--point wants 'NAME: FIELD=VALUE"),
         (["--grid=loss.alpha"], "--grid wants NAME=VALUE"),
         (["--grid=loss.alpha=1,,2"], "--grid wants NAME=VALUE"),
         (["--grid=loss.alpha=1,1"], "gives loss.alpha=1/seed=0 twice"),
