@@ -86,6 +86,8 @@ def run_tasks(tasks: Sequence[Task], *, jobs: int, env: dict[str, str]) -> dict[
                 bar.write(f"{'broken' if left else 'done'} {now.task.name}")
                 bar.update()
     finally:
+        # `timeout` sends SIGTERM twice; the second must not end the wait for what is being saved.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         for now in running:
             now.process.terminate()
         for now in running:
