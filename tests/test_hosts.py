@@ -121,14 +121,11 @@ def test_four_processes_have_the_metrics_of_one(tmp_path, rows, mesh):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [3, 8])
-def test_any_number_of_processes_over_which_the_rows_divide_has_the_metrics_of_one(
-    tmp_path, rows, processes
-):
+def test_three_processes_over_which_the_rows_divide_have_the_metrics_of_one(tmp_path, rows):
     one, many = tmp_path / "one", tmp_path / "many"
     sizes = ["--config.mesh.fsdp=1", "--config.mesh.data=-1", "--config.data.rows=24"]
     finish(command("train", *train_flags(one, rows, 3), *sizes))
-    finish(launch("train", *train_flags(many, rows, 3), *sizes, processes=processes))
+    finish(launch("train", *train_flags(many, rows, 3), *sizes, processes=3))
     assert_same_metrics(many, one)
 
 
