@@ -107,7 +107,7 @@ def run_of(job: dict, batch: Batch, rung: Rung) -> build.Run:
     chunk = row_len if rung.whole_logits else BLOCK * (4 if row_len % (4 * BLOCK) == 0 else 1)
     flags = [f"--config.data.row_len={row_len}", f"--config.data.rows={num_rows}"]
     flags += [f"--config.loss.logits_chunk={chunk}"]
-    return build.build(config_of(job | {"ours_flags": flags}, "fast"))
+    return build.build(config_of(job | {"ours_flags": flags}, "fast", live=rung.live))
 
 
 def main() -> None:
@@ -118,7 +118,7 @@ def main() -> None:
     args = parser.parse_args()
     job = json.loads(args.job.read_text()) | {"ours_flags": []}
     rows = [json.loads(line) for line in Path(job["rows"]).read_text().splitlines()]
-    run = build.build(config_of(job, "fast"))
+    run = build.build(config_of(job, "fast", live=False))
     packed = Dataset(build.read_data(run).sources, run.config.data, seed=0).batch_at(0).batch
     with jax.set_mesh(run.mesh):
         params = build.start_params(run, run.config.model.init_from)

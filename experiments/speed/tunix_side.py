@@ -84,12 +84,12 @@ def open_side(job: dict, side: str) -> Side:
             eval_every_n_steps=10**9, gradient_accumulation_steps=len(batches), beta=job["beta"]
         ),
     )
-    train_step, _ = trainer.jit_train_and_eval_step()
+    train_step, _ = trainer.jit_train_and_eval_step(cache_nnx_graph=True)  # as `train` has it
     facts = {"reference": "live"}
 
     def step() -> None:
         for batch in batches:
-            loss, _ = train_step(policy, trainer.optimizer, trainer._prepare_inputs(batch))
+            loss, *_ = train_step(trainer._prepare_inputs(batch))
             jax.block_until_ready(loss)
         jax.block_until_ready(nnx.state(policy))
 
