@@ -86,9 +86,8 @@ def compile_step(run: build.Run, batch: Batch, *, live: bool) -> Program:
     )
 
 
-def time_program(program: Program, steps: int) -> list[Lap]:
+def time_steps(program: Program, state: TrainState, steps: int) -> list[Lap]:
     """Times steps one after the other, each from the state that the one before left."""
-    state, _ = program.step(program.start())  # compiled already; this touches the memory
 
     def step() -> None:
         nonlocal state
@@ -135,14 +134,15 @@ def open_side(job: dict, side: str) -> Side:
         with jax.set_mesh(run.mesh):
             return check_program(run, batch, live=live)
 
-    def time_steps(steps: int) -> list[Lap]:
+    def run_steps(steps: int) -> list[Lap]:
         with jax.set_mesh(run.mesh):
             ref_logps = np.zeros_like(batch.scores) if live else np.float32(job["ref_logps"])
             program = compile_step(run, batch._replace(ref_logps=ref_logps), live=live)
             facts["compile_seconds"] = program.compile_seconds
-            return time_program(program, steps)
+            state, _ = program.step(program.start())  # compiled already; this touches the memory
+            return time_steps(program, state, steps)
 
-    return Side(check, time_steps, facts)
+    return Side(check, run_steps, facts)
 
 
 if __name__ == "__main__":
