@@ -101,7 +101,7 @@ def check_program(run: build.Run, batch: Batch, *, live: bool) -> dict:
     config = run.config
     step_logps = build.jit_step_logps(run)
     params = build.start_params(run, config.model.init_from)
-    ref_logps = step_logps(params, batch)  # compiles
+    jax.block_until_ready(step_logps(params, batch))  # compiles
     began = time.perf_counter()
     ref_logps = np.asarray(step_logps(params, batch))
     ref_seconds = time.perf_counter() - began
