@@ -165,34 +165,46 @@ def line(cell: Cell, report: dict, name: str) -> str:
 
 
 def plot(reports: dict[str, dict], out: Path) -> None:
-    """Draws memory a chip, and bytes sent a chip and micro-batch, against the number of chips."""
+    """Draws memory a chip, and bytes sent a chip and micro-batch, against the number of chips.
+
+    A colour is a model with its reference, a marker a kind of chip; a line joins one kind.
+    """
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    series: dict[str, list[tuple]] = {}
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    series: dict[tuple[str, str], list[tuple]] = {}
     for cell in cells():
         report = reports.get(cell.name)
         is_series = cell.programs == ("train",) and not cell.name.startswith("choice")
         if report is None or not is_series or cell.num_slices > 1:
             continue
         program = report["programs"]["train"]
-        if program["fits"]:
-            point = (report["chips"], program["memory"]["total"], program["memory"]["arguments"])
-            sent = sent_bytes(program, "ici") / 2**30
-            series.setdefault(f"{cell.model}, {cell.reference}", []).append((*point, sent))
-    for name, points in series.items():
+        if program["fits"] and "memory" in program:
+            memory, sent = program["memory"], sent_bytes(program, "ici") / 2**30
+            point = (report["chips"], memory["total"], memory["arguments"], sent)
+            key = (f"{cell.model}, {cell.reference}", cell.topology.partition(":")[0])
+            series.setdefault(key, []).append(point)
+    names = list(dict.fromkeys(name for name, _ in series))
+    for (name, kind), points in series.items():
         chips, total, state, sent = zip(*sorted(points), strict=True)
-        (line,) = axes[0].plot(chips, total, "o-", label=name)
-        axes[0].plot(chips, state, ":", color=line.get_color())  # the state alone: 1 / chips
-        axes[1].plot(chips, sent, "o-", label=name)
-    axes[0].set(ylabel="GiB a chip (dotted: arguments)", yscale="log")
+        how = {
+            "color": f"C{names.index(name)}",
+            "marker": {"v5e": "s", "v6e": "^", "v5p": "o"}[kind],
+        }
+        axes[0].plot(chips, total, "-", label=f"{name}, {kind}", **how)
+        axes[0].plot(chips, state, ":", mfc="white", **how)  # 12 or 16 bytes a parameter, split
+        axes[1].plot(chips, sent, "-", **how)
+    axes[0].set(ylabel="GiB a chip (hollow: arguments)", yscale="log")
+    axes[0].set_yticks((2, 5, 10, 20, 30), ("2", "5", "10", "20", "30"))
     axes[1].set(ylabel="GiB in collectives, a chip and micro-batch", ylim=(0, None))
     for ax in axes:
         ax.set(xlabel="chips", xscale="log")
-        ax.legend()
+        ax.set_xticks((64, 256, 1024), ("64", "256", "1024"))
+        ax.minorticks_off()
+    figure.legend(loc="outside right", fontsize=8)
     figure.savefig(out, metadata={"Date": None})
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import median
 
 COLUMNS = {
+    "seconds": ("s a step", "{:.1f}"),
     "prompts_per_second": ("prompts/s", "{:.4f}"),
     "ratio": ("of the first", "{:.2f}x"),
     "prompts_per_second_1_epoch": ("with reference pass, 1 epoch", "{:.4f}"),
@@ -15,6 +16,7 @@ COLUMNS = {
     "scored_tokens_per_second": ("useful tokens/s", "{:.1f}"),
     "needed_tokens_per_cpu_second": ("needed tokens/CPU s", "{:.1f}"),
     "peak_gib": ("peak GiB", "{:.2f}"),
+    "peak_ratio": ("of the first", "{:.0%}"),
     "peak_share": ("needed GFLOP/s of peak", "{:.0%}"),
     "compile_seconds": ("compile s", "{:.0f}"),
 }
@@ -45,6 +47,7 @@ def read_cell(folder: Path) -> dict:
     first = next(iter(sides.values()), None)
     for side in sides.values():
         side["ratio"] = side["prompts_per_second"] / first["prompts_per_second"]
+        side["peak_ratio"] = side["peak_gib"] / first["peak_gib"]
     found = {"job": job, "peak_flops_per_second": peak, "agreement": apart, "sides": sides}
     ladder = folder / "ladder.json"
     return found | ({"ladder": json.loads(ladder.read_text())} if ladder.exists() else {})
