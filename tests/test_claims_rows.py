@@ -128,9 +128,9 @@ def test_best_and_worst_are_the_first_and_the_last_rank_whatever_k_is():
         assert chosen.held_out_margin(run) == 10 * (k - 1)
 
 
-def test_the_last_pass_is_the_mean_over_its_steps():
-    assert study.last_pass("logratio/0", passes=2)(run_of("a", 0)) == 3.5
-    assert study.last_pass("logratio/0")(results.Run("a", [], {}, {})) is None
+def test_the_last_half_is_the_mean_over_its_steps():
+    assert study.last_half("logratio/0")(run_of("a", 0)) == 3.5
+    assert study.last_half("logratio/0")(results.Run("a", [], {}, {})) is None
 
 
 def test_a_table_has_means_over_the_seeds_that_are_there_and_a_row_of_the_reference():

@@ -18,7 +18,7 @@ import numpy as np
 from experiments import results, sweep
 from experiments.claims import study
 from experiments.claims.rows import DEMO, split_rows, without_empty, write_new
-from experiments.claims.study import ALPHA, BATCH, NUM_HELDOUT, NUM_TRAIN
+from experiments.claims.study import ALPHA, BATCH, NUM_HELDOUT
 from experiments.tasks import Task, run_tasks
 from nca_jax.checks import run_main
 
@@ -28,7 +28,8 @@ import matplotlib.pyplot as plt  # noqa: E402  (after the backend)
 SAMPLES = 16
 RESPONSES = (2, 4, 8, 16)  # K
 BETA = 0.1  # the demo's
-STEPS = NUM_TRAIN // BATCH  # one pass
+NUM_PROMPTS = 48  # of a seed
+STEPS = NUM_PROMPTS // BATCH  # one pass
 
 
 def with_k(row: dict, k: int, seed: int) -> dict:
@@ -45,12 +46,12 @@ def main(argv: list[str]) -> int:
     args = study.parse_args(argv, "responses", __doc__.splitlines()[0], "responses")
     out = args.out
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(out.absolute() / "compiled"))
-    heldout, training = split_rows(results.read_lines(DEMO), NUM_HELDOUT, NUM_TRAIN, args.seeds)
+    heldout, training = split_rows(results.read_lines(DEMO), NUM_HELDOUT, NUM_PROMPTS, args.seeds)
     write_new(out / "rows/heldout.jsonl", heldout)
     tasks = []
     for seed, rows in enumerate(training):
         prompts = [{"prompt": row["prompt"]} for row in rows]
-        write_new(out / f"rows/prompts-{seed}.jsonl", prompts[: 4 if args.smoke else NUM_TRAIN])
+        write_new(out / f"rows/prompts-{seed}.jsonl", prompts[: 4 if args.smoke else NUM_PROMPTS])
         tasks.append(sample_task(out, seed, args.smoke))
     if run_tasks(tasks, jobs=args.jobs, env=dict(os.environ)):
         return 1

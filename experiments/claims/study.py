@@ -18,15 +18,16 @@ from experiments.claims.rows import DEMO, pairs, split_rows, write_new
 from nca_jax.flops import head_params, trunk_params
 from nca_jax.model_config import MODELS
 
-NUM_TRAIN, NUM_HELDOUT = 48, 16  # prompts of a seed; held out, the same for all seeds
-BATCH, PASSES = 4, 2  # prompts a step, passes over the prompts of a seed
-STEPS = NUM_TRAIN * PASSES // BATCH
+NUM_TRAIN, NUM_HELDOUT = 96, 16  # prompts of a seed; held out, the same for all seeds
+BATCH = 4  # prompts a step
+STEPS = NUM_TRAIN // BATCH  # one pass: every row of a step is new to the policy
 ALPHA = 0.1  # scores spread by 0.33 within a prompt
 PAIRS_OF_FOUR = {"best_worst": 1, "best_each": 3, "all": 6}
 FLAGS = (
     "--config.reference.kind=cached",
     "--config.data.eval_fraction=0",
-    f"--config.eval_every={NUM_TRAIN // BATCH}",
+    "--config.optim.lr=1e-5",
+    f"--config.eval_every={STEPS // 2}",
     "--config.data.row_len=704",
     "--config.loss.logits_chunk=352",
     "--config.generate.num_samples=4",
@@ -168,11 +169,11 @@ def train_flops(run: results.Run, model: str = "smollm2_135m") -> float:
     return 6 * trunk_params(config) * needed + 8 * head_params(config) * scored
 
 
-def last_pass(metric: str, passes: int = PASSES) -> Callable[[results.Run], float | None]:
-    """The mean of a training metric over the last pass: on rows that have been trained on."""
+def last_half(metric: str) -> Callable[[results.Run], float | None]:
+    """The mean of a training metric over the last half of the steps, each before its update."""
 
     def value_of(run: results.Run) -> float | None:
         lines = [line[metric] for line in run.lines if line["split"] == "train"]
-        return float(np.mean(lines[-(len(lines) // passes) :])) if lines else None
+        return float(np.mean(lines[len(lines) // 2 :])) if lines else None
 
     return value_of
