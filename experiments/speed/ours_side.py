@@ -61,6 +61,7 @@ class Program(NamedTuple):
     start: Callable[[], TrainState]  # fresh each time, for a step donates its state
     step: Callable[[TrainState], tuple[TrainState, dict]]
     compile_seconds: float
+    hlo: str  # the optimised program
 
 
 def compile_step(run: build.Run, batch: Batch, *, live: bool) -> Program:
@@ -83,6 +84,7 @@ def compile_step(run: build.Run, batch: Batch, *, live: bool) -> Program:
         start=lambda: make_state(build.start_params(run, config.model.init_from)),
         step=lambda state: jax.block_until_ready(compiled(state, ref_params, on_device)),
         compile_seconds=compile_seconds,
+        hlo=compiled.as_text(),
     )
 
 
