@@ -128,7 +128,7 @@ def plot(path: Path, cells: dict) -> None:
     import matplotlib.pyplot as plt
 
     names = list(dict.fromkeys(name for cell in cells.values() for name in cell["sides"]))
-    figure, axes = plt.subplots(2, 1, figsize=(2 + 2.2 * len(cells), 8), squeeze=False)
+    figure, axes = plt.subplots(2, 1, figsize=(4 + 1.3 * len(cells), 8), squeeze=False)
     for axis, key, title in zip(
         axes[:, 0],
         ("ratio", "peak_gib"),
@@ -143,7 +143,7 @@ def plot(path: Path, cells: dict) -> None:
             axis.bar(places, heights, width=0.8 / len(names), label=name, align="edge")
         axis.set_xticks([c + 0.4 for c in range(len(cells))], list(cells))
         axis.set_ylabel(title)
-    axes[0, 0].legend(fontsize="small")
+    axes[0, 0].legend(fontsize="small", ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
