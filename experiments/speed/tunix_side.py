@@ -19,7 +19,7 @@ from tunix.sft.dpo import dpo_trainer
 
 from experiments.speed.clock import Lap, Side, laps, measure
 
-MICRO_BATCH = 2  # pairs; 4 of real rows want 32 GiB
+MICRO_BATCH = 2  # pairs; a gradient of 8 pairs of real rows at once wanted 59 GiB
 ROPE = llama3.apply_rope
 
 
