@@ -171,7 +171,10 @@ def train_round(out: Path, round_: int, num_seeds: int, smoke: bool) -> int:
     argv += [f"--out={out}/round{round_}", f"--seeds={num_seeds}", f"--text={study.TEXT}"]
     argv += [f"--config.data.eval_files={out}/rows/heldout.jsonl"]
     argv += [f"--config.generate.scorer={'length' if smoke else CHECK}"]
-    argv += ["--config.generate.num_samples=4", f"--evaluate={2 if smoke else NUM_HELDOUT}"]
+    argv += [
+        f"--config.generate.num_samples={study.SAMPLES}",
+        f"--evaluate={2 if smoke else NUM_HELDOUT}",
+    ]
     for loss in LOSSES:
         fields = {"config.algo": loss, "steps": 2 if smoke else STEPS}
         if loss == "nca":

@@ -26,8 +26,9 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend)
 
 SAMPLES = 16
-RESPONSES = (2, 4, 8, 16)  # K
-BETA = 0.1  # the demo's
+ROW_LENS = {2: 704, 4: 704, 8: 1024, 16: 1024}  # by K; rows of 704 are too short for 16 responses
+RESPONSES = tuple(ROW_LENS)  # K
+BETA, LR = 0.1, 5e-5  # the demo's
 NUM_PROMPTS = 48  # of a seed
 STEPS = NUM_PROMPTS // BATCH  # one pass
 
@@ -96,13 +97,15 @@ def train(args) -> int:
     argv = ["sweep", f"--config=configs/sentiment.py{':smoke' if args.smoke else ''}"]
     argv += [*study.FLAGS, f"--config.data.eval_files={rows}/heldout.jsonl"]
     argv += ["--config.eval_every=0", "--config.data.choose=best_worst_random"]
-    argv += [f"--config.loss.beta={BETA}", f"--config.loss.alpha={ALPHA}"]
+    argv += [f"--config.optim.lr={LR}", f"--config.loss.beta={BETA}"]
+    argv += [f"--config.loss.alpha={ALPHA}"]
     argv += [f"--config.data.batch_size={BATCH}", f"--config.steps={2 if args.smoke else STEPS}"]
     argv += [f"--out={args.out}", f"--seeds={args.seeds}", f"--jobs={args.jobs}"]
     argv += [f"--evaluate={2 if args.smoke else NUM_HELDOUT}", f"--judge={study.JUDGE}"]
     argv.append(f"--text={study.TEXT}")
-    for k in RESPONSES:
+    for k, row_len in ROW_LENS.items():
         fields = f"data.files={rows}/k{k}-{{seed}}.jsonl;data.num_responses={k}"
+        fields += f";data.row_len={row_len};loss.logits_chunk={row_len // 2}"
         argv.append(f"--point=K={k}: {fields}")
     return sweep.main(argv)
 

@@ -19,6 +19,7 @@ from nca_jax.flops import head_params, trunk_params
 from nca_jax.model_config import MODELS
 
 NUM_TRAIN, NUM_HELDOUT = 96, 16  # prompts of a seed; held out, the same for all seeds
+SAMPLES = 8  # responses to a held-out prompt, of the policy and of the reference
 BATCH = 4  # prompts a step
 STEPS = NUM_TRAIN // BATCH  # one pass: every row of a step is new to the policy
 ALPHA = 0.1  # scores spread by 0.33 within a prompt
@@ -30,7 +31,8 @@ FLAGS = (
     f"--config.eval_every={STEPS // 2}",
     "--config.data.row_len=704",
     "--config.loss.logits_chunk=352",
-    "--config.generate.num_samples=4",
+    f"--config.generate.num_samples={SAMPLES}",
+    f"--config.generate.batch_size={NUM_HELDOUT * SAMPLES}",
     "--config.log.tensorboard=False",
 )
 JUDGE = f"command:{sys.executable} -m experiments.claims.judge"
@@ -129,9 +131,17 @@ def evaluated(metric: str) -> Callable[[results.Run], float | None]:
     return lambda run: run.evaluation.get(metric)
 
 
+def gain(run: results.Run) -> float | None:
+    """Mean reward above that of the reference, whose samples came from the same random keys."""
+    if "reward" not in run.evaluation:
+        return None
+    return run.evaluation["reward"] - run.evaluation["reward_reference"]
+
+
 # What every reward is shown with.
 REWARD_COLUMNS = {
     "reward": evaluated("reward"),
+    "gain": gain,
     "KL, nats": evaluated("kl"),
     "judge": evaluated("judge"),
     "plain text, perplexity": evaluated("text_perplexity"),
@@ -152,7 +162,7 @@ def reference_row(runs: Sequence[results.Run]) -> list[str]:
         values = [evaluation[metric] for evaluation in found if metric in evaluation]
         return results.with_spread(values) if values else "-"
 
-    cells = [cell("reward_reference"), "0", cell("judge_reference")]
+    cells = [cell("reward_reference"), "0", "0", cell("judge_reference")]
     cells += [cell(f"{x}_reference") for x in ("text_perplexity", "length", "repetition")]
     return ["reference", str(len(found)), *cells]
 
