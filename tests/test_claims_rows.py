@@ -1,11 +1,13 @@
 """Claims (b) to (f): what their rows, tables and second judge are made of; smoke runs of each."""
 
+import gzip
 import io
 import json
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from experiments.claims import (  # noqa: E402
     chosen,
     judge,
     pairs,
+    real,
     reasoning,
     responses,
     rows,
@@ -79,6 +82,24 @@ def test_more_responses_hold_all_of_fewer_and_the_same_best():
     assert responses.with_k(row, 4, seed=1) != made[1]
 
 
+def scored_rows(path, num: int, chars: int = 10) -> str:
+    """Writes rows of ten answers of so many characters, as experiments/data makes them."""
+    row = {"responses": ["x" * chars] * 10, "scores": [i / 10 for i in range(10)], "models": [""]}
+    with gzip.open(path, "wt") as file:
+        file.writelines(json.dumps({"prompt": f"say x {i}"} | row) + "\n" for i in range(num))
+    return str(path)
+
+
+def test_real_rows_are_the_short_ones_and_too_few_of_them_are_refused(tmp_path):
+    wanted = real.NUM_HELDOUT + real.NUM_TRAIN
+    found = real.read_short(Path(scored_rows(tmp_path / "a.gz", wanted)))
+    assert len(found) == wanted and set(found[0]) == {"prompt", "responses", "scores"}
+    with pytest.raises(UserError, match=f"has 0 rows.*wanted {wanted}"):
+        real.read_short(Path(scored_rows(tmp_path / "b.gz", wanted, chars=real.MAX_CHARS)))
+    with pytest.raises(UserError, match="is not there"):
+        real.read_short(tmp_path / "c.gz")
+
+
 def test_problems_of_rounds_differ_from_those_that_are_held_out():
     heldout = {row["prompt"] for row in reasoning.make_problems(reasoning.NUM_HELDOUT, -1)}
     rounds = [{x["prompt"] for x in reasoning.make_problems(64, seed)} for seed in (1, 2, 11)]
@@ -136,11 +157,11 @@ def test_the_last_half_is_the_mean_over_its_steps():
 def test_a_table_has_means_over_the_seeds_that_are_there_and_a_row_of_the_reference():
     runs = [run_of("nca", seed) for seed in (0, 1)] + [results.Run("dpo", [], {}, {})]
     header, nca, dpo = study.table(runs, study.REWARD_COLUMNS)
-    assert header[:4] == ["arm", "seeds", "reward", "KL, nats"]
-    assert nca[:4] == ["nca", "2", "0.5 ± 0", "1.50 ± 0.71"]
-    assert dpo == ["dpo", "0", *["-"] * 6]
+    assert header[:5] == ["arm", "seeds", "reward", "gain", "KL, nats"]
+    assert nca[:5] == ["nca", "2", "0.5 ± 0", "0.438 ± 0.088", "1.50 ± 0.71"]
+    assert dpo == ["dpo", "0", *["-"] * 7]
     reference = study.reference_row(runs)
-    assert reference[:4] == ["reference", "2", "0.062 ± 0.088", "0"]
+    assert reference[:5] == ["reference", "2", "0.062 ± 0.088", "0", "0"]
     assert len(reference) == len(header)
 
 
@@ -200,15 +221,18 @@ def test_the_judge_tells_praise_from_blame_as_a_scorer():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("claim", ["chosen", "reasoning", "responses"])
+@pytest.mark.parametrize("claim", ["chosen", "real", "reasoning", "responses"])
 def test_a_claim_runs_in_its_smoke_form(claim, tmp_path):
     pytest.importorskip("vaderSentiment")
     command = [sys.executable, "-m", f"experiments.claims.{claim}", f"--out={tmp_path}"]
+    if claim == "real":
+        command.append("--rows=" + scored_rows(tmp_path / "rows.gz", 100))
     env = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [*command, "--smoke", "--seeds=1"], cwd=ROOT, env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     arm = {"chosen": "| nca | 1 |", "reasoning": "| 2 | dpo | 1 |", "responses": "| K=16 | 1 |"}
+    arm["real"] = "| nca, K=10 | 1 |"
     assert arm[claim] in (tmp_path / f"{claim}.md").read_text()
     assert (tmp_path / f"{claim}.png").exists()

