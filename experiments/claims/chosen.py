@@ -30,9 +30,9 @@ ARMS = (
 
 
 def main(argv: list[str]) -> int:
-    args = study.parse_args(argv, "chosen", __doc__.splitlines()[0], "demo")
+    args = study.make_parser("chosen", __doc__, "demo").parse_args(argv[1:])
     status = study.run_arms(args, ARMS)
-    runs = study.runs_of(args.out, ARMS)
+    runs = study.runs_of(args.out, [arm.name for arm in ARMS])
     if not runs:
         return 1
     text = "\n".join(results.markdown(rows) for rows in tables(runs))

@@ -36,9 +36,9 @@ ARMS = (*chosen.ARMS, *EQUAL_FLOPS, *EQUAL_PROMPTS)
 
 
 def main(argv: list[str]) -> int:
-    args = study.parse_args(argv, "pairs", __doc__.splitlines()[0], "demo")
+    args = study.make_parser("pairs", __doc__, "demo").parse_args(argv[1:])
     status = study.run_arms(args, ARMS)
-    runs = study.runs_of(args.out, ARMS)
+    runs = study.runs_of(args.out, [arm.name for arm in ARMS])
     if not runs:
         return 1
     text = results.markdown(table(runs))

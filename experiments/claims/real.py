@@ -51,12 +51,8 @@ FLAGS = (
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="experiments.claims.real")
-    parser.add_argument("--rows", type=Path, required=True, help="of experiments/data")
-    parser.add_argument("--out", type=Path, default=Path("runs/claims/real"))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--smoke", action="store_true", help="a tiny model, two steps")
+    parser = study.make_parser("real", __doc__, "real")
+    parser.add_argument("--rows", type=Path, required=True, help="made by experiments/data")
     args = parser.parse_args(argv[1:])
     rows = read_short(args.rows)
     for seed in range(args.seeds):
@@ -64,16 +60,11 @@ def main(argv: list[str]) -> int:
         write_new(args.out / f"rows/heldout-{seed}.jsonl", shuffled[:NUM_HELDOUT])
         training = shuffled[NUM_HELDOUT:][:NUM_TRAIN]
         write_new(args.out / f"rows/train-{seed}.jsonl", training)
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(args.out.absolute() / "compiled"))
+    study.share_compiled(args.out)
     status = train(args)
     tasks = [evaluate_task(args, name, seed) for name in ARMS for seed in range(args.seeds)]
     broken = run_tasks(tasks, jobs=args.jobs, env=dict(os.environ))
-    runs = [
-        run
-        for name in ARMS
-        if any((args.out / name).rglob("metrics.jsonl"))
-        for run in results.find_runs([args.out / name])
-    ]
+    runs = study.runs_of(args.out, ARMS)
     if not runs:
         return 1
     text = results.markdown(study.table(runs, COLUMNS))

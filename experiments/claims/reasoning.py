@@ -81,17 +81,14 @@ def teaching(rows: Sequence[dict]) -> list[dict]:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="experiments.claims.reasoning")
-    parser.add_argument("--out", type=Path, default=Path("runs/claims/reasoning"))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--smoke", action="store_true", help="a tiny model, two steps")
+    parser = study.make_parser("reasoning", __doc__, "reasoning")
     parser.add_argument("--check", action="store_true", help="be the scorer: see nca_jax.score")
     args = parser.parse_args(argv[1:])
     if args.check:
         check()
         return 0
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(args.out.absolute() / "compiled"))
-    status = make_rounds(args.out, args.seeds, args.smoke)
+    study.share_compiled(args.out)
+    status = make_rounds(args)
     runs = {
         (round_, loss): results.find_runs([folder])
         for round_ in (1, 2)
@@ -107,9 +104,9 @@ def main(argv: list[str]) -> int:
     return status
 
 
-def make_rounds(out: Path, num_seeds: int, smoke: bool) -> int:
+def make_rounds(args: argparse.Namespace) -> int:
     """Runs what is left of both rounds; returns 1 where something is broken."""
-    seeds = range(num_seeds)
+    out, smoke, seeds = args.out, args.smoke, range(args.seeds)
     write_new(out / "problems/heldout.jsonl", make_problems(NUM_HELDOUT, -1))
     for round_ in (1, 2):
         for seed in seeds:
@@ -118,14 +115,14 @@ def make_rounds(out: Path, num_seeds: int, smoke: bool) -> int:
 
     tasks = [sample_task(out, f"round1-{seed}", f"round1-{seed}", seed, smoke) for seed in seeds]
     heldout = sample_task(out, "heldout", "heldout", 0, smoke)
-    if run_tasks([heldout, *tasks], jobs=1, env=dict(os.environ)):
+    if run_tasks([heldout, *tasks], jobs=args.jobs, env=dict(os.environ)):
         return 1
     answered = [without_empty(row) for row in scored(out, "heldout")]
     answered = [row for row in answered if len(row["responses"]) > 1]
     write_new(out / "rows/heldout.jsonl", answered)
     for seed in seeds:
         write_new(out / f"rows/round1-{seed}.jsonl", teaching(scored(out, f"round1-{seed}")))
-    if train_round(out, 1, num_seeds, smoke):
+    if train_round(args, 1):
         return 1
 
     tasks = []
@@ -135,13 +132,13 @@ def make_rounds(out: Path, num_seeds: int, smoke: bool) -> int:
             task = sample_task(out, f"round2-{loss}-{seed}", f"round2-{seed}", seed, smoke, workdir)
             export = sweep.nca_jax("export", f"--workdir={workdir}", f"--out={task.folder}/policy")
             tasks.append(task._replace(steps=((export, "policy/config.json"), *task.steps)))
-    if run_tasks(tasks, jobs=1, env=dict(os.environ)):
+    if run_tasks(tasks, jobs=args.jobs, env=dict(os.environ)):
         return 1
     for loss in LOSSES:
         for seed in seeds:
             name = f"round2-{loss}-{seed}"
             write_new(out / f"rows/{name}.jsonl", teaching(scored(out, name)))
-    return train_round(out, 2, num_seeds, smoke)
+    return train_round(args, 2)
 
 
 def sample_task(
@@ -165,10 +162,12 @@ def scored(out: Path, name: str) -> list[dict]:
     return results.read_lines(out / "samples" / name / "scored.jsonl")
 
 
-def train_round(out: Path, round_: int, num_seeds: int, smoke: bool) -> int:
+def train_round(args: argparse.Namespace, round_: int) -> int:
     """Trains and evaluates both losses on the rows of a round; returns the sweep's exit status."""
+    out, smoke = args.out, args.smoke
     argv = ["sweep", "--config=configs/sentiment.py" + (":smoke" if smoke else ""), *FLAGS]
-    argv += [f"--out={out}/round{round_}", f"--seeds={num_seeds}", f"--text={study.TEXT}"]
+    argv += [f"--out={out}/round{round_}", f"--text={study.TEXT}"]
+    argv += [f"--seeds={args.seeds}", f"--jobs={args.jobs}"]
     argv += [f"--config.data.eval_files={out}/rows/heldout.jsonl"]
     argv += [f"--config.generate.scorer={'length' if smoke else CHECK}"]
     argv += [

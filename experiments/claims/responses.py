@@ -44,9 +44,9 @@ def with_k(row: dict, k: int, seed: int) -> dict:
 
 
 def main(argv: list[str]) -> int:
-    args = study.parse_args(argv, "responses", __doc__.splitlines()[0], "responses")
+    args = study.make_parser("responses", __doc__, "responses").parse_args(argv[1:])
     out = args.out
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(out.absolute() / "compiled"))
+    study.share_compiled(out)
     heldout, training = split_rows(results.read_lines(DEMO), NUM_HELDOUT, NUM_PROMPTS, args.seeds)
     write_new(out / "rows/heldout.jsonl", heldout)
     tasks = []
@@ -62,12 +62,7 @@ def main(argv: list[str]) -> int:
         for k in RESPONSES:
             write_new(out / f"rows/k{k}-{seed}.jsonl", [with_k(row, k, seed) for row in rows])
     status = train(args)
-    runs = [
-        run
-        for k in RESPONSES
-        if any((out / f"K={k}").rglob("metrics.jsonl"))
-        for run in results.find_runs([out / f"K={k}"])
-    ]
+    runs = study.runs_of(out, [f"K={k}" for k in RESPONSES])
     if not runs:
         return 1
     columns = {"best, held out, nats": study.evaluated("logratio/0")} | study.REWARD_COLUMNS

@@ -7,7 +7,7 @@ from SmolLM2-135M-Instruct, and share a cached reference where they share rows.
 import argparse
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,14 +61,21 @@ def pairs_arm(name: str, how: str, *, beta: float, steps: int = STEPS) -> Arm:
     return Arm(name, changes)
 
 
-def parse_args(argv: Sequence[str], name: str, doc: str, folder: str) -> argparse.Namespace:
-    """Returns out (by default runs/claims/FOLDER), seeds, smoke and jobs."""
-    parser = argparse.ArgumentParser(prog=f"experiments.claims.{name}", description=doc)
+def make_parser(name: str, doc: str, folder: str) -> argparse.ArgumentParser:
+    """Returns a parser of --out (by default runs/claims/FOLDER), --seeds, --jobs and --smoke."""
+    parser = argparse.ArgumentParser(
+        prog=f"experiments.claims.{name}", description=doc.splitlines()[0]
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/claims") / folder)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--smoke", action="store_true", help="a tiny model, two steps")
-    return parser.parse_args(argv[1:])
+    return parser
+
+
+def share_compiled(out: Path) -> None:
+    """Lets all commands of a claim share their compiled programs, unless the user says where."""
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(out.absolute() / "compiled"))
 
 
 def write_all_rows(out: Path, num_seeds: int) -> None:
@@ -99,14 +106,14 @@ def run_arms(args: argparse.Namespace, arms: Sequence[Arm], *flags: str) -> int:
             changes = changes | {"config.smoke": True, "steps": 2, "generate.max_new_tokens": 4}
         fields = ";".join(f"{field}={value}" for field, value in changes.items())
         argv.append(f"--point={name}: {fields}".replace("{rows}", str(rows)))
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(args.out.absolute() / "compiled"))
+    share_compiled(args.out)
     return sweep.main(argv)
 
 
-def runs_of(out: Path, arms: Sequence[Arm]) -> list[results.Run]:
-    """Returns the runs of the arms that have begun, in the order of the arms."""
-    names = [arm.name for arm in arms if any((out / arm.name).rglob("metrics.jsonl"))]
-    return [run for name in names for run in results.find_runs([out / name])]
+def runs_of(out: Path, names: Iterable[str]) -> list[results.Run]:
+    """Returns the runs that have begun, arm by arm as they are named."""
+    begun = [out / name for name in names if any((out / name).rglob("metrics.jsonl"))]
+    return [run for folder in begun for run in results.find_runs([folder])]
 
 
 def table(

@@ -57,10 +57,9 @@ def make_arms() -> list[Arm]:
 
 
 def main(argv: list[str]) -> int:
-    args = study.parse_args(argv, "temperatures", __doc__.splitlines()[0], "demo")
-    arms = make_arms()
-    status = study.run_arms(args, arms)
-    runs = study.runs_of(args.out, arms)
+    args = study.make_parser("temperatures", __doc__, "demo").parse_args(argv[1:])
+    status = study.run_arms(args, make_arms())
+    runs = study.runs_of(args.out, SETTINGS)
     if not runs:
         return 1
     columns = {"best, held out, nats": study.evaluated("logratio/0")} | study.REWARD_COLUMNS
