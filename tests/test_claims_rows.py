@@ -119,6 +119,16 @@ def test_the_checker_knows_the_answer_from_the_prompt_alone(monkeypatch, capsys)
     assert got == [1, 1, 0, 0, 0]
 
 
+def test_an_accuracy_is_naming_one_of_the_two_times_choosing_the_right_one():
+    prompt = reasoning.PROBLEM.format(a=12, b=57)
+    said = ["57", "It is 57.", "12", "neither", "575", "57 > 12.5"]
+    samples = {"policy": {prompt: [(text, None) for text in said]}}
+    assert reasoning.named(results.Run("nca", [], {}, samples)) == (3 / 6, 2 / 3)
+    none = {"policy": {prompt: [("neither", None)]}}
+    assert reasoning.named(results.Run("nca", [], {}, none)) == (0, None)
+    assert reasoning.named(results.Run("nca", [], {}, {})) == (None, None)
+
+
 def test_only_problems_with_right_and_wrong_answers_are_trained_on():
     made = [{"responses": ["a", "b"], "scores": x} for x in ([0, 0], [1, 1], [0, 1])]
     assert reasoning.teaching(made) == made[2:]

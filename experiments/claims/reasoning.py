@@ -192,6 +192,8 @@ def table(runs: dict[tuple[int, str], list[results.Run]]) -> list[list[str]]:
     columns = {
         "accuracy before": study.evaluated("reward_reference"),
         "accuracy after": study.evaluated("reward"),
+        "names one of the two": lambda run: named(run)[0],
+        "right, of those (chance 0.5)": lambda run: named(run)[1],
         "KL to the round's start, nats": study.evaluated("kl"),
         "plain text, perplexity": study.evaluated("text_perplexity"),
         "length, tokens": study.evaluated("length"),
@@ -201,6 +203,27 @@ def table(runs: dict[tuple[int, str], list[results.Run]]) -> list[list[str]]:
     for (round_, _), members in runs.items():
         rows += [[str(round_), *row] for row in study.table(members, columns)[1:]]
     return rows
+
+
+def named(run: results.Run) -> tuple[float | None, float | None]:
+    """Tells what an accuracy is made of, from the policy's samples.
+
+    Returns the share of samples whose last number is one of the two, and the share of the right one
+    among those: a model that has learned how to answer, but not to compare, is at 1 and 0.5.
+    """
+    num = right = wrong = 0
+    for prompt, answers in run.samples.get("policy", {}).items():
+        smaller, larger = sorted(map(int, re.findall(r"\d+", prompt)))
+        for text, _ in answers:
+            last = ["", *re.findall(r"\d+(?:\.\d+)?", text)][-1]
+            num, right, wrong = (
+                num + 1,
+                right + (last == str(larger)),
+                wrong + (last == str(smaller)),
+            )
+    return (right + wrong) / num if num else None, right / (
+        right + wrong
+    ) if right + wrong else None
 
 
 def plot(path: Path, runs: dict[tuple[int, str], list[results.Run]]) -> None:
