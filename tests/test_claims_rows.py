@@ -17,6 +17,7 @@ pytest.importorskip("matplotlib")
 from experiments import results  # noqa: E402  (they plot)
 from experiments.claims import (  # noqa: E402
     chosen,
+    collect,
     judge,
     pairs,
     real,
@@ -202,6 +203,22 @@ def test_every_claim_draws_what_it_has(tmp_path):
     (likelihoods, rewards) = chosen.tables([run_of(arm.name, 0) for arm in chosen.ARMS])
     assert likelihoods[1][:4] == ["nca", "1", "4", "-26"]
     assert [row[0] for row in rewards] == ["arm", "nca", "infonca", "dpo-best-worst", "reference"]
+
+
+def test_the_evaluations_of_a_claim_are_gathered_a_line_a_run(tmp_path, capsys):
+    for seed, reward in ((1, 0.1234567), (0, 2.0)):
+        workdir = tmp_path / f"demo/nca/seed={seed}"
+        workdir.mkdir(parents=True)
+        content = {"metrics": {"reward": reward}, "samples": []}
+        (workdir / "evaluation.json").write_text(json.dumps(content))
+    out = tmp_path / "results.jsonl"
+    assert collect.main(["collect", str(tmp_path / "demo"), f"--out={out}"]) == 0
+    assert results.read_lines(out) == [
+        {"run": "demo/nca/seed=0", "metrics": {"reward": 2.0}},
+        {"run": "demo/nca/seed=1", "metrics": {"reward": 0.123457}},
+    ]
+    with pytest.raises(UserError, match="holds no evaluation.json"):
+        list(collect.evaluations([tmp_path / "other"]))
 
 
 # The second judge
