@@ -50,6 +50,17 @@ FLAGS = (
 )
 
 
+COLUMNS = {
+    "accuracy": study.evaluated("accuracy"),
+    "best is first of ten": study.evaluated("top1"),
+    "best, nats": study.evaluated("logratio/0"),
+    "worst": chosen.worst(study.evaluated),
+    "new rows, last half: best": study.last_half("logratio/0"),
+    "new rows, last half: worst": chosen.worst(study.last_half),
+    "plain text, perplexity": study.evaluated("text_perplexity"),
+}
+
+
 def main(argv: list[str]) -> int:
     parser = study.make_parser("real", __doc__, "real")
     parser.add_argument("--rows", type=Path, required=True, help="made by experiments/data")
@@ -72,17 +83,6 @@ def main(argv: list[str]) -> int:
     plot(args.out / "real.png", runs)
     print(f"{text}\nwritten to {args.out}/real.md and real.png")
     return int(bool(status or broken))
-
-
-COLUMNS = {
-    "accuracy": study.evaluated("accuracy"),
-    "best is first of ten": study.evaluated("top1"),
-    "best, nats": study.evaluated("logratio/0"),
-    "worst": chosen.worst(study.evaluated),
-    "new rows, last half: best": study.last_half("logratio/0"),
-    "new rows, last half: worst": chosen.worst(study.last_half),
-    "plain text, perplexity": study.evaluated("text_perplexity"),
-}
 
 
 def read_short(path: Path) -> list[dict]:

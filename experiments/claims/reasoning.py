@@ -211,19 +211,15 @@ def named(run: results.Run) -> tuple[float | None, float | None]:
     Returns the share of samples whose last number is one of the two, and the share of the right one
     among those: a model that has learned how to answer, but not to compare, is at 1 and 0.5.
     """
-    num = right = wrong = 0
+    picks = []  # True: the larger, False: the smaller, None: neither
     for prompt, answers in run.samples.get("policy", {}).items():
-        smaller, larger = sorted(map(int, re.findall(r"\d+", prompt)))
+        smaller, larger = sorted(re.findall(r"\d+", prompt), key=int)
         for text, _ in answers:
             last = ["", *re.findall(r"\d+(?:\.\d+)?", text)][-1]
-            num, right, wrong = (
-                num + 1,
-                right + (last == str(larger)),
-                wrong + (last == str(smaller)),
-            )
-    return (right + wrong) / num if num else None, right / (
-        right + wrong
-    ) if right + wrong else None
+            picks.append({larger: True, smaller: False}.get(last))
+    of_two = [pick for pick in picks if pick is not None]
+    share = len(of_two) / len(picks) if picks else None
+    return share, sum(of_two) / len(of_two) if of_two else None
 
 
 def plot(path: Path, runs: dict[tuple[int, str], list[results.Run]]) -> None:
