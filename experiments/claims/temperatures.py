@@ -1,6 +1,6 @@
 r"""Claim (e): alpha and beta: what they buy in reward and pay in KL, and how sure a choice must be.
 
-    python -m experiments.claims.temperatures --out=runs/claims/demo --seeds=1
+    python -m experiments.claims.temperatures --out=runs/claims/demo --seeds=3
 
 NCA, InfoNCA and DPO (best with worst) over a hundredfold range of beta, and NCA and InfoNCA over
 alpha; one pass over the 96 prompts of a seed. The middle of both is claim (b), whose runs in the
@@ -23,6 +23,7 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend)
 
 COLORS = {"nca": "C1", "infonca": "C0", "dpo": "C3"}  # by loss
+MARKERS = {0.0: "o", ALPHA: "o", 0.02: "v", 0.5: "^"}  # by alpha
 
 
 class Setting(NamedTuple):
@@ -72,7 +73,7 @@ def main(argv: list[str]) -> int:
 
 
 def plot(path: Path, runs: Sequence[results.Run]) -> None:
-    """Draws reward against KL: a colour a loss, a size a beta, hollow where alpha is not ALPHA."""
+    """Draws reward against KL: a colour a loss, a size a beta; low alpha v, high ^."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     betas = sorted({setting.beta for setting in SETTINGS.values()})
     for setting, members in results.by_setting(runs).items():
@@ -86,10 +87,9 @@ def plot(path: Path, runs: Sequence[results.Run]) -> None:
             reward[0],
             xerr=kl[1],
             yerr=reward[1],
-            fmt="o",
+            fmt=MARKERS[alpha],
             ms=5 + 3 * betas.index(beta),
             color=COLORS[loss],
-            mfc=COLORS[loss] if alpha in (0, ALPHA) else "white",
             label=f"{loss}, beta {beta:g}, alpha {alpha:g}",
         )
     axes.set(xlabel="KL(policy || reference), nats a response", ylabel="mean reward")
