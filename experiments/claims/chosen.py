@@ -1,6 +1,6 @@
 r"""Claim (b): DPO and InfoNCA push the best response down, NCA holds it.
 
-    python -m experiments.claims.chosen --out=runs/claims/demo --seeds=1
+    python -m experiments.claims.chosen --out=runs/claims/demo
 
 Trains SmolLM2-135M on the demo's rows (its own samples, scored by VADER) with each loss, once over
 96 prompts, and follows log pi - log pi_ref by the rank of a response: on held-out rows, and on the

@@ -1,6 +1,6 @@
 r"""Claim (d): scores beat pairs on the same data.
 
-    python -m experiments.claims.pairs --out=runs/claims/demo --seeds=1
+    python -m experiments.claims.pairs --out=runs/claims/demo
 
 The same prompts and responses, seen with their scores by NCA and InfoNCA, K = 4 at once, or as the
 pairs that those scores make by DPO: the best with the worst, with each other one, and any two. Once

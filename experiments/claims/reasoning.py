@@ -1,6 +1,6 @@
 r"""Claim (f): reasoning with a reward that is checked, in two on-policy rounds; NCA against DPO.
 
-    python -m experiments.claims.reasoning --out=runs/claims/reasoning --seeds=1
+    python -m experiments.claims.reasoning --out=runs/claims/reasoning
 
 A round is three commands: nca_jax.generate samples K = 8 answers to each problem of its own,
 nca_jax.score marks them right or wrong, nca_jax.train learns from them: NCA from all eight, DPO

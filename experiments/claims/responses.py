@@ -1,6 +1,6 @@
 r"""Claim (c): more responses help, the best one being the same.
 
-    python -m experiments.claims.responses --out=runs/claims/responses --seeds=1
+    python -m experiments.claims.responses --out=runs/claims/responses
 
 SmolLM2-135M answers each of the demo's prompts 16 times, VADER scores the answers, and NCA trains
 on the best one with 1, 3, 7 or all 15 of the others: the same best, the same prompts and steps.

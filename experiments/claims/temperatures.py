@@ -1,6 +1,6 @@
 r"""Claim (e): alpha and beta: what they buy in reward and pay in KL, and how sure a choice must be.
 
-    python -m experiments.claims.temperatures --out=runs/claims/demo --seeds=3
+    python -m experiments.claims.temperatures --out=runs/claims/demo
 
 NCA, InfoNCA and DPO (best with worst) over a hundredfold range of beta, and NCA and InfoNCA over
 alpha; one pass over the 96 prompts of a seed. The middle of both is claim (b), whose runs in the
