@@ -54,7 +54,7 @@ COLUMNS = {
     "accuracy": study.evaluated("accuracy"),
     "best is first of ten": study.evaluated("top1"),
     "best, nats": study.evaluated("logratio/0"),
-    "worst": chosen.worst(study.evaluated),
+    "worst": study.evaluated(f"logratio/{NUM_ANSWERS - 1}"),
     "new rows, last half: best": study.last_half("logratio/0"),
     "new rows, last half: worst": chosen.worst(study.last_half),
     "plain text, perplexity": study.evaluated("text_perplexity"),
