@@ -16,8 +16,8 @@ from jax.sharding import PartitionSpec as P
 from nca_jax.batch import Batch, Rows
 from nca_jax.checkpoint import restore_params
 from nca_jax.checks import UserError
-from nca_jax.data.encode import Share
 from nca_jax.data.fit import row_layout
+from nca_jax.data.load import Share
 from nca_jax.data.pack import pack
 from nca_jax.data.pipeline import Data, load_data
 from nca_jax.distributed import gather

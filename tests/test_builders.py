@@ -17,7 +17,8 @@ from helpers import data_config, write
 
 from nca_jax import prepare
 from nca_jax.checks import UserError
-from nca_jax.data import encode
+from nca_jax.data.encode import Example
+from nca_jax.data.load import load_examples
 from nca_jax.data.sources import list_files, open_source
 from nca_jax.fingerprint import files_fingerprint
 from nca_jax.models.pretrained import load_tokenizer
@@ -225,7 +226,7 @@ def test_rows_of_ones_own_may_have_any_number_of_responses(build, tmp_path):
 
 
 def load(files: str):
-    return encode.load_examples(
+    return load_examples(
         files,
         tokenizer=load_tokenizer("byte"),
         config=data_config(max_response_len=32),
@@ -234,7 +235,7 @@ def load(files: str):
     )
 
 
-def same(a: encode.Example, b: encode.Example) -> bool:
+def same(a: Example, b: Example) -> bool:
     arrays = [(e.prompt, *e.responses, e.scores) for e in (a, b)]
     equal = all(np.array_equal(x, y) for x, y in zip(*arrays, strict=True))
     return equal and a.prompt_hash == b.prompt_hash

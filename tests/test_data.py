@@ -9,7 +9,8 @@ from helpers import data_config, encode_one, write
 from transformers import ByT5Tokenizer
 
 from nca_jax.checks import UserError
-from nca_jax.data import chat, encode, pipeline
+from nca_jax.data import chat, pipeline
+from nca_jax.data.load import load_examples
 from nca_jax.data.sources import JsonlSource, RowError
 
 EOS = 1  # of ByT5, whose other ids are bytes + 3
@@ -31,7 +32,7 @@ def byte_ids(text: str) -> list[int]:
 
 
 def load(files, config, tokenizer=None, vocab_size=1000, eos_ids=()):
-    return encode.load_examples(
+    return load_examples(
         files, tokenizer=tokenizer, config=config, vocab_size=vocab_size, eos_ids=eos_ids
     )
 

@@ -9,7 +9,7 @@ from helpers import data_config
 
 from nca_jax import score
 from nca_jax.checks import UserError
-from nca_jax.data import encode
+from nca_jax.data.load import load_examples
 from nca_jax.models.pretrained import load_tokenizer
 from nca_jax.rewards.scorers import SCORERS, get_scorer
 
@@ -128,7 +128,7 @@ def test_nothing_names_no_scorer():
 
 def test_what_is_scored_is_what_train_reads(tmp_path):
     run(tmp_path, "length", *[ROW | {"responses": ["a", "b c"]}] * 3)
-    (examples,), skipped = encode.load_examples(
+    (examples,), skipped = load_examples(
         str(tmp_path / "scored.jsonl"),
         tokenizer=load_tokenizer("byte"),
         config=data_config(num_responses=2),

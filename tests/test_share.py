@@ -10,7 +10,7 @@ import pytest
 from helpers import data_config, id_row, write
 
 from nca_jax.checks import UserError
-from nca_jax.data import encode
+from nca_jax.data import load
 
 
 def in_processes(num_processes: int, run) -> list:
@@ -26,7 +26,7 @@ def in_processes(num_processes: int, run) -> list:
             return parts
 
         try:
-            return run(encode.Share(process, num_processes, gather))
+            return run(load.Share(process, num_processes, gather))
         except UserError as error:
             return error
 
@@ -34,10 +34,10 @@ def in_processes(num_processes: int, run) -> list:
         return list(pool.map(one, range(num_processes)))
 
 
-def load(files: str, share=encode.ALONE, **changes):
+def read(files: str, share=load.ALONE, **changes):
     config = data_config(**changes)
     how = dict(tokenizer=None, config=config, vocab_size=1000, eos_ids=(), share=share)
-    return encode.load_examples(files, **how)
+    return load.load_examples(files, **how)
 
 
 @pytest.mark.parametrize("num_processes", [2, 3, 8])
@@ -45,16 +45,18 @@ def test_every_row_is_encoded_by_one_process_and_known_to_all_in_order(
     tmp_path, monkeypatch, num_processes
 ):
     files = write(tmp_path / "rows.jsonl", [*map(id_row, range(7)), {"prompt": "no"}])
-    alone = load(files, bad_rows="skip")
+    alone = read(files, bad_rows="skip")
     encoded = []
-    encode_row = encode.encode_row
+    encode_row = load.encode_row
 
     def counting(where, row, **how):
         encoded.append(where)
         return encode_row(where, row, **how)
 
-    monkeypatch.setattr(encode, "encode_row", counting)
-    for found in in_processes(num_processes, lambda share: load(files, share, bad_rows="skip")):
+    monkeypatch.setattr(load, "encode_row", counting)
+    for found in in_processes(
+        num_processes, lambda share: read(files, share, bad_rows="skip")
+    ):
         assert found.skipped == alone.skipped == {"keys": 1}
         for a, b in zip(found.sources[0], alone.sources[0], strict=True):
             assert (a.where, a.prompt_hash) == (b.where, b.prompt_hash)
@@ -65,7 +67,7 @@ def test_every_row_is_encoded_by_one_process_and_known_to_all_in_order(
 
 def test_a_bad_row_stops_every_process_with_the_same_words(tmp_path):
     files = write(tmp_path / "rows.jsonl", [id_row(0), {"prompt": "no"}, id_row(2)])
-    found = in_processes(3, lambda share: load(files, share))
+    found = in_processes(3, lambda share: read(files, share))
     assert {str(error) for error in found} == {
         f"{files}:2: wanted keys (prompt_ids, response_ids, scores) or (prompt, responses, scores) "
         "or (prompt, chosen, rejected), got (prompt)"
@@ -76,15 +78,15 @@ def test_processes_that_do_not_see_the_same_files_are_refused(tmp_path, monkeypa
     for process in range(2):
         (tmp_path / str(process)).mkdir()
         write(tmp_path / str(process) / "rows.jsonl", [id_row(i) for i in range(3 + process)])
-    found = in_processes(2, lambda share: load(f"{tmp_path}/{share.process}/*.jsonl", share))
+    found = in_processes(2, lambda share: read(f"{tmp_path}/{share.process}/*.jsonl", share))
     assert all("Process 1 sees other files" in str(error) for error in found)
 
 
 def test_examples_come_through_bytes_as_they_are(tmp_path):
     items = list(
-        encode._read(
+        load._read(
             write(tmp_path / "rows.jsonl", [id_row(0), {"prompt": "no"}]),
-            encode.ALONE,
+            load.ALONE,
             None,
             data_config(),
             1000,
@@ -93,7 +95,7 @@ def test_examples_come_through_bytes_as_they_are(tmp_path):
     )
     keys = (items[0].prompt > 5, tuple(ids > 5 for ids in items[0].responses))
     items.insert(0, dataclasses.replace(items[0], key_on=keys, prompt_text=[{"role": "user"}]))
-    seen, found = encode._from_bytes(encode._to_bytes({"rows": 2}, items))
+    seen, found = load._from_bytes(load._to_bytes({"rows": 2}, items))
     assert seen == {"rows": 2}
     for got, want in zip(found[:2], items[:2], strict=True):
         got, want = dataclasses.asdict(got), dataclasses.asdict(want)

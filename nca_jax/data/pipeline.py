@@ -16,8 +16,9 @@ import numpy as np
 
 from nca_jax.batch import Batch
 from nca_jax.checks import UserError
-from nca_jax.data.encode import ALONE, Example, Examples, Share, load_examples
+from nca_jax.data.encode import Example
 from nca_jax.data.fit import check_examples, fit_rows, row_layout
+from nca_jax.data.load import ALONE, Examples, Share, load_examples
 from nca_jax.data.pack import Group, pack
 from nca_jax.data.sources import split_globs
 
