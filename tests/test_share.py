@@ -54,9 +54,7 @@ def test_every_row_is_encoded_by_one_process_and_known_to_all_in_order(
         return encode_row(where, row, **how)
 
     monkeypatch.setattr(load, "encode_row", counting)
-    for found in in_processes(
-        num_processes, lambda share: read(files, share, bad_rows="skip")
-    ):
+    for found in in_processes(num_processes, lambda share: read(files, share, bad_rows="skip")):
         assert found.skipped == alone.skipped == {"keys": 1}
         for a, b in zip(found.sources[0], alone.sources[0], strict=True):
             assert (a.where, a.prompt_hash) == (b.where, b.prompt_hash)
