@@ -32,6 +32,7 @@ import matplotlib.pyplot as plt  # noqa: E402  (after the backend)
 MAX_CHARS = 4000  # of a prompt with all its answers: about 1000 tokens
 NUM_TRAIN, NUM_HELDOUT = 72, 28  # prompts of a seed
 NUM_ANSWERS = 10
+ROW_LENS = {2: 1280, 4: 1280, NUM_ANSWERS: 1536}  # by K; all ten answers take up to 1485 tokens
 ARMS = {  # {name: (loss, K)}
     "nca, K=4": ("nca", 4),
     "infonca, K=4": ("infonca", 4),
@@ -41,8 +42,6 @@ ARMS = {  # {name: (loss, K)}
 }
 FLAGS = (
     f"--config.data.batch_size={BATCH}",
-    "--config.data.row_len=1280",
-    "--config.loss.logits_chunk=640",
     "--config.data.eval_fraction=0",
     "--config.optim.lr=1e-5",
     "--config.eval_every=0",
@@ -120,24 +119,27 @@ def config_flags(args: argparse.Namespace, seed: int | str) -> list[str]:
     return flags + (["--config.steps=2"] if args.smoke else [])
 
 
+def shape_of_rows(k: int) -> dict[str, int]:
+    """Returns the fields that give K responses room."""
+    return {"data.row_len": ROW_LENS[k], "loss.logits_chunk": ROW_LENS[k] // 2}
+
+
 def train(args: argparse.Namespace) -> int:
     """Trains what is left of the arms; returns the sweep's exit status."""
     argv = ["sweep", *config_flags(args, "{seed}"), "--config.reference.kind=cached"]
     argv += [f"--out={args.out}", f"--seeds={args.seeds}", f"--jobs={args.jobs}"]
     for name, (loss, k) in ARMS.items():
-        argv.append(f"--point={name}: config.algo={loss};config.k={k}")
+        fields = ";".join(f"{field}={value}" for field, value in shape_of_rows(k).items())
+        argv.append(f"--point={name}: config.algo={loss};config.k={k};{fields}")
     return sweep.main(argv)
 
 
 def evaluate_task(args: argparse.Namespace, name: str, seed: int) -> Task:
     """Evaluates a run on all ten answers, whatever it learned from: NCA's config at K = 10."""
     workdir = args.out / name / f"seed={seed}"
-    flags = [
-        *config_flags(args, seed),
-        f"--config.data.num_responses={NUM_ANSWERS}",
-        "--num_prompts=0",
-    ]
-    flags += [f"--text={study.TEXT}", f"--workdir={workdir}"]
+    fields = {"data.num_responses": NUM_ANSWERS, **shape_of_rows(NUM_ANSWERS)}
+    flags = config_flags(args, seed) + [f"--config.{x}={value}" for x, value in fields.items()]
+    flags += ["--num_prompts=0", f"--text={study.TEXT}", f"--workdir={workdir}"]
     command = sweep.nca_jax("evaluate", *flags)
     return Task(f"evaluate {name}/seed={seed}", workdir, ((command, "evaluation.json"),))
 
