@@ -47,8 +47,6 @@ FLAGS = (
     "--config.eval_every=0",
     "--config.log.tensorboard=False",
 )
-
-
 COLUMNS = {
     "accuracy": study.evaluated("accuracy"),
     "best is first of ten": study.evaluated("top1"),
@@ -119,25 +117,20 @@ def config_flags(args: argparse.Namespace, seed: int | str) -> list[str]:
     return flags + (["--config.steps=2"] if args.smoke else [])
 
 
-def shape_of_rows(k: int) -> dict[str, int]:
-    """Returns the fields that give K responses room."""
-    return {"data.row_len": ROW_LENS[k], "loss.logits_chunk": ROW_LENS[k] // 2}
-
-
 def train(args: argparse.Namespace) -> int:
     """Trains what is left of the arms; returns the sweep's exit status."""
     argv = ["sweep", *config_flags(args, "{seed}"), "--config.reference.kind=cached"]
     argv += [f"--out={args.out}", f"--seeds={args.seeds}", f"--jobs={args.jobs}"]
     for name, (loss, k) in ARMS.items():
-        fields = ";".join(f"{field}={value}" for field, value in shape_of_rows(k).items())
-        argv.append(f"--point={name}: config.algo={loss};config.k={k};{fields}")
+        fields = {"config.algo": loss, "config.k": k} | study.row_shape(ROW_LENS[k])
+        argv.append(study.point_flag(name, fields))
     return sweep.main(argv)
 
 
 def evaluate_task(args: argparse.Namespace, name: str, seed: int) -> Task:
     """Evaluates a run on all ten answers, whatever it learned from: NCA's config at K = 10."""
     workdir = args.out / name / f"seed={seed}"
-    fields = {"data.num_responses": NUM_ANSWERS, **shape_of_rows(NUM_ANSWERS)}
+    fields = {"data.num_responses": NUM_ANSWERS} | study.row_shape(ROW_LENS[NUM_ANSWERS])
     flags = config_flags(args, seed) + [f"--config.{x}={value}" for x, value in fields.items()]
     flags += ["--num_prompts=0", f"--text={study.TEXT}", f"--workdir={workdir}"]
     command = sweep.nca_jax("evaluate", *flags)

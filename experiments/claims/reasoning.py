@@ -69,9 +69,14 @@ def check() -> None:
     """
     for line in sys.stdin:
         row = json.loads(line)
-        wanted = max(map(int, re.findall(r"\d+", row["prompt"])))
-        (score,) = SCORERS["answer"]([row | {"answer": wanted}], [row["response"]]).tolist()
+        _, larger = the_two(row["prompt"])
+        (score,) = SCORERS["answer"]([row | {"answer": larger}], [row["response"]]).tolist()
         print(json.dumps({"score": score}))
+
+
+def the_two(prompt: str) -> list[int]:
+    """Returns the smaller and the larger number of a problem."""
+    return sorted(map(int, re.findall(r"\d+", prompt)))
 
 
 def teaching(rows: Sequence[dict]) -> list[dict]:
@@ -183,7 +188,7 @@ def train_round(args: argparse.Namespace, round_: int) -> int:
         else:
             fields["data.files"] = f"{out}/rows/round2-{loss}-{{seed}}.jsonl"
             fields["model.init_from"] = f"{out}/samples/round2-{loss}-{{seed}}/policy"
-        argv.append(f"--point={loss}: " + ";".join(f"{x}={value}" for x, value in fields.items()))
+        argv.append(study.point_flag(loss, fields))
     return sweep.main(argv)
 
 
@@ -208,18 +213,23 @@ def table(runs: dict[tuple[int, str], list[results.Run]]) -> list[list[str]]:
 def named(run: results.Run) -> tuple[float | None, float | None]:
     """Tells what an accuracy is made of, from the policy's samples.
 
-    Returns the share of samples whose last number is one of the two, and the share of the right one
-    among those: a model that has learned how to answer, but not to compare, is at 1 and 0.5.
+    Returns the share of samples that give one of the two numbers as the answer, and the share of
+    the right one among those: a model that can answer, but not compare, is at 1 and 0.5.
     """
-    picks = []  # True: the larger, False: the smaller, None: neither
-    for prompt, answers in run.samples.get("policy", {}).items():
-        smaller, larger = sorted(re.findall(r"\d+", prompt), key=int)
-        for text, _ in answers:
-            last = ["", *re.findall(r"\d+(?:\.\d+)?", text)][-1]
-            picks.append({larger: True, smaller: False}.get(last))
-    of_two = [pick for pick in picks if pick is not None]
-    share = len(of_two) / len(picks) if picks else None
-    return share, sum(of_two) / len(of_two) if of_two else None
+    samples = [
+        (prompt, text)
+        for prompt, answers in run.samples.get("policy", {}).items()
+        for text, _ in answers
+    ]
+    if not samples:
+        return None, None
+    prompts, texts = zip(*samples, strict=True)
+    numbers = zip(*map(the_two, prompts), strict=True)  # all the smaller ones, all the larger ones
+    wrong, right = (
+        int(SCORERS["answer"]([{"answer": number} for number in of_prompts], texts).sum())
+        for of_prompts in numbers
+    )
+    return (wrong + right) / len(samples), right / (wrong + right) if wrong + right else None
 
 
 def plot(path: Path, runs: dict[tuple[int, str], list[results.Run]]) -> None:

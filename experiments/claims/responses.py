@@ -99,9 +99,8 @@ def train(args) -> int:
     argv += [f"--evaluate={2 if args.smoke else NUM_HELDOUT}", f"--judge={study.JUDGE}"]
     argv.append(f"--text={study.TEXT}")
     for k, row_len in ROW_LENS.items():
-        fields = f"data.files={rows}/k{k}-{{seed}}.jsonl;data.num_responses={k}"
-        fields += f";data.row_len={row_len};loss.logits_chunk={row_len // 2}"
-        argv.append(f"--point=K={k}: {fields}")
+        fields = {"data.files": f"{rows}/k{k}-{{seed}}.jsonl", "data.num_responses": k}
+        argv.append(study.point_flag(f"K={k}", fields | study.row_shape(row_len)))
     return sweep.main(argv)
 
 

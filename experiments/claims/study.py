@@ -78,6 +78,16 @@ def share_compiled(out: Path) -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(out.absolute() / "compiled"))
 
 
+def point_flag(name: str, fields: Mapping[str, object]) -> str:
+    """Returns the flag by which the sweep runs a setting with a name."""
+    return f"--point={name}: " + ";".join(f"{field}={value}" for field, value in fields.items())
+
+
+def row_shape(row_len: int) -> dict[str, int]:
+    """Returns the fields of rows of `row_len` tokens, with logits for half of one at a time."""
+    return {"data.row_len": row_len, "loss.logits_chunk": row_len // 2}
+
+
 def write_all_rows(out: Path, num_seeds: int) -> None:
     """Writes the held-out rows, and each seed's rows of four and of pairs."""
     heldout, training = split_rows(results.read_lines(DEMO), NUM_HELDOUT, NUM_TRAIN, num_seeds)
@@ -104,8 +114,7 @@ def run_arms(args: argparse.Namespace, arms: Sequence[Arm], *flags: str) -> int:
     for name, changes in arms:
         if args.smoke:
             changes = changes | {"config.smoke": True, "steps": 2, "generate.max_new_tokens": 4}
-        fields = ";".join(f"{field}={value}" for field, value in changes.items())
-        argv.append(f"--point={name}: {fields}".replace("{rows}", str(rows)))
+        argv.append(point_flag(name, changes).replace("{rows}", str(rows)))
     share_compiled(args.out)
     return sweep.main(argv)
 
