@@ -20,21 +20,21 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from nca_jax import build
-from nca_jax.aot_report import (
+from nca_jax import build, programs
+from nca_jax.batch import Rows
+from nca_jax.checks import UserError, run_main
+from nca_jax.compiled.hlo import collectives
+from nca_jax.compiled.report import (
     implied,
     largest,
     print_report,
     prompts_a_row,
 )
-from nca_jax.batch import Rows
-from nca_jax.checkpoint import git_commit, write_json
-from nca_jax.checks import UserError, run_main
+from nca_jax.compiled.topology import MEMORY_GIB, topology_devices
 from nca_jax.config import check_config, flatten, parse_flags
-from nca_jax.decode import WIDTH_MULTIPLE, jit_sampler, prompts_at_once
-from nca_jax.hlo import collectives
-from nca_jax.mesh import check_split, make_mesh, row_shards, slice_of
-from nca_jax.topology import MEMORY_GIB, topology_devices
+from nca_jax.infra.checkpoint import git_commit, write_json
+from nca_jax.infra.mesh import check_split, make_mesh, row_shards, slice_of
+from nca_jax.sampling.sampler import WIDTH_MULTIPLE, jit_sampler, prompts_at_once
 
 LEANER = ("none", "dots", "full")  # recomputation, from none to all of a layer
 MAX_ROWS = 16  # a chip; --fit looks no further
@@ -52,8 +52,8 @@ def main(argv: list[str]) -> int:
         fit=False,
         json="",
     )
-    programs = flags.programs.split(",")
-    if unknown := set(programs) - set(PREPARE):
+    wanted = flags.programs.split(",")
+    if unknown := set(wanted) - set(PREPARE):
         raise UserError(f"--programs: wanted some of {', '.join(PREPARE)}, got {sorted(unknown)}.")
     devices = topology_devices(flags.topology, flags.num_slices)
     if flags.fit:
@@ -72,7 +72,7 @@ def main(argv: list[str]) -> int:
         "changes": changes,
         "config": flatten(run.config),
         **implied(run),
-        "programs": {name: compile_program(name, run) for name in programs},
+        "programs": {name: compile_program(name, run) for name in wanted},
     }
     print_report(report)
     if flags.json:
@@ -109,20 +109,20 @@ def changes_for(config: ConfigDict, devices, rows_per_chip: int) -> dict[str, ob
 
 def prepare_train(run: build.Run) -> tuple:
     """Returns (the jitted train step of `nca_jax.train`, the shapes of its arguments)."""
-    optimizer = build.build_optimizer(run.config, run.config.steps or 1000)  # a constant in it
-    state, _ = build.abstract_state(run, optimizer.tx)
+    optimizer = programs.build_optimizer(run.config, run.config.steps or 1000)  # a constant in it
+    state, _ = programs.abstract_state(run, optimizer.tx)
     ref_params = state.params if run.config.reference.kind == "live" else None
-    step = build.jit_train_step(run, optimizer)
-    return step, (state, ref_params, build.abstract_batch(run))
+    step = programs.jit_train_step(run, optimizer)
+    return step, (state, ref_params, programs.abstract_batch(run))
 
 
 def prepare_precompute(run: build.Run) -> tuple:
     """Returns (the jitted forward pass of `nca_jax.precompute`, the shapes of its arguments)."""
     data = run.config.data
     num_slots = data.batch_size * data.num_responses
-    rows = build.abstract_batch(run).rows
+    rows = programs.abstract_batch(run).rows
     micro = Rows(*(jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in rows))
-    return build.jit_rows_logps(run, num_slots), (run.model.abstract_params(), micro)
+    return programs.jit_rows_logps(run, num_slots), (run.model.abstract_params(), micro)
 
 
 def prepare_decode(run: build.Run) -> tuple:

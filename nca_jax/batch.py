@@ -31,9 +31,9 @@ class Rows(NamedTuple):
     segments: Array  # [.., T] 1: prompt, 2, 3, ...: its responses; 0: padding
     key_on: Array  # [.., T] bool; False: an input and a label, but nothing attends to it
     pairs: Array  # [.., P, 2] live (query block, key block), sorted; (-1, -1) fills up
-    scored_at: Array  # [.., T] which hidden state predicts; the scored tokens come first
-    scored_token: Array  # [.., T] the token that it predicts
-    scored_slot: Array  # [.., T] b * K + k: whose log-probability it is part of; B * K: of none
+    logp_at: Array  # [.., T] which hidden state predicts; the scored tokens come first
+    logp_token: Array  # [.., T] the token that it predicts
+    logp_slot: Array  # [.., T] b * K + k: whose log-probability it is part of; B * K: of none
 
 
 class Batch(NamedTuple):

@@ -17,13 +17,12 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nca_jax import build, checkpoint, distributed
+from nca_jax import build, programs
 from nca_jax.checks import UserError, run_main
 from nca_jax.config import parse_flags
 from nca_jax.data.encode import Example
-from nca_jax.data.fit import row_layout
 from nca_jax.data.pipeline import eval_batches
-from nca_jax.decode import make_generator, to_text
+from nca_jax.data.room import row_layout
 from nca_jax.evaluators import (
     Piece,
     fill_reference,
@@ -35,8 +34,11 @@ from nca_jax.evaluators import (
     text_perplexity,
 )
 from nca_jax.files import as_path
-from nca_jax.mesh import compiler_options, rows_here
+from nca_jax.infra import checkpoint, distributed
+from nca_jax.infra.mesh import compiler_options, rows_here
+from nca_jax.params import policy_params, reference_init_from, start_params
 from nca_jax.rewards.scorers import get_scorer
+from nca_jax.sampling.sampler import make_generator, to_text
 
 
 def main(argv: list[str]) -> int:
@@ -49,9 +51,9 @@ def main(argv: list[str]) -> int:
     if not data.heldout:
         raise UserError("No rows are held out: set data.eval_fraction or data.eval_files.")
     with jax.set_mesh(run.mesh):
-        policy = build.policy_params(run, flags.workdir)
-        reference = build.start_params(run, build.reference_init_from(config))
-        step_logps = build.jit_step_logps(run)
+        policy = policy_params(run, flags.workdir)
+        reference = start_params(run, reference_init_from(config))
+        step_logps = programs.jit_step_logps(run)
         here = rows_here(run.mesh, config.data.rows)
         batches = eval_batches(data.heldout, config.data, rows_here=here)
         batches = fill_reference(step_logps, reference, batches)
@@ -161,7 +163,7 @@ def read_texts(run: build.Run, file: str) -> list[list[int]]:
 
 def perplexities(run: build.Run, policy: dict, reference: dict, texts: list) -> dict[str, float]:
     """Returns {"text_perplexity", "text_perplexity_reference"} of plain text."""
-    logps = build.jit_rows_logps(run, len(texts))
+    logps = programs.jit_rows_logps(run, len(texts))
     pieces = [Piece(ids[:1], [ids[1:]]) for ids in texts]
     found = {}
     for name, params in (("text_perplexity", policy), ("text_perplexity_reference", reference)):

@@ -10,8 +10,8 @@ from jax.sharding import Mesh
 
 from nca_jax.data.pack import Group, RowLayout, pack, segment_spans
 from nca_jax.data.pipeline import HostBatch
+from nca_jax.infra.mesh import put_rows, rows_here
 from nca_jax.logprobs import sum_by_slot, token_logps
-from nca_jax.mesh import put_rows, rows_here
 from nca_jax.metrics import alignment_metrics
 
 

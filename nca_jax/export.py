@@ -18,15 +18,15 @@ import numpy as np
 
 from nca_jax import build
 from nca_jax.axes import flatten_paths
-from nca_jax.checkpoint import restore_params, saved_step
 from nca_jax.checks import UserError, run_main
 from nca_jax.config import flatten, parse_own_flags, read_saved
 from nca_jax.files import AnyPath, as_path, whole_folder
-from nca_jax.mesh import host_mesh
+from nca_jax.infra.checkpoint import restore_params, saved_step
+from nca_jax.infra.mesh import host_mesh
 from nca_jax.models.decoder import Model
-from nca_jax.models.hf_export import DTYPES, write_hf
-from nca_jax.models.names import Param
-from nca_jax.models.pretrained import resolve, save_tokenizer
+from nca_jax.models.formats.hf_export import DTYPES, write_hf
+from nca_jax.models.formats.names import Param
+from nca_jax.models.formats.pretrained import resolve, save_tokenizer
 
 
 def main(argv: list[str]) -> int:

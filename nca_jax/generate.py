@@ -8,13 +8,15 @@ r"""Sample responses: python -m nca_jax.generate --config=FILE[:args] --prompts=
 
 import jax
 
-from nca_jax import build, distributed
+from nca_jax import build
 from nca_jax.checks import UserError, run_main
 from nca_jax.config import parse_flags
 from nca_jax.data.chat import encode_prompt
-from nca_jax.data.sources import JsonlSource, write_rows
-from nca_jax.decode import make_generator, to_text
-from nca_jax.rewards.scorers import get_scorer, score_rows
+from nca_jax.data.sources import JsonlSource, write_records
+from nca_jax.infra import distributed
+from nca_jax.params import policy_params
+from nca_jax.rewards.scorers import get_scorer, score_records
+from nca_jax.sampling.sampler import make_generator, to_text
 
 ANSWERS = ("responses", "scores", "chosen", "rejected")  # of a row that had been answered before
 
@@ -33,7 +35,7 @@ def main(argv: list[str]) -> int:
     prompts = [row["prompt"] for _, row in rows]
 
     with jax.set_mesh(run.mesh):
-        params = build.policy_params(run, flags.workdir)
+        params = policy_params(run, flags.workdir)
         encoded = [encode_prompt(prompt, run.tokenizer, config.data.format) for prompt in prompts]
         samples = make_generator(run)(params, encoded, config.seed)
     if not distributed.is_first():
@@ -44,7 +46,7 @@ def main(argv: list[str]) -> int:
         {key: x for key, x in row.items() if key not in ANSWERS} | {"responses": responses}
         for (_, row), responses in zip(rows, texts, strict=True)
     ]
-    write_rows(flags.out, score_rows(answered, scorer) if scorer else answered)
+    write_records(flags.out, score_records(answered, scorer) if scorer else answered)
     print(f"{len(prompts)} prompts x {config.generate.num_samples} responses in {flags.out}")
     return 0
 

@@ -41,9 +41,9 @@ def print_prompt(batch: Batch, b: int, where: str, tokenizer, alpha: float) -> N
         losses.targets_from_scores(batch.scores[b : b + 1], alpha=alpha, mask=batch.mask[b : b + 1])
     )[0]
     k_all = batch.scores.shape[1]
-    micro, row = np.argwhere((batch.rows.scored_slot // k_all == b).any(axis=-1))[0]
+    micro, row = np.argwhere((batch.rows.logp_slot // k_all == b).any(axis=-1))[0]
     rows = type(batch.rows)(*(x[micro, row] for x in batch.rows))  # [T]
-    prompt_id = rows.prompt_ids[rows.scored_at[rows.scored_slot // k_all == b][0]]
+    prompt_id = rows.prompt_ids[rows.logp_at[rows.logp_slot // k_all == b][0]]
     print(f"\n=== {where}: micro-batch {micro}, row {row}, prompt {prompt_id} of the row")
     for segment in np.unique(rows.segments[rows.prompt_ids == prompt_id]):
         at = np.flatnonzero((rows.prompt_ids == prompt_id) & (rows.segments == segment))

@@ -24,7 +24,7 @@ def sequence_logps(
     Args:
       model: has `rows(params, rows, block=...)`, `head(params)` and `config.vocab_size`.
       rows: one micro-batch of the step, [R, T].
-      shape: (B, K) of the step, which `rows.scored_slot` points into.
+      shape: (B, K) of the step, which `rows.logp_slot` points into.
       block: tokens in an attention block.
       chunk: C; divides T. It bounds the logits: R * C * V float32.
     Returns:
@@ -39,20 +39,20 @@ def sum_by_slot(values: jax.Array, rows: Rows, num_slots: int) -> jax.Array:
     """Sums [R, T] values of scored tokens into their responses, [num_slots] float32."""
     # One slot more collects the filler and is dropped.
     sums = jnp.zeros(num_slots + 1, jnp.float32)
-    return sums.at[rows.scored_slot.reshape(-1)].add(values.reshape(-1))[:-1]
+    return sums.at[rows.logp_slot.reshape(-1)].add(values.reshape(-1))[:-1]
 
 
 def token_logps(
     model, params: dict, rows: Rows, *, num_slots: int, block: int, chunk: int
 ) -> jax.Array:
-    """The log-probability of each `rows.scored_token`, [R, T] float32; 0 for filler."""
+    """The log-probability of each `rows.logp_token`, [R, T] float32; 0 for filler."""
     hidden = model.rows(params, rows, block=block)
-    hidden = jnp.take_along_axis(hidden, rows.scored_at[..., None], axis=1)  # [R, T, D]
+    hidden = jnp.take_along_axis(hidden, rows.logp_at[..., None], axis=1)  # [R, T, D]
     head = constrain(model.head(params), None, "vocab")  # gathered once, outside the chunk loop
-    scored = rows.scored_slot < num_slots  # the scored tokens come first
+    scored = rows.logp_slot < num_slots  # the scored tokens come first
     num_chunks = -(-jnp.max(jnp.sum(scored, axis=1)) // chunk)
     logps = _chunked_logps(
-        hidden, head, rows.scored_token, num_chunks, model.config.vocab_size, chunk
+        hidden, head, rows.logp_token, num_chunks, model.config.vocab_size, chunk
     )
     return jnp.where(scored, logps, 0.0)
 

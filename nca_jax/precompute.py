@@ -14,13 +14,15 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from nca_jax import build, distributed, reference
-from nca_jax.checkpoint import write_json
+from nca_jax import build, programs, reference
 from nca_jax.checks import UserError, run_main
 from nca_jax.config import parse_flags
-from nca_jax.data.fit import row_layout
+from nca_jax.data.room import row_layout
 from nca_jax.evaluators import Piece, score_responses
 from nca_jax.files import as_path
+from nca_jax.infra import distributed
+from nca_jax.infra.checkpoint import write_json
+from nca_jax.params import reference_init_from, start_params
 
 PART = 64  # examples in a part: what a stop can lose
 
@@ -38,14 +40,14 @@ def main(argv: list[str]) -> int:
     parts = [examples[i : i + PART] for i in range(0, len(examples), PART)]
 
     with jax.set_mesh(run.mesh):
-        params = build.start_params(run, build.reference_init_from(config))
+        params = start_params(run, reference_init_from(config))
         fingerprint = reference.cache_fingerprint(run, params)
         if (folder / "fingerprint.json").exists():
             reference.check_fingerprint(folder, fingerprint)
         if distributed.is_first():
             write_json(folder / "fingerprint.json", fingerprint)
         num_slots = PART * max(len(example.responses) for example in examples)
-        logps = build.jit_rows_logps(run, num_slots)
+        logps = programs.jit_rows_logps(run, num_slots)
         is_made = np.array([reference.part_path(folder, i).exists() for i in range(len(parts))])
         missing = np.flatnonzero(~distributed.from_first(is_made)).tolist()
         start, tokens = time.perf_counter(), 0

@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
             f"there (gcloud storage cp -r 'FOLDER/*' {out})."
         )
     files = builders.find_files(raw, origin)
-    builder = builders.ScoredRows(given.name, given.score, origin, files, out)
+    builder = builders.ScoredRecords(given.name, given.score, origin, files, out)
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
     builders.prepare(builder)

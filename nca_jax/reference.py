@@ -18,7 +18,8 @@ from nca_jax.checks import UserError
 from nca_jax.data.encode import Example
 from nca_jax.data.sources import list_files
 from nca_jax.files import AnyPath, as_path, write_whole
-from nca_jax.fingerprint import files_fingerprint, params_fingerprint, tokenizer_fingerprint
+from nca_jax.infra.fingerprint import files_fingerprint, params_fingerprint, tokenizer_fingerprint
+from nca_jax.params import reference_init_from, start_params
 
 ENCODING = ("format", "max_prompt_len", "max_response_len", "prompt_keep", "too_long")
 
@@ -78,7 +79,7 @@ def read_cached_logps(run: build.Run) -> Callable[[Sequence[Example]], list[np.n
             f"{folder} holds no cached reference; make it with python -m nca_jax.precompute and "
             "the same --config."
         )
-    ref_params = build.start_params(run, build.reference_init_from(run.config))
+    ref_params = start_params(run, reference_init_from(run.config))
     check_fingerprint(folder, cache_fingerprint(run, ref_params))
     found: dict[int, np.ndarray] = {}
     for part in sorted(folder.glob("part-*.safetensors")):

@@ -17,8 +17,8 @@ import numpy as np
 
 from nca_jax.checks import UserError, run_main
 from nca_jax.config import parse_own_flags
-from nca_jax.data.sources import JsonlSource, RowError, write_rows
-from nca_jax.rewards.scorers import COMMAND, SCORERS, get_scorer, score_rows
+from nca_jax.data.sources import JsonlSource, RecordError, write_records
+from nca_jax.rewards.scorers import COMMAND, SCORERS, get_scorer, score_records
 
 
 def main(argv: list[str]) -> int:
@@ -27,9 +27,9 @@ def main(argv: list[str]) -> int:
     if scorer is None:
         raise UserError(f"--scorer is empty; give one of {', '.join(SCORERS)}, {COMMAND}CMD.")
     source = JsonlSource(flags.rows)
-    rows = [check_row(*source[i]) for i in range(len(source))]
-    scored = score_rows(rows, scorer)
-    write_rows(flags.out, scored)
+    rows = [check_record(*source[i]) for i in range(len(source))]
+    scored = score_records(rows, scorer)
+    write_records(flags.out, scored)
     scores = [np.array(row["scores"]) for row in scored]
     ties = np.mean([np.ptp(of_row) == 0 for of_row in scores])
     print(
@@ -40,17 +40,17 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def check_row(where: str, row: dict) -> dict:
-    """Returns the row. Raises RowError unless it has a prompt and responses of text."""
+def check_record(where: str, row: dict) -> dict:
+    """Returns the row. Raises RecordError unless it has a prompt and responses of text."""
     responses = row.get("responses")
     if not row.get("prompt") or not isinstance(responses, list) or not responses:
-        raise RowError(
+        raise RecordError(
             f"wanted a 'prompt' and a list of 'responses', got the keys {sorted(row)}",
             reason="keys",
             where=where,
         )
     if not all(isinstance(text, str) for text in responses):
-        raise RowError(
+        raise RecordError(
             "a response is not text; score those of generate", reason="text", where=where
         )
     return row

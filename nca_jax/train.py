@@ -1,7 +1,7 @@
 """Train a policy: python -m nca_jax.train --config=FILE[:args] --workdir=DIR [--config.key=value].
 
     --workdir  a local folder or one on gs://
-    --profile  N:M, the first and the last of the steps to trace; see nca_jax.profile
+    --profile  N:M, the first and the last of the steps to trace; see nca_jax.infra.profile
 
 The loop reads top to bottom in the order in which it happens. Start it again with the same command
 after any stop, and it goes on where the last checkpoint is, bit for bit.
@@ -16,17 +16,19 @@ import time
 import jax
 import numpy as np
 
-from nca_jax import build, checkpoint, distributed, flops, profile
+from nca_jax import build, flops, programs
 from nca_jax.checks import UserError, run_main
 from nca_jax.config import check_same_run, flatten, parse_flags
 from nca_jax.data.pipeline import Dataset, HostBatch, eval_batches
 from nca_jax.evaluators import fill_reference, heldout_metrics
 from nca_jax.files import AnyPath, as_path
-from nca_jax.fingerprint import params_fingerprint, text_fingerprint
-from nca_jax.mesh import put_batch, rows_here
-from nca_jax.preemption import catch_sigterm
+from nca_jax.infra import checkpoint, distributed, profile
+from nca_jax.infra.fingerprint import params_fingerprint, text_fingerprint
+from nca_jax.infra.mesh import put_batch, rows_here
+from nca_jax.infra.preemption import catch_sigterm
+from nca_jax.infra.writer import MetricWriter, SilentWriter
+from nca_jax.params import reference_init_from, start_params, starts_at_reference
 from nca_jax.reference import examples_fingerprint, read_cached_logps
-from nca_jax.writer import MetricWriter, SilentWriter
 
 # How far apart policy and reference may be at the start, in nats of a whole response: the same
 # parameters in the same program agree exactly, a cache was made by a program of another shape.
@@ -74,8 +76,8 @@ def main(argv: list[str]) -> int:
     )
 
     # ---- Optimizer, shapes, shardings --------------------------------------------------------
-    optimizer = build.build_optimizer(config, steps)
-    abstract, shardings = build.abstract_state(run, optimizer.tx)
+    optimizer = programs.build_optimizer(config, steps)
+    abstract, shardings = programs.abstract_state(run, optimizer.tx)
 
     # ---- Restore: 1. own workdir, 2. init_from, 3. random ------------------------------------
     # The context waits for a save that is under way, also when the run stops with an error.
@@ -89,20 +91,20 @@ def main(argv: list[str]) -> int:
             state = checkpoint.restore(checkpoints, restored_step, abstract, shardings)
             print(f"resumed after step {restored_step} from {workdir}")
         else:
-            params = build.start_params(run, config.model.init_from)
+            params = start_params(run, config.model.init_from)
             make_state = jax.jit(
-                lambda params: build.new_state(run, optimizer.tx, params),
+                lambda params: programs.new_state(run, optimizer.tx, params),
                 out_shardings=shardings,
                 donate_argnums=0,
             )
             state = make_state(params)
         # The reference comes from where it first came, never from the workdir.
-        ref_params = build.start_params(run, build.reference_init_from(config)) if live else None
+        ref_params = start_params(run, reference_init_from(config)) if live else None
         record_run(workdir, config, steps, ref_params)
 
         # ---- Compile -------------------------------------------------------------------------
-        train_step = build.jit_train_step(run, optimizer)
-        step_logps = build.jit_step_logps(run)
+        train_step = programs.jit_train_step(run, optimizer)
+        step_logps = programs.jit_step_logps(run)
         if live and config.eval_every:
             heldout = fill_reference(step_logps, ref_params, heldout)
 
@@ -167,7 +169,7 @@ def record_run(workdir: AnyPath, config, steps: int, ref_params: dict | None) ->
     if path.exists() and json.loads(path.read_text())["reference"] != reference:
         raise UserError(
             f"{workdir} was trained against another reference than "
-            f"{build.reference_init_from(config) or 'this seed'} now gives; restore that one, or "
+            f"{reference_init_from(config) or 'this seed'} now gives; restore that one, or "
             "use a new --workdir."
         )
     if distributed.is_first():
@@ -191,7 +193,7 @@ def write_metrics(writer, unread: list, run: build.Run, clock: float, is_new: bo
         prompt_loss = metrics.pop("prompt_loss")  # [B]
         metrics = {name: float(value) for name, value in metrics.items()}
         check_finite(step, host.examples, prompt_loss, metrics)
-        if step == 1 and is_new and build.starts_at_reference(config):
+        if step == 1 and is_new and starts_at_reference(config):
             check_start(metrics, config)
         if step == 1 or step % config.log_every == 0:
             writer.write(step, "train", metrics | host.stats | speed(run, host, seconds))

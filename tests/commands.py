@@ -33,7 +33,7 @@ def finish(process: subprocess.Popen) -> str:
     return out
 
 
-def write_rows(path: Path, num_rows: int = 24, k: int = 4) -> Path:
+def write_records(path: Path, num_rows: int = 24, k: int = 4) -> Path:
     """Writes rows of short texts with scores, ragged in length; returns the path."""
     words = "sun moon river stone cloud ember wind salt glass iron".split()
     with open(path, "w") as file:

@@ -15,10 +15,10 @@ from nca_jax.axes import flatten_paths
 from nca_jax.batch import Rows
 from nca_jax.data.pack import Group, RowLayout, pack
 from nca_jax.data.plan import causal_bound
-from nca_jax.decode import make_sampler
-from nca_jax.models import names
 from nca_jax.models.decoder import Model
-from nca_jax.models.hf import open_hf, read_config
+from nca_jax.models.formats import names
+from nca_jax.models.formats.hf import open_hf, read_config
+from nca_jax.sampling.sampler import make_sampler
 
 GOLDEN = Path(__file__).parent / "data" / "families.npz"
 VOCAB, EOS = 61, 2
@@ -102,8 +102,8 @@ def packed_logits(model: Model, params: dict) -> np.ndarray:
     logits = np.asarray(row_logits(params))  # [R, T, V]
     found = []
     for slot in range(num_slots):
-        row, place = np.nonzero(rows.scored_slot == slot)
-        found.append(logits[row, rows.scored_at[row, place], :VOCAB])
+        row, place = np.nonzero(rows.logp_slot == slot)
+        found.append(logits[row, rows.logp_at[row, place], :VOCAB])
     return np.concatenate(found)
 
 

@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 
 from nca_jax.data import encode
 from nca_jax.model_config import ModelConfig
-from nca_jax.models import names
+from nca_jax.models.formats import names
 
 # Rows
 
@@ -59,7 +59,7 @@ def write(path, rows) -> str:
 
 
 def encode_one(row, config, tokenizer=None, vocab_size=1000, eos_ids=(), where="f:1"):
-    return encode.encode_row(
+    return encode.encode_record(
         where, row, tokenizer=tokenizer, config=config, vocab_size=vocab_size, eos_ids=eos_ids
     )
 

@@ -8,13 +8,14 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from commands import command, write_rows
+from commands import command, write_records
 from jax.sharding import PartitionSpec as P
 
-from nca_jax import aot, build, topology, train
+from nca_jax import aot, build, programs, train
 from nca_jax.checks import UserError
+from nca_jax.compiled import topology
+from nca_jax.compiled.hlo import Collective, collectives, replica_groups, shape_bytes
 from nca_jax.config import parse_flags
-from nca_jax.hlo import Collective, collectives, replica_groups, shape_bytes
 
 SMOKE = ("--config.data.rows=4", "--config.mesh.fsdp=4", "--config.mesh.tensor=2")
 
@@ -29,9 +30,9 @@ def main_of(program: str) -> str:
 
 
 def test_the_program_that_is_compiled_is_the_one_that_trains(tmp_path, monkeypatch):
-    rows = write_rows(tmp_path / "rows.jsonl")
+    rows = write_records(tmp_path / "rows.jsonl")
     flags = (f"--config=configs/jsonl.py:files={rows},smoke", *SMOKE)
-    jit_train_step, lowered = build.jit_train_step, []
+    jit_train_step, lowered = programs.jit_train_step, []
 
     def lower_only(run, optimizer):
         def step(*arguments):
@@ -41,7 +42,7 @@ def test_the_program_that_is_compiled_is_the_one_that_trains(tmp_path, monkeypat
         return step
 
     with monkeypatch.context() as patch:
-        patch.setattr(build, "jit_train_step", lower_only)
+        patch.setattr(programs, "jit_train_step", lower_only)
         with pytest.raises(Stopped):
             train.main(["train", *flags, "--config.eval_every=0", f"--workdir={tmp_path / 'run'}"])
     config, _ = parse_flags(["aot", *flags, "--config.eval_every=0"])

@@ -20,8 +20,8 @@ from nca_jax.checks import UserError
 from nca_jax.data.encode import Example
 from nca_jax.data.load import load_examples
 from nca_jax.data.sources import list_files, open_source
-from nca_jax.fingerprint import files_fingerprint
-from nca_jax.models.pretrained import load_tokenizer
+from nca_jax.infra.fingerprint import files_fingerprint
+from nca_jax.models.formats.pretrained import load_tokenizer
 
 # The schemas of the data cards
 MESSAGES = pa.list_(pa.struct([("content", pa.string()), ("role", pa.string())]))

@@ -11,7 +11,7 @@ from transformers import ByT5Tokenizer
 from nca_jax.checks import UserError
 from nca_jax.data import chat, pipeline
 from nca_jax.data.load import load_examples
-from nca_jax.data.sources import JsonlSource, RowError
+from nca_jax.data.sources import JsonlSource, RecordError
 
 EOS = 1  # of ByT5, whose other ids are bytes + 3
 TEMPLATE = (
@@ -105,7 +105,7 @@ def test_a_broken_row_stops_with_its_file_and_line_or_is_skipped_and_counted(
     path = tmp_path / "a.jsonl"
     lines = [json.dumps(TEXT), broken if isinstance(broken, str) else json.dumps(broken)]
     path.write_bytes("\n".join(lines).encode("utf-8", "surrogateescape"))
-    with pytest.raises(RowError) as error:
+    with pytest.raises(RecordError) as error:
         load(str(path), data_config(), tokenizer)
     assert str(error.value).startswith(f"{path}:2: ") and error.value.reason == reason
     examples = load(str(path), data_config(bad_rows="skip"), tokenizer)
@@ -211,7 +211,7 @@ def test_a_tokenizer_without_a_template_is_refused_with_a_word_about_plain(token
 
 def test_a_row_that_the_template_refuses_is_at_fault_itself(tokenizer):
     tokenizer.chat_template = "{{ raise_exception('no system role') }}"
-    with pytest.raises(RowError, match=r"f:1: the chat template refuses it \(no system role\)"):
+    with pytest.raises(RecordError, match=r"f:1: the chat template refuses it \(no system role\)"):
         encode_one(TEXT, data_config(format="chat"), tokenizer)
 
 
@@ -220,8 +220,8 @@ def test_the_eos_is_scored_where_pad_is_eos(tokenizer):
     config = data_config(batch_size=1, num_responses=2)
     dataset = pipeline.Dataset([[encode_one(TEXT, config, tokenizer)]], config, seed=0)
     rows = dataset.batch_at(0).batch.rows
-    scored = rows.scored_slot < 2
-    assert rows.scored_token[scored].tolist() == [*byte_ids("a"), EOS, *byte_ids("b"), EOS]
+    scored = rows.logp_slot < 2
+    assert rows.logp_token[scored].tolist() == [*byte_ids("a"), EOS, *byte_ids("b"), EOS]
 
 
 # Lengths

@@ -9,19 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from commands import write_rows
+from commands import write_records
 
 from nca_jax import evaluate, evaluators, generate
 from nca_jax.data.pack import RowLayout
 from nca_jax.data.plan import causal_bound
-from nca_jax.decode import make_sampler, to_text
 from nca_jax.evaluators import Piece, make_kl, repetition, score_responses, text_perplexity
+from nca_jax.infra.mesh import make_mesh
 from nca_jax.logprobs import sequence_logps
-from nca_jax.mesh import make_mesh
 from nca_jax.model_config import MODELS
-from nca_jax.models import attention
+from nca_jax.models.attention.cached import cached
 from nca_jax.models.decoder import Model
-from nca_jax.models.pretrained import load_tokenizer
+from nca_jax.models.formats.pretrained import load_tokenizer
+from nca_jax.sampling.sampler import make_sampler, to_text
 
 LENGTHS = np.array([9, 4, 1], np.int32)
 LAYOUT = RowLayout(row_len=64, rows=8, block=16, num_pairs=causal_bound(64, 16), align=1)
@@ -64,7 +64,7 @@ def uncached_logits(model: Model, params: dict, ids: list[int], key_on=True) -> 
     mask = (place[:, None] >= place[None]) & jnp.broadcast_to(key_on, place.shape)[None]
     if model.config.sliding_window:
         mask &= place[:, None] - place[None] < model.config.sliding_window
-    attend = attention.cached(mask[None], jnp.int32(0))
+    attend = cached(mask[None], jnp.int32(0))
     cache = model.make_cache(1, len(ids))
     hidden, _ = model.hidden(params, jnp.asarray([ids]), place[None], attend, cache)
     return np.asarray(model.logits(params, hidden)[0])
@@ -221,7 +221,7 @@ def test_text_has_no_end_of_turn_token_and_stops_at_the_stop_string():
 
 
 def test_generate_writes_rows_that_train_reads_and_evaluate_writes_its_metrics(tmp_path):
-    rows = write_rows(tmp_path / "rows.jsonl")
+    rows = write_records(tmp_path / "rows.jsonl")
     config = (
         f"--config=configs/jsonl.py:files={rows},smoke",
         "--config.data.rows=8",

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from commands import write_rows
+from commands import write_records
 
 from nca_jax import checks, evaluate, export, generate, inspect, precompute, train
 
@@ -35,7 +35,7 @@ def fails(monkeypatch, capsys):
 
 @pytest.fixture
 def flags(tmp_path):
-    rows = write_rows(tmp_path / "rows.jsonl")
+    rows = write_records(tmp_path / "rows.jsonl")
     return (
         f"--config=configs/jsonl.py:files={rows},smoke",
         f"--workdir={tmp_path / 'run'}",

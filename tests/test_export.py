@@ -9,18 +9,18 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from commands import write_rows
+from commands import write_records
 from helpers import CONFIGS, DENSE, hf_json, read_all, write_hf
 from safetensors.numpy import load_file
 
 from nca_jax import export, train
-from nca_jax.checkpoint import restore_params
 from nca_jax.checks import UserError
-from nca_jax.mesh import host_mesh
+from nca_jax.infra.checkpoint import restore_params
+from nca_jax.infra.mesh import host_mesh
 from nca_jax.model_config import MODELS, ModelConfig, RopeScaling
-from nca_jax.models import hf, hf_export, names
 from nca_jax.models.decoder import Model
-from nca_jax.models.pretrained import load_tokenizer
+from nca_jax.models.formats import hf, hf_export, names
+from nca_jax.models.formats.pretrained import load_tokenizer
 
 STRETCHED = RopeScaling(8.0, 1.0, 4.0, 32)
 EXPORTED = CONFIGS | {
@@ -173,7 +173,7 @@ TINY_MISTRAL = Path(__file__).parent / "data" / "tiny_mistral"
 
 def trained(tmp_path, arg: str, *flags: str) -> Path:
     """Trains two steps on 8 devices with a checkpoint of each; returns the workdir."""
-    rows = write_rows(tmp_path / "rows.jsonl", num_rows=8)
+    rows = write_records(tmp_path / "rows.jsonl", num_rows=8)
     train.main(
         ["train", f"--config=configs/jsonl.py:files={rows},{arg}", f"--workdir={tmp_path / 'run'}"]
         + ["--config.steps=2", "--config.save_every=1", "--config.eval_every=0"]
@@ -228,7 +228,7 @@ def test_a_tokenizer_with_files_is_copied_as_it_is(tmp_path):
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    from nca_jax.models.pretrained import save_tokenizer
+    from nca_jax.models.formats.pretrained import save_tokenizer
 
     origin, out = tmp_path / "origin", tmp_path / "out"
     words = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))

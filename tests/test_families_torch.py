@@ -26,8 +26,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: E402
 
 from nca_jax import export, train  # noqa: E402
 from nca_jax.model_config import MODELS, RopeScaling  # noqa: E402
-from nca_jax.models.hf import open_hf  # noqa: E402
-from nca_jax.models.hf_export import write_hf  # noqa: E402
+from nca_jax.models.formats.hf import open_hf  # noqa: E402
+from nca_jax.models.formats.hf_export import write_hf  # noqa: E402
 from nca_jax.models.layers import rotary_frequencies  # noqa: E402
 
 pytestmark = pytest.mark.torch

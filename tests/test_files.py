@@ -6,15 +6,15 @@ import os
 import memory_gcs
 import numpy as np
 import pytest
-from commands import metric_lines, write_rows
+from commands import metric_lines, write_records
 from helpers import read_all, write, write_hf
 
 from nca_jax import export, files, generate, precompute, prepare, train
 from nca_jax.checks import UserError
 from nca_jax.data.sources import JsonlSource, open_source
-from nca_jax.data.sources import write_rows as write_jsonl
-from nca_jax.fingerprint import files_fingerprint
-from nca_jax.models.pretrained import open_pretrained
+from nca_jax.data.sources import write_records as write_jsonl
+from nca_jax.infra.fingerprint import files_fingerprint
+from nca_jax.models.formats.pretrained import open_pretrained
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_rows_are_written_found_and_read_alike(place):
 
 
 def test_a_gz_file_is_read_from_both_and_has_one_fingerprint(tmp_path, bucket):
-    local = write_rows(tmp_path / "rows.jsonl", 3)
+    local = write_records(tmp_path / "rows.jsonl", 3)
     os.system(f"gzip -k {local}")
     (bucket / "rows.jsonl.gz").write_bytes((tmp_path / "rows.jsonl.gz").read_bytes())
     there, here = f"{bucket}/rows.jsonl.gz", str(local) + ".gz"
@@ -118,7 +118,7 @@ def test_a_prepared_data_set_is_read_from_gs_but_not_written_there(tmp_path, buc
 
 @pytest.mark.slow
 def test_a_run_on_gs_stopped_and_resumed_is_the_local_run(tmp_path, bucket, monkeypatch):
-    rows = write_rows(tmp_path / "rows.jsonl")
+    rows = write_records(tmp_path / "rows.jsonl")
     write(tmp_path / "prompts.jsonl", [{"prompt": f"Say {i}:"} for i in range(3)])
     for name in (rows.name, "prompts.jsonl"):
         (bucket / name).write_bytes((tmp_path / name).read_bytes())

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nca_jax.compiled.topology import MEMORY_GIB
 from nca_jax.flops import PEAK_FLOPS, forward_flops, head_params, mfu, needed_flops, trunk_params
 from nca_jax.model_config import MODELS
-from nca_jax.models import names
 from nca_jax.models.decoder import Model
-from nca_jax.topology import MEMORY_GIB
+from nca_jax.models.formats import names
 
 # Wide enough that norms and rotary angles, which are not counted, are few.
 WIDE = dataclasses.replace(MODELS["tiny"], width=512, num_heads=8, head_dim=64, mlp_width=1024)

@@ -8,8 +8,8 @@ import pytest
 from helpers import CONFIGS, assert_parts_equal_the_whole, random_tensors, read_all, write_hf
 
 from nca_jax.checks import UserError
-from nca_jax.models import names, pretrained
-from nca_jax.models.gguf import SPLITTERS, gguf_tokenizer, open_gguf
+from nca_jax.models.formats import names, pretrained
+from nca_jax.models.formats.gguf import SPLITTERS, gguf_tokenizer, open_gguf
 
 TOKENS = [*"abcd 1", "Ġ", "Ġa", "ab", "Ċ", "<s>", "</s>", "<eot>"]
 CHAT = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"

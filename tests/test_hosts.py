@@ -9,12 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import ROOT, command, finish, metric_lines, write_rows
+from commands import ROOT, command, finish, metric_lines, write_records
 from safetensors.numpy import load_file
 
-from nca_jax import distributed
-from nca_jax.checkpoint import saved_step
 from nca_jax.checks import UserError
+from nca_jax.infra import distributed
+from nca_jax.infra.checkpoint import saved_step
 
 STEPS = 24
 
@@ -88,7 +88,7 @@ def wait_for_checkpoint(workdir: Path, step: int, launcher: subprocess.Popen) ->
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl")
+    return write_records(tmp_path_factory.mktemp("rows") / "rows.jsonl")
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,10 @@ from jax.sharding import PartitionSpec as P
 from nca_jax import logprobs
 from nca_jax.data.pack import Group, RowLayout, pack
 from nca_jax.data.plan import causal_bound
+from nca_jax.infra.mesh import make_mesh
 from nca_jax.logprobs import sequence_logps
-from nca_jax.mesh import make_mesh
 from nca_jax.model_config import MODELS
-from nca_jax.models import attention
+from nca_jax.models.attention.cached import cached
 from nca_jax.models.decoder import Model
 
 BLOCK, CHUNK, ROW_LEN = 16, 8, 128
@@ -59,7 +59,7 @@ def plain_logps(model: Model, params: dict, groups: list[Group], k: int = 3) -> 
     mask = place[:, None] >= place[None]
     if model.config.sliding_window:
         mask &= place[:, None] - place[None] < model.config.sliding_window
-    attend = attention.cached(mask[None] & key_on[:, None], jnp.int32(0))
+    attend = cached(mask[None] & key_on[:, None], jnp.int32(0))
     positions = jnp.broadcast_to(place[None], ids.shape)
     cache = model.make_cache(*ids.shape)
     hidden, _ = model.hidden(params, jnp.asarray(ids), positions, attend, cache)

@@ -15,8 +15,7 @@ from nca_jax.axes import MESH_AXES
 from nca_jax.checks import UserError
 from nca_jax.data.pack import RowLayout, pack
 from nca_jax.data.plan import causal_bound
-from nca_jax.logprobs import sequence_logps
-from nca_jax.mesh import (
+from nca_jax.infra.mesh import (
     check_divides,
     check_split,
     make_mesh,
@@ -26,6 +25,7 @@ from nca_jax.mesh import (
     rows_here,
     rows_shardings,
 )
+from nca_jax.logprobs import sequence_logps
 from nca_jax.model_config import MODELS
 from nca_jax.models.decoder import Model
 
@@ -106,7 +106,7 @@ def fake_devices(num_slices: int, a_slice: int) -> list:
 
 def test_the_data_axis_and_no_other_lies_over_slices(monkeypatch):
     grids = []
-    monkeypatch.setattr("nca_jax.mesh.Mesh", lambda grid, *_, **__: grids.append(grid))
+    monkeypatch.setattr("nca_jax.infra.mesh.Mesh", lambda grid, *_, **__: grids.append(grid))
     make_mesh(ONE | {"data": 4, "fsdp": -1}, fake_devices(num_slices=2, a_slice=8))
     slices = np.vectorize(lambda device: device.slice_index)(grids[0])  # data, fsdp, ...
     assert slices.shape == (4, 4, 1, 1)

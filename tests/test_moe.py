@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nca_jax.mesh import make_mesh
+from nca_jax.infra.mesh import make_mesh
 from nca_jax.models import grouped
 from nca_jax.models.moe import dense
 

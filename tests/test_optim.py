@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from nca_jax.optim import make_schedule, scale_by_adam
+from nca_jax.infra.optim import make_schedule, scale_by_adam
 
 
 def test_adam_equals_its_formula_in_float64_from_the_first_step_on():

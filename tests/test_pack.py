@@ -118,12 +118,12 @@ def test_each_response_token_is_scored_once_from_the_state_before_it(lengths, al
                 before[int(token)] = (int(previous), slot)
     seen = {}
     for row in rows_of(rows):
-        scored = row.scored_slot < NUM_SLOTS
+        scored = row.logp_slot < NUM_SLOTS
         count = scored.sum()
         assert scored[:count].all(), "scored tokens come first"
-        assert not row.scored_at[count:].any() and not row.scored_token[count:].any()
+        assert not row.logp_at[count:].any() and not row.logp_token[count:].any()
         for at, token, slot in zip(
-            row.scored_at[:count], row.scored_token, row.scored_slot, strict=False
+            row.logp_at[:count], row.logp_token, row.logp_slot, strict=False
         ):
             seen[int(token)] = (int(row.tokens[at]), int(slot))
     assert seen == before
@@ -178,7 +178,7 @@ def test_rows_that_are_not_needed_are_padding():
     assert used == 1 and rows.tokens.shape == (3, 2, ROW_LEN)
     for row in rows_of(rows)[1:]:
         assert not any(x.any() for x in row[:5])
-        assert (row.scored_slot == NUM_SLOTS).all()
+        assert (row.logp_slot == NUM_SLOTS).all()
         assert row.pairs[row.pairs[:, 0] >= 0].tolist() == [[i, i] for i in range(8)]
 
 

@@ -146,7 +146,7 @@ def test_responses_that_lack_are_masked_and_ref_logps_follow_the_choice():
     assert batch.mask.tolist() == [[True, True, False], [True, True, True]]
     assert batch.scores.tolist() == [[0, 1, 0], [0, 1, 2]]
     assert batch.ref_logps.tolist() == [[-1, -2, 0], [-3, -4, -5]]
-    slots = batch.rows.scored_slot
+    slots = batch.rows.logp_slot
     assert Counter(slots[slots < 6].tolist()) == {0: 2, 1: 2, 3: 2, 4: 2, 5: 2}
 
 

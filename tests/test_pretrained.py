@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from nca_jax.checks import UserError
 from nca_jax.model_config import MODELS, ModelConfig, RopeScaling
-from nca_jax.models import hf, names, pretrained
+from nca_jax.models.formats import hf, names, pretrained
 
 
 @pytest.mark.parametrize("model_type", CONFIGS)

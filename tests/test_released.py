@@ -17,15 +17,16 @@ from commands import metric_lines
 from helpers import data_config, encode_one, write
 from transformers import PreTrainedTokenizerFast
 
-from nca_jax import build, precompute, train
+from nca_jax import build, precompute, programs, train
 from nca_jax.batch import Rows
 from nca_jax.checks import UserError
 from nca_jax.config import parse_flags
 from nca_jax.data import chat, released
 from nca_jax.data.pipeline import Dataset, eval_batches
+from nca_jax.infra.mesh import make_mesh
 from nca_jax.logprobs import token_logps
 from nca_jax.losses import PAIR_LOSSES, targets_from_scores
-from nca_jax.mesh import make_mesh
+from nca_jax.params import policy_params, start_params
 
 DATA = Path(__file__).parent / "data"
 TOKEN_CASES = json.loads((DATA / "released_tokens.json").read_text())["cases"]
@@ -68,9 +69,9 @@ def test_packed_rows_hold_the_released_ids_labels_and_masks(case, tokenizer):
         row = Rows(*(x[0, 0] for x in batch.rows))
         for k, sequence in enumerate(case["sequences"]):
             at = np.flatnonzero((row.segments == 1) | (row.segments == k + 2))
-            scored = row.scored_slot == k
+            scored = row.logp_slot == k
             labels = np.full(len(at), IGNORED)
-            labels[row.positions[row.scored_at[scored]] + 1] = row.scored_token[scored]
+            labels[row.positions[row.logp_at[scored]] + 1] = row.logp_token[scored]
             assert row.positions[at].tolist() == list(range(len(at)))
             assert row.tokens[at].tolist() == sequence["input_ids"]
             assert row.key_on[at].tolist() == [bool(on) for on in sequence["attention_mask"]]
@@ -205,7 +206,7 @@ def test_log_probabilities_with_keys_off_are_those_of_pytorch(tmp_path, use_devi
     (host,) = eval_batches(examples, config.data)
     num_slots = len(golden) * 3
     with jax.set_mesh(run.mesh):
-        params = build.start_params(run, config.model.init_from)
+        params = start_params(run, config.model.init_from)
         compute = jax.jit(
             functools.partial(token_logps, run.model, num_slots=num_slots, block=64, chunk=128)
         )
@@ -213,7 +214,7 @@ def test_log_probabilities_with_keys_off_are_those_of_pytorch(tmp_path, use_devi
         for m in range(int(host.batch.num_micro)):
             rows = Rows(*(x[m] for x in host.batch.rows))
             for slot, logp in zip(
-                rows.scored_slot.flat, np.ravel(compute(params, rows)), strict=True
+                rows.logp_slot.flat, np.ravel(compute(params, rows)), strict=True
             ):
                 got.get(int(slot), []).append(logp)
     for b, row in enumerate(golden):
@@ -272,10 +273,10 @@ def final_logps(flags: list[str], workdir: Path) -> np.ndarray:
     config, _ = parse_flags(flags)
     run = build.build(config)
     with jax.set_mesh(run.mesh):
-        params = build.policy_params(run, str(workdir))
+        params = policy_params(run, str(workdir))
         dataset = Dataset(build.read_data(run).sources, config.data, seed=config.seed)
         batch = dataset.batch_at(config.steps - 1).batch
-        return np.asarray(build.jit_step_logps(run)(params, batch))
+        return np.asarray(programs.jit_step_logps(run)(params, batch))
 
 
 def check(found: dict[str, float]) -> None:

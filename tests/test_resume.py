@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import command, finish, metric_lines, write_rows
+from commands import command, finish, metric_lines, write_records
 
-from nca_jax.checkpoint import restore_params
-from nca_jax.mesh import make_mesh
+from nca_jax.infra.checkpoint import restore_params
+from nca_jax.infra.mesh import make_mesh
 from nca_jax.model_config import MODELS
 from nca_jax.models.decoder import Model
 
@@ -52,7 +52,7 @@ def assert_same_run(got: Path, want: Path) -> None:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted")
-    rows = write_rows(folder / "rows.jsonl")
+    rows = write_records(folder / "rows.jsonl")
     finish(train(folder / "run", rows))
     return folder / "run", rows
 

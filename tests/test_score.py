@@ -4,13 +4,13 @@ import json
 import sys
 
 import pytest
-from commands import command, finish, metric_lines, write_rows
+from commands import command, finish, metric_lines, write_records
 from helpers import data_config
 
 from nca_jax import score
 from nca_jax.checks import UserError
 from nca_jax.data.load import load_examples
-from nca_jax.models.pretrained import load_tokenizer
+from nca_jax.models.formats.pretrained import load_tokenizer
 from nca_jax.rewards.scorers import SCORERS, get_scorer
 
 ROW = {"prompt": "6 * 7 =", "answer": 42}
@@ -140,7 +140,7 @@ def test_what_is_scored_is_what_train_reads(tmp_path):
 
 @pytest.mark.slow
 def test_generate_score_train_is_a_loop_of_three_commands(tmp_path):
-    rows = write_rows(tmp_path / "first.jsonl", num_rows=6)
+    rows = write_records(tmp_path / "first.jsonl", num_rows=6)
     config = f"--config=configs/jsonl.py:files={rows},smoke,k=3"
     small = ("--config.generate.num_samples=3", "--config.generate.max_new_tokens=8")
     prompts = write(tmp_path / "prompts.jsonl", *[ROW | {"prompt": f"{i} + 1 ="} for i in range(6)])

@@ -47,13 +47,13 @@ def test_every_row_is_encoded_by_one_process_and_known_to_all_in_order(
     files = write(tmp_path / "rows.jsonl", [*map(id_row, range(7)), {"prompt": "no"}])
     alone = read(files, bad_rows="skip")
     encoded = []
-    encode_row = load.encode_row
+    encode_record = load.encode_record
 
     def counting(where, row, **how):
         encoded.append(where)
-        return encode_row(where, row, **how)
+        return encode_record(where, row, **how)
 
-    monkeypatch.setattr(load, "encode_row", counting)
+    monkeypatch.setattr(load, "encode_record", counting)
     for found in in_processes(num_processes, lambda share: read(files, share, bad_rows="skip")):
         assert found.skipped == alone.skipped == {"keys": 1}
         for a, b in zip(found.sources[0], alone.sources[0], strict=True):

@@ -11,8 +11,8 @@ from test_logprobs import make_groups
 from nca_jax.batch import Rows
 from nca_jax.data.pack import RowLayout, pack
 from nca_jax.data.plan import causal_bound
-from nca_jax.mesh import make_mesh
-from nca_jax.models import attention, splash
+from nca_jax.infra.mesh import make_mesh
+from nca_jax.models.attention import pairs, splash
 
 ROW_LEN, BLOCK, ALIGN = 512, 128, 8
 LAYOUT = RowLayout(
@@ -47,7 +47,7 @@ def make_qkv(num_heads: int = 4, num_kv_heads: int = 2, head_dim: int = 64):
     return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
 
 
-PAIRS = functools.partial(attention.packed, sliding_window=0, num_blocks=ROW_LEN // BLOCK)
+PAIRS = functools.partial(pairs.packed, sliding_window=0, num_blocks=ROW_LEN // BLOCK)
 SPLASH = functools.partial(splash.packed, num_blocks=ROW_LEN // BLOCK, align=ALIGN, interpret=True)
 
 

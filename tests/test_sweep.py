@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import ROOT, write_rows
+from commands import ROOT, write_records
 
 from experiments import results, sweep
 from nca_jax.checks import UserError
@@ -225,7 +225,7 @@ def wait_for(condition) -> None:
 @pytest.mark.slow
 def test_a_real_sweep_trains_evaluates_and_reports(tmp_path):
     pytest.importorskip("matplotlib")
-    rows, out = write_rows(tmp_path / "rows.jsonl"), tmp_path / "out"
+    rows, out = write_records(tmp_path / "rows.jsonl"), tmp_path / "out"
     argv = [
         f"--config=configs/jsonl.py:files={rows},smoke",
         f"--out={out}",

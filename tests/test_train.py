@@ -7,11 +7,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from commands import metric_lines, write_rows
+from commands import metric_lines, write_records
 from safetensors.numpy import load_file, save_file
 
-from nca_jax import flops, precompute, profile, train
+from nca_jax import flops, precompute, train
 from nca_jax.checks import UserError
+from nca_jax.infra import profile
 from nca_jax.model_config import MODELS
 
 EIGHT = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
@@ -38,7 +39,7 @@ def flags_of(workdir: Path, rows: Path, *flags: str, arg: str = "smoke") -> list
 
 @pytest.fixture
 def rows(tmp_path):
-    return write_rows(tmp_path / "rows.jsonl")
+    return write_records(tmp_path / "rows.jsonl")
 
 
 @pytest.mark.parametrize(("algo", "start"), [("nca", 2 * math.log(2)), ("infonca", math.log(4))])
@@ -62,7 +63,7 @@ SEVERAL_MICRO_BATCHES = (
 @pytest.fixture(scope="module")
 def several_micro_batches(tmp_path_factory):
     folder = tmp_path_factory.mktemp("several")
-    rows = write_rows(folder / "rows.jsonl")
+    rows = write_records(folder / "rows.jsonl")
     return rows, run(folder / "run", rows, *SEVERAL_MICRO_BATCHES)
 
 
@@ -132,7 +133,7 @@ def measured(tmp_path_factory):
     flags = ("--config.steps=4", "--config.eval_every=0", "--profile=2:3")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(flops.PEAK_FLOPS, "cpu", 1e12)
-        run(folder / "run", write_rows(folder / "rows.jsonl"), *flags)
+        run(folder / "run", write_records(folder / "rows.jsonl"), *flags)
     return folder / "run"
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from nca_jax.checks import UserError, run_main
-from nca_jax.data.sources import write_rows
+from nca_jax.data.sources import write_records
 
 
 def main(argv: list[str]) -> int:
@@ -20,7 +20,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", required=True)
     args = parser.parse_args(argv[1:])
     rows = list(evaluations(args.folders))
-    write_rows(args.out, rows)
+    write_records(args.out, rows)
     print(f"{len(rows)} runs in {args.out}")
     return 0
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments.results import read_lines
 from nca_jax.checks import UserError
-from nca_jax.data.sources import write_rows
+from nca_jax.data.sources import write_records
 
 DEMO = Path(__file__).parents[1] / "demo/rows.jsonl"
 
@@ -67,6 +67,6 @@ def write_new(path: Path, rows: Iterable[dict]) -> None:
     rows = list(rows)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_rows(str(path), rows)
+        write_records(str(path), rows)
     elif read_lines(path) != json.loads(json.dumps(rows)):
         raise UserError(f"{path} holds other rows than these settings make; give another --out.")

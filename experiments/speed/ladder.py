@@ -24,11 +24,12 @@ import jax
 import numpy as np
 
 from experiments.speed.ours_side import compile_step, config_of, time_steps
-from nca_jax import build
+from nca_jax import build, programs
 from nca_jax.batch import Batch, Rows
 from nca_jax.data import plan
 from nca_jax.data.pack import Group, RowLayout, pack
 from nca_jax.data.pipeline import Dataset
+from nca_jax.params import start_params
 
 BLOCK = 64  # attention block, as configs/jsonl.py has it
 
@@ -87,8 +88,8 @@ def score_everything(batch: Batch) -> Batch:
     A prompt more, of which no response is there, collects it; an absent one adds no loss.
     """
     slots = batch.scores.size
-    scored_slot = batch.rows.scored_slot  # `slots` stands for none, and now is the first new one
-    rows = batch.rows._replace(scored_slot=np.where(scored_slot >= slots, slots, scored_slot))
+    logp_slot = batch.rows.logp_slot  # `slots` stands for none, and now is the first new one
+    rows = batch.rows._replace(logp_slot=np.where(logp_slot >= slots, slots, logp_slot))
 
     def with_absent(x: np.ndarray) -> np.ndarray:
         return np.concatenate([x, np.zeros_like(x[:1])])
@@ -123,8 +124,8 @@ def main() -> None:
     run = build.build(config_of(job, "fast", live=False))
     packed = Dataset(build.read_data(run).sources, run.config.data, seed=0).batch_at(0).batch
     with jax.set_mesh(run.mesh):
-        params = build.start_params(run, run.config.model.init_from)
-        ref_logps = np.asarray(build.jit_step_logps(run)(params, packed))
+        params = start_params(run, run.config.model.init_from)
+        ref_logps = np.asarray(programs.jit_step_logps(run)(params, packed))
     del params
     packed = packed._replace(ref_logps=ref_logps)
 

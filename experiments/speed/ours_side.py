@@ -13,11 +13,12 @@ import jax
 import numpy as np
 
 from experiments.speed.clock import Lap, Side, laps, measure
-from nca_jax import build, losses
+from nca_jax import build, losses, programs
 from nca_jax.batch import Batch
 from nca_jax.config import parse_flags
 from nca_jax.data.pipeline import Dataset
-from nca_jax.mesh import batch_shardings
+from nca_jax.infra.mesh import batch_shardings
+from nca_jax.params import start_params
 from nca_jax.train_step import TrainState
 
 SETTINGS = {
@@ -67,21 +68,21 @@ class Program(NamedTuple):
 def compile_step(run: build.Run, batch: Batch, *, live: bool) -> Program:
     """Compiles the step of `nca_jax.train` for one batch, which stays the same."""
     config = run.config
-    optimizer = build.build_optimizer(config, steps=1)
-    abstract, shardings = build.abstract_state(run, optimizer.tx)
-    ref_params = build.start_params(run, config.model.init_from) if live else None
-    jitted = build.jit_train_step(run, optimizer)
+    optimizer = programs.build_optimizer(config, steps=1)
+    abstract, shardings = programs.abstract_state(run, optimizer.tx)
+    ref_params = start_params(run, config.model.init_from) if live else None
+    jitted = programs.jit_train_step(run, optimizer)
     began = time.perf_counter()
     compiled = jitted.lower(abstract, ref_params, batch).compile()
     compile_seconds = time.perf_counter() - began
     on_device = jax.device_put(batch, batch_shardings(run.mesh))
     make_state = jax.jit(
-        lambda params: build.new_state(run, optimizer.tx, params),
+        lambda params: programs.new_state(run, optimizer.tx, params),
         out_shardings=shardings,
         donate_argnums=0,
     )
     return Program(
-        start=lambda: make_state(build.start_params(run, config.model.init_from)),
+        start=lambda: make_state(start_params(run, config.model.init_from)),
         step=lambda state: jax.block_until_ready(compiled(state, ref_params, on_device)),
         compile_seconds=compile_seconds,
         hlo=compiled.as_text(),
@@ -101,8 +102,8 @@ def time_steps(program: Program, state: TrainState, steps: int) -> list[Lap]:
 def check_program(run: build.Run, batch: Batch, *, live: bool) -> dict:
     """Returns the numbers of `clock.Side.check`, and what a pass of the reference costs."""
     config = run.config
-    step_logps = build.jit_step_logps(run)
-    params = build.start_params(run, config.model.init_from)
+    step_logps = programs.jit_step_logps(run)
+    params = start_params(run, config.model.init_from)
     jax.block_until_ready(step_logps(params, batch))  # compiles
     began = time.perf_counter()
     ref_logps = np.asarray(step_logps(params, batch))

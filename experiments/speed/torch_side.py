@@ -19,7 +19,7 @@ def open_side(job: dict, side: str) -> Side:
         warmup_frac=0.0,
         first_bonus=0.0,
     )
-    rows = released.read_rows(job["rows"], job["k"])
+    rows = released.read_records(job["rows"], job["k"])
     state = released.start(job["model"], settings)
     autocast = side.endswith("bf16")
 

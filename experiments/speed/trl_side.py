@@ -32,7 +32,7 @@ class Stopwatch(TrainerCallback):
 
 
 def open_side(job: dict, side: str) -> Side:
-    rows = released.read_rows(job["rows"], job["k"])
+    rows = released.read_records(job["rows"], job["k"])
     micro = min(MICRO_BATCH, len(rows))
 
     def trainer_of(steps: int, folder: str) -> trl_trainer.OnTokenIds:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import jax
 
-from nca_jax import build
+from nca_jax import build, programs
 from nca_jax.config import parse_flags
 from nca_jax.data.pipeline import Dataset
+from nca_jax.params import policy_params
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,5 +50,5 @@ def final_logps(config_flag: str, workdir: Path) -> list[list[float]]:
     dataset = Dataset(build.read_data(run).sources, config.data, seed=config.seed)
     batch = dataset.batch_at(config.steps - 1).batch
     with jax.set_mesh(run.mesh):
-        params = build.policy_params(run, str(workdir))
-        return build.jit_step_logps(run)(params, batch).tolist()
+        params = policy_params(run, str(workdir))
+        return programs.jit_step_logps(run)(params, batch).tolist()

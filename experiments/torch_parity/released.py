@@ -55,7 +55,7 @@ class State(NamedTuple):
     schedule: torch.optim.lr_scheduler.LambdaLR
 
 
-def read_rows(path: Path, k: int) -> list[Row]:
+def read_records(path: Path, k: int) -> list[Row]:
     """Returns the rows of a file of token ids, each with its first k responses."""
     rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
     return [Row(r["prompt_ids"], r["response_ids"][:k], r["scores"][:k]) for r in rows]

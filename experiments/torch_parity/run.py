@@ -44,7 +44,7 @@ def main() -> None:
     model_config = json.loads((args.model / "config.json").read_text())
     if args.rows is None:
         args.rows = args.out / "rows.jsonl"
-        write_rows(args.rows, model_config["vocab_size"], model_config["eos_token_id"])
+        write_records(args.rows, model_config["vocab_size"], model_config["eos_token_id"])
     results = {
         case: run_case(case, CASES[case], args, model_config["eos_token_id"])
         for case in args.cases.split(",")
@@ -54,7 +54,7 @@ def main() -> None:
 
 def run_case(case: str, k: int, args: argparse.Namespace, eos_id: int) -> dict[str, dict | None]:
     """Returns {trainer: {"log", "final_logps"}}, None where a trainer is not there."""
-    rows = released.read_rows(args.rows, k)
+    rows = released.read_records(args.rows, k)
     rows_file = args.out / f"rows_k{k}.jsonl"
     rows_file.write_text("".join(json.dumps(row._asdict()) + "\n" for row in rows))
     settings = released.Settings(
@@ -84,7 +84,7 @@ def train_by_trl(model: Path, rows: list, settings, out: Path) -> dict | None:
     return trl_trainer.train(model, rows, settings, out)
 
 
-def write_rows(path: Path, vocab_size: int, eos_id: int) -> None:
+def write_records(path: Path, vocab_size: int, eos_id: int) -> None:
     """Writes 24 rows of random ids with K = 4: ragged, with ties and with an eos inside some.
 
     It is inside responses 2 and 3 only, for TRL attends to it where the released code does not.

@@ -19,14 +19,14 @@ import tensorflow_datasets as tfds
 
 from nca_jax.checks import UserError
 from nca_jax.data.layouts import Origin
-from nca_jax.data.sources import JsonlSource, RowError
+from nca_jax.data.sources import JsonlSource, RecordError
 
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz")
 VERSION = "1.0.0"
 BATCH = 256  # rows of a parquet file in memory at once
 
 
-class ScoredRows(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class ScoredRecords(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """One data set: prompts as messages, K responses each, a score for each response.
 
     Rows keep the order of the raw files. After `download_and_prepare`, `counts[split]` holds
@@ -68,13 +68,13 @@ class ScoredRows(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
         counts = self.counts[split]
-        for where, row in read_rows(self.files[split]):
+        for where, row in read_records(self.files[split]):
             left_out: Counter[str] = Counter()
             try:
-                if isinstance(row, RowError):
+                if isinstance(row, RecordError):
                     raise row
                 example = self.origin.layout(row, left_out)
-            except RowError as error:
+            except RecordError as error:
                 counts["dropped", error.reason] += 1
                 continue
             for reason, number in left_out.items():
@@ -85,7 +85,7 @@ class ScoredRows(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             raise UserError(f"No row of split {split!r} is left: {_words(counts)}.")
 
 
-def prepare(builder: ScoredRows) -> None:
+def prepare(builder: ScoredRecords) -> None:
     """Writes the files of a builder, all or none.
 
     Raises:
@@ -101,19 +101,19 @@ def prepare(builder: ScoredRows) -> None:
         builder.download_and_prepare()
 
 
-def read_rows(paths: Sequence[Path]) -> Iterator[tuple[str, dict[str, Any] | RowError]]:
-    """Iterates over ("file name:row", the row); a row that is no JSON object is its RowError.
+def read_records(paths: Sequence[Path]) -> Iterator[tuple[str, dict[str, Any] | RecordError]]:
+    """Iterates over ("file name:row", the row); a row that is no JSON object is its RecordError.
 
     Raises:
       UserError: a file cannot be read.
     """
     for path in paths:
-        rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
+        rows = _parquet_records(path) if path.suffix == ".parquet" else _json_records(path)
         for number, row in enumerate(rows, start=1):
             yield f"{path.name}:{number}", row
 
 
-def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+def _parquet_records(path: Path) -> Iterator[dict[str, Any]]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=BATCH):
@@ -122,12 +122,12 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
         raise UserError(f"{path}: cannot be read ({error}); fetch it anew.") from None
 
 
-def _json_rows(path: Path) -> Iterator[dict[str, Any] | RowError]:
+def _json_records(path: Path) -> Iterator[dict[str, Any] | RecordError]:
     source = JsonlSource(glob.escape(str(path)))
     for index in range(len(source)):
         try:
             yield source[index][1]
-        except RowError as error:
+        except RecordError as error:
             yield error
 
 

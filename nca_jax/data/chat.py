@@ -12,7 +12,7 @@ from typing import Any
 
 from nca_jax.checks import UserError
 from nca_jax.data import released
-from nca_jax.data.sources import RowError
+from nca_jax.data.sources import RecordError
 
 FORMATS = ("chat", "plain", "released")
 
@@ -21,7 +21,7 @@ def encode_prompt(prompt: str | list[dict], tokenizer, format: str) -> list[int]
     """Returns the ids of a prompt, up to where the response begins.
 
     Raises:
-      RowError: the prompt is not a text or messages, or the template refuses it.
+      RecordError: the prompt is not a text or messages, or the template refuses it.
       UserError: the tokenizer has no chat template, or no eos where one is written.
     """
     if format == "chat":
@@ -29,11 +29,11 @@ def encode_prompt(prompt: str | list[dict], tokenizer, format: str) -> list[int]
     if format == "released":
         messages = _messages(prompt)
         if not any(message["role"] == "user" for message in messages):
-            raise RowError("released format wants a user's message", reason="prompt")
+            raise RecordError("released format wants a user's message", reason="prompt")
         eos, _ = _eos(tokenizer, format)
         return _ids(released.prompt_text(messages, eos), tokenizer)
     if not isinstance(prompt, str):
-        raise RowError(
+        raise RecordError(
             f"plain format wants a prompt of text, got a {type(prompt).__name__}; messages want "
             "data.format=chat",
             reason="prompt",
@@ -55,7 +55,7 @@ def encode_responses(
         format all messages from the first assistant's on.
       eos_ids: ids that end a turn; empty: the tokenizer's eos.
     Raises:
-      RowError: a response is empty or malformed.
+      RecordError: a response is empty or malformed.
       UserError: the tokenizer has no eos, or its template is not prefix-stable.
     """
     texts = [_response_content(response) for response in responses]
@@ -71,7 +71,7 @@ def encode_responses(
         ids = [[*_ids(text, tokenizer), eos_id] for text in rendered]
     for k, (text, response) in enumerate(zip(texts, ids, strict=True)):
         if not text or len(response) < 2:  # the end-of-turn token alone is no response
-            raise RowError(f"response {k} is empty; leave it out", reason="response")
+            raise RecordError(f"response {k} is empty; leave it out", reason="response")
     return ids
 
 
@@ -84,7 +84,7 @@ def render(
     generation stops before it; a template that writes no such token gets the eos appended.
 
     Raises:
-      RowError: the template refuses the messages.
+      RecordError: the template refuses the messages.
       UserError: no template, or the text with a response does not start with the prompt's text.
     """
     messages = _messages(prompt)
@@ -132,7 +132,7 @@ def _apply_template(messages: list[dict], tokenizer, *, generate: bool) -> str:
             messages, tokenize=False, add_generation_prompt=generate
         )
     except TemplateError as error:
-        raise RowError(f"the chat template refuses it ({error})", reason="template") from None
+        raise RecordError(f"the chat template refuses it ({error})", reason="template") from None
 
 
 def _messages(prompt: str | list[dict]) -> list[dict]:
@@ -140,10 +140,10 @@ def _messages(prompt: str | list[dict]) -> list[dict]:
     if isinstance(prompt, str):
         return [{"role": "user", "content": _text(prompt)}]
     if not isinstance(prompt, list) or not prompt:
-        raise RowError("wanted a prompt of text or messages", reason="prompt")
+        raise RecordError("wanted a prompt of text or messages", reason="prompt")
     for message in prompt:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise RowError("wanted messages of a role and a content", reason="prompt")
+            raise RecordError("wanted messages of a role and a content", reason="prompt")
         _text(message.get("content"))
     return prompt
 
@@ -153,7 +153,7 @@ def _response_content(response: str | list[dict]) -> str:
     if isinstance(response, list):
         contents = [m["content"] for m in _messages(response) if m["role"] == "assistant"]
         if not contents:
-            raise RowError("a response holds no assistant message", reason="response")
+            raise RecordError("a response holds no assistant message", reason="response")
         return contents[-1]
     return _text(response)
 
@@ -174,13 +174,13 @@ def _eos(tokenizer, format: str) -> tuple[str, int]:
 
 
 def _text(text: Any) -> str:
-    """Returns the text. Raises RowError if it is none, or half a character (a lone surrogate)."""
+    """Returns the text. Raises RecordError if it is none, or no Unicode (a lone surrogate)."""
     if not isinstance(text, str):
-        raise RowError(f"wanted text, got {type(text).__name__}", reason="text")
+        raise RecordError(f"wanted text, got {type(text).__name__}", reason="text")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise RowError(f"text is not Unicode ({error})", reason="text") from None
+        raise RecordError(f"text is not Unicode ({error})", reason="text") from None
     return text
 
 

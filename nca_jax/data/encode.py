@@ -17,7 +17,7 @@ import numpy as np
 
 from nca_jax.checks import UserError
 from nca_jax.data import chat, released
-from nca_jax.data.sources import RowError
+from nca_jax.data.sources import RecordError
 
 FORMS = (
     ("prompt_ids", "response_ids", "scores"),
@@ -42,7 +42,7 @@ class Example:
     key_on: tuple[np.ndarray, tuple[np.ndarray, ...]] | None = None
 
 
-def encode_row(
+def encode_record(
     where: str,
     row: dict[str, Any],
     *,
@@ -54,13 +54,13 @@ def encode_row(
     """Encodes, checks and cuts one row.
 
     Raises:
-      RowError: "path:line: what is wrong; what to do", also for a row that is too long unless
+      RecordError: "path:line: what is wrong; what to do", also for a row that is too long unless
         `config.too_long` is truncate or drop.
       UserError: what is wrong is not the row but the tokenizer.
     """
     try:
         return _encode(where, row, tokenizer, config, vocab_size, eos_ids)
-    except RowError as error:
+    except RecordError as error:
         raise error.at(where) from None
 
 
@@ -116,26 +116,26 @@ def _normalise(row: dict[str, Any]) -> tuple[Any, list, list, bool]:
     form = next((keys for keys in FORMS if all(key in row for key in keys)), None)
     if form is None:
         wanted = " or ".join(f"({', '.join(keys)})" for keys in FORMS)
-        raise RowError(f"wanted keys {wanted}, got ({', '.join(row)})", reason="keys")
+        raise RecordError(f"wanted keys {wanted}, got ({', '.join(row)})", reason="keys")
     prompt, second, third = (row[key] for key in form)
     if "chosen" in form:
         return prompt, [second, third], [1.0, 0.0], False
     for key, values in zip(form[1:], (second, third), strict=True):
         if not isinstance(values, list):
-            raise RowError(f"{key} is not a list, but {type(values).__name__}", reason=key)
+            raise RecordError(f"{key} is not a list, but {type(values).__name__}", reason=key)
     return prompt, second, third, "prompt_ids" in form
 
 
 def _check_scores(scores: list, responses: list) -> np.ndarray:
-    """Returns the scores as [n] float32. Raises RowError unless n >= 2 responses have one each."""
+    """Returns the scores as [n] float32. RecordError unless n >= 2 responses have one each."""
     if len(responses) < 2:
-        raise RowError(
+        raise RecordError(
             f"has {len(responses)} response(s), which teach nothing; give two or more, or set "
             "data.bad_rows=skip",
             reason="responses",
         )
     if len(scores) != len(responses):
-        raise RowError(
+        raise RecordError(
             f"has {len(responses)} responses but {len(scores)} scores; give each response one",
             reason="scores",
         )
@@ -143,18 +143,20 @@ def _check_scores(scores: list, responses: list) -> np.ndarray:
     for k, score in enumerate(scores):
         # The comparison is False for NaN, and exact for integers too large for any float.
         if type(score) not in (int, float) or not -largest <= score <= largest:
-            raise RowError(f"score {k} is {str(score)[:40]}; give a finite number", reason="scores")
+            raise RecordError(
+                f"score {k} is {str(score)[:40]}; give a finite number", reason="scores"
+            )
     return np.asarray(scores, np.float32)
 
 
 def _as_ids(ids: Any, who: str, vocab_size: int) -> np.ndarray:
-    """Returns ids as int32. Raises RowError unless they are one or more ints in [0, vocab_size)."""
+    """Returns ids as int32. RecordError unless they are one or more ints in [0, vocab_size)."""
     if not isinstance(ids, list) or not all(type(i) is int for i in ids):
-        raise RowError(f"{who} is not a list of token ids", reason="ids")
+        raise RecordError(f"{who} is not a list of token ids", reason="ids")
     if not ids:
-        raise RowError(f"{who} has no tokens; write something or leave it out", reason="empty")
+        raise RecordError(f"{who} has no tokens; write something or leave it out", reason="empty")
     if not 0 <= min(ids) <= max(ids) < vocab_size:
-        raise RowError(
+        raise RecordError(
             f"{who} has ids from {min(ids)} to {max(ids)}, wanted [0, {vocab_size}); use the "
             "model's own tokenizer",
             reason="ids",
@@ -168,7 +170,7 @@ def _cuts(prompt_len: int, response_lens: list[int], config) -> tuple[slice, sli
     A response keeps its first tokens, so a cut one has no end-of-turn token to learn from.
 
     Raises:
-      RowError: something is too long, and `config.too_long` is skip or stop.
+      RecordError: something is too long, and `config.too_long` is skip or stop.
     """
     limits = dict(max_prompt_len=config.max_prompt_len, max_response_len=config.max_response_len)
     longest = dict(max_prompt_len=prompt_len, max_response_len=max(response_lens))
@@ -176,7 +178,7 @@ def _cuts(prompt_len: int, response_lens: list[int], config) -> tuple[slice, sli
         return released.cuts(prompt_len, max(response_lens), **limits)
     for name, limit in limits.items():
         if longest[name] > limit and config.too_long in ("skip", "stop"):
-            raise RowError(
+            raise RecordError(
                 f"has {longest[name]} tokens where data.{name} is {limit}; raise it, or set "
                 "data.too_long to truncate or skip",
                 reason="too_long",

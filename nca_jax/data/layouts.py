@@ -3,8 +3,8 @@
 Every layout becomes
     {"prompt": [{"role", "content"}, ..], "responses": [text, ..], "scores": [number, ..]}
 with two responses or more; the prompt is all that comes before the response, so it may have turns.
-A row that cannot is a RowError with the word that it is counted under; a part that is left out of a
-row that stays is counted in `left_out`.
+A row that cannot is a RecordError with the word that it is counted under; a part that is left out
+of a row that stays is counted in `left_out`.
 """
 
 import math
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from nca_jax.data.sources import RowError
+from nca_jax.data.sources import RecordError
 
 ASPECTS = ("helpfulness", "honesty", "instruction_following", "truthfulness")
 ROLES = {role: role for role in ("system", "user", "assistant")}
@@ -35,7 +35,7 @@ class Origin:
     layout: Layout
 
 
-def numbered_row(row: dict[str, Any], left_out: Counter) -> dict[str, Any]:
+def numbered_record(row: dict[str, Any], left_out: Counter) -> dict[str, Any]:
     """A0, A1, ..: conversations with one prompt, and score_A0, score_A1, ..: their scores."""
     names = sorted((key for key in row if re.fullmatch(r"A\d+", key)), key=lambda key: int(key[1:]))
     scores = [_number(_field(row, f"score_{name}", object)) for name in names]
@@ -43,7 +43,7 @@ def numbered_row(row: dict[str, Any], left_out: Counter) -> dict[str, Any]:
     return _scored(prompt, responses, scores)
 
 
-def rated_row(row: dict[str, Any], left_out: Counter, *, score: str) -> dict[str, Any]:
+def rated_record(row: dict[str, Any], left_out: Counter, *, score: str) -> dict[str, Any]:
     """instruction and completions, each with a response, an overall_score and ratings by aspect.
 
     Args:
@@ -66,7 +66,7 @@ def rated_row(row: dict[str, Any], left_out: Counter, *, score: str) -> dict[str
     return _scored(prompt, [text for _, text in rated], [value for value, _ in rated])
 
 
-def pair_row(row: dict[str, Any], left_out: Counter, *, given: bool = False) -> dict[str, Any]:
+def pair_record(row: dict[str, Any], left_out: Counter, *, given: bool = False) -> dict[str, Any]:
     """chosen and rejected: conversations with one prompt. Scores are 1 and 0, or those given."""
     prompt, responses = _split_turns([_field(row, key, list) for key in ("chosen", "rejected")])
     scores = [1.0, 0.0]
@@ -75,22 +75,22 @@ def pair_row(row: dict[str, Any], left_out: Counter, *, given: bool = False) -> 
     return _pair(prompt, responses, scores)
 
 
-def trajectory_row(row: dict[str, Any], left_out: Counter) -> dict[str, Any]:
+def trajectory_record(row: dict[str, Any], left_out: Counter) -> dict[str, Any]:
     """trajectory: turns of {from, value}, the last one the user's; chosen and rejected: texts."""
     turns = _field(row, "trajectory", list)
     unknown = {_field(turn, "from", str) for turn in turns} - ROLES.keys()
     if unknown:
-        raise RowError(f"has a turn from {unknown.pop()!r}", reason="role")
+        raise RecordError(f"has a turn from {unknown.pop()!r}", reason="role")
     prompt = [
         {"role": ROLES[turn["from"]], "content": _field(turn, "value", str)} for turn in turns
     ]
     if not prompt or prompt[-1]["role"] != "user":
-        raise RowError("the last turn is not the user's", reason="role")
+        raise RecordError("the last turn is not the user's", reason="role")
     responses = [_field(row, key, str) for key in ("chosen", "rejected")]
     return _pair(prompt, responses, [1.0, 0.0])
 
 
-def own_row(row: dict[str, Any], left_out: Counter) -> dict[str, Any]:
+def own_record(row: dict[str, Any], left_out: Counter) -> dict[str, Any]:
     """prompt (text or messages), and responses with scores or chosen and rejected, all texts."""
     prompt = _field(row, "prompt", (str, list))
     if isinstance(prompt, str):
@@ -108,20 +108,20 @@ ALL = {"train": ""}
 # name -> {score, "" as the data set has it: where it is}
 DATA_SETS: dict[str, dict[str, Origin]] = {
     "ultrafeedback_reward": {
-        "": Origin("ChenDRAG/ultrafeedback_reward", PREFERENCES, numbered_row),
+        "": Origin("ChenDRAG/ultrafeedback_reward", PREFERENCES, numbered_record),
         **{
-            score: Origin("openbmb/UltraFeedback", ALL, partial(rated_row, score=score))
+            score: Origin("openbmb/UltraFeedback", ALL, partial(rated_record, score=score))
             for score in ("overall", "fine-grained", *ASPECTS)
         },
     },
     "ultrafeedback_preference": {  # HuggingFaceH4/ultrafeedback_binarized is laid out the same
-        "": Origin("ChenDRAG/ultrafeedback_preference", PREFERENCES, pair_row),
+        "": Origin("ChenDRAG/ultrafeedback_preference", PREFERENCES, pair_record),
         "given": Origin(
-            "ChenDRAG/ultrafeedback_preference", PREFERENCES, partial(pair_row, given=True)
+            "ChenDRAG/ultrafeedback_preference", PREFERENCES, partial(pair_record, given=True)
         ),
     },
-    "ultra_interact_pair": {"": Origin("openbmb/UltraInteract_pair", ALL, trajectory_row)},
-    "scored_jsonl": {"": Origin("", {"train": "train", "test": "test"}, own_row)},
+    "ultra_interact_pair": {"": Origin("openbmb/UltraInteract_pair", ALL, trajectory_record)},
+    "scored_jsonl": {"": Origin("", {"train": "train", "test": "test"}, own_record)},
 }
 
 
@@ -148,48 +148,48 @@ def _split_turns(conversations: list[list[dict]]) -> tuple[list[dict], list[str]
     prompts, responses = [], []
     for *prompt, last in (_turns(conversation) for conversation in conversations):
         if last["role"] != "assistant":
-            raise RowError("a conversation does not end with the assistant", reason="role")
+            raise RecordError("a conversation does not end with the assistant", reason="role")
         prompts.append(prompt)
         responses.append(last["content"])
     if any(prompt != prompts[0] for prompt in prompts):
-        raise RowError("the responses are to different prompts", reason="prompts differ")
+        raise RecordError("the responses are to different prompts", reason="prompts differ")
     return prompts[0] if prompts else [], responses
 
 
 def _turns(conversation: list) -> list[dict]:
-    """Returns the turns as {role, content} alone. Raises RowError if there is none."""
+    """Returns the turns as {role, content} alone. Raises RecordError if there is none."""
     if not isinstance(conversation, list) or not conversation:
-        raise RowError("wanted a conversation", reason="no turns")
+        raise RecordError("wanted a conversation", reason="no turns")
     return [{key: _field(turn, key, str) for key in ("role", "content")} for turn in conversation]
 
 
 def _pair(prompt: list[dict], responses: list[str], scores: list[float]) -> dict[str, Any]:
     if responses[0] == responses[1]:
-        raise RowError("chosen and rejected are the same", reason="same response")
+        raise RecordError("chosen and rejected are the same", reason="same response")
     return _scored(prompt, responses, scores)
 
 
 def _scored(prompt: list[dict], responses: list[str], scores: list[float]) -> dict[str, Any]:
-    """Returns the row in the one form. Raises RowError if it would teach nothing."""
+    """Returns the row in the one form. Raises RecordError if it would teach nothing."""
     if len(responses) < 2:
-        raise RowError(f"has {len(responses)} responses", reason="fewer than 2 responses")
+        raise RecordError(f"has {len(responses)} responses", reason="fewer than 2 responses")
     if len(responses) != len(scores):
-        raise RowError("responses and scores differ in number", reason="scores")
+        raise RecordError("responses and scores differ in number", reason="scores")
     for text in (*responses, *(turn["content"] for turn in prompt)):
         _check_text(text)
     if not prompt or not prompt[-1]["content"].strip():
-        raise RowError("the prompt is empty", reason="empty prompt")
+        raise RecordError("the prompt is empty", reason="empty prompt")
     if not all(text.strip() for text in responses):
-        raise RowError("a response is empty", reason="empty response")
+        raise RecordError("a response is empty", reason="empty response")
     return {"prompt": prompt, "responses": responses, "scores": scores}
 
 
 def _check_text(text: Any) -> None:
-    """Raises RowError unless it is text that UTF-8 can hold (no half of a surrogate pair)."""
+    """Raises RecordError unless it is text that UTF-8 can hold (no half of a surrogate pair)."""
     try:
         text.encode()
     except (AttributeError, UnicodeEncodeError):
-        raise RowError(f"wanted text, got {text!r:.40}", reason="text") from None
+        raise RecordError(f"wanted text, got {text!r:.40}", reason="text") from None
 
 
 def _number(value: Any) -> float:
@@ -199,12 +199,12 @@ def _number(value: Any) -> float:
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise RowError(f"wanted a score, got {value!r:.40}", reason="scores")
+        raise RecordError(f"wanted a score, got {value!r:.40}", reason="scores")
     return number
 
 
 def _field(row: Any, key: str, kind: type | tuple[type, ...]) -> Any:
-    """Returns row[key]. Raises RowError unless it is there and of its kind."""
+    """Returns row[key]. Raises RecordError unless it is there and of its kind."""
     if not isinstance(row, dict) or key not in row or not isinstance(row[key], kind):
-        raise RowError(f"wanted {key}", reason=f"no {key}")
+        raise RecordError(f"wanted {key}", reason=f"no {key}")
     return row[key]

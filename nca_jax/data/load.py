@@ -10,8 +10,8 @@ import grain
 import numpy as np
 
 from nca_jax.checks import UserError
-from nca_jax.data.encode import Example, encode_row
-from nca_jax.data.sources import RowError, file_sizes, open_source, split_globs
+from nca_jax.data.encode import Example, encode_record
+from nca_jax.data.sources import RecordError, file_sizes, open_source, split_globs
 
 READ_THREADS, READ_AHEAD = 2, 64  # rows
 # What of an Example is a JSON value.
@@ -80,20 +80,20 @@ def load_examples(
 
 def _read(
     pattern: str, share: Share, tokenizer, config, vocab_size: int, eos_ids: Sequence[int]
-) -> Iterable[Example | RowError]:
-    """Returns one entry in order: an Example or, for a row that is at fault, its RowError."""
+) -> Iterable[Example | RecordError]:
+    """Returns one entry in order: an Example or, for a row that is at fault, its RecordError."""
     source = open_source(pattern)
 
-    def read(index: int) -> Example | RowError:
+    def read(index: int) -> Example | RecordError:
         try:
-            return encode_row(
+            return encode_record(
                 *source[index],
                 tokenizer=tokenizer,
                 config=config,
                 vocab_size=vocab_size,
                 eos_ids=eos_ids,
             )
-        except RowError as error:
+        except RecordError as error:
             return error
 
     options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=READ_AHEAD)
@@ -103,8 +103,8 @@ def _read(
 
 
 def _gathered(
-    pattern: str, num_rows: int, items: Iterable[Example | RowError], share: Share
-) -> list[Example | RowError]:
+    pattern: str, num_rows: int, items: Iterable[Example | RecordError], share: Share
+) -> list[Example | RecordError]:
     """Returns the items of all processes in the order of the rows.
 
     Raises:
@@ -123,11 +123,11 @@ def _gathered(
     return [parts[i % n][1][i // n] for i in range(num_rows)]
 
 
-def _to_bytes(seen: dict, items: Iterable[Example | RowError]) -> bytes:
+def _to_bytes(seen: dict, items: Iterable[Example | RecordError]) -> bytes:
     """Returns what a process has seen and encoded, as arrays of ids and JSON; no pickle."""
     told, ids, keys = [], [np.zeros(0, np.int32)], [np.zeros(0, bool)]
     for item in items:
-        if isinstance(item, RowError):
+        if isinstance(item, RecordError):
             told.append({"message": item.message, "reason": item.reason, "where": item.where})
             continue
         ids += [item.prompt, *item.responses]
@@ -143,7 +143,7 @@ def _to_bytes(seen: dict, items: Iterable[Example | RowError]) -> bytes:
     return file.getvalue()
 
 
-def _from_bytes(content: bytes) -> tuple[dict, list[Example | RowError]]:
+def _from_bytes(content: bytes) -> tuple[dict, list[Example | RecordError]]:
     """Returns what `_to_bytes` was given."""
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
         ids, keys = arrays["ids"], arrays["keys"]
@@ -151,7 +151,7 @@ def _from_bytes(content: bytes) -> tuple[dict, list[Example | RowError]]:
     items, num_ids, num_keys = [], 0, 0
     for item in told:
         if "lengths" not in item:
-            items.append(RowError(**item))
+            items.append(RecordError(**item))
             continue
         ends = np.cumsum(item["lengths"])
         prompt, *responses = np.split(ids[num_ids : num_ids + ends[-1]], ends[:-1])

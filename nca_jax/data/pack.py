@@ -161,9 +161,9 @@ def _empty_rows(num_rows: int, layout: RowLayout, num_slots: int) -> Rows:
         segments=np.zeros(shape, np.int32),
         key_on=np.zeros(shape, bool),
         pairs=pairs,
-        scored_at=np.zeros(shape, np.int32),
-        scored_token=np.zeros(shape, np.int32),
-        scored_slot=np.full(shape, num_slots, np.int32),
+        logp_at=np.zeros(shape, np.int32),
+        logp_token=np.zeros(shape, np.int32),
+        logp_slot=np.full(shape, num_slots, np.int32),
     )
 
 
@@ -180,9 +180,9 @@ def _write(row: Rows, groups: list[Group], spans: list[list[plan.Span]], layout:
             ids, segment = group.responses[k], PROMPT_SEGMENT + 1 + k
             _write_segment(row, (start, end), ids, prompt_len, prompt_id, segment, responses_on[k])
             scored = slice(num_scored, num_scored + end - start)
-            row.scored_at[scored] = [prompt_span[1] - 1, *range(start, end - 1)]
-            row.scored_token[scored] = ids
-            row.scored_slot[scored] = group.slots[k]
+            row.logp_at[scored] = [prompt_span[1] - 1, *range(start, end - 1)]
+            row.logp_token[scored] = ids
+            row.logp_slot[scored] = group.slots[k]
             num_scored = scored.stop
     live = plan.live_pairs(spans, row_len=layout.row_len, block=layout.block)
     row.pairs[: len(live)] = live

@@ -17,9 +17,9 @@ import numpy as np
 from nca_jax.batch import Batch
 from nca_jax.checks import UserError
 from nca_jax.data.encode import Example
-from nca_jax.data.fit import check_examples, fit_rows, row_layout
 from nca_jax.data.load import ALONE, Examples, Share, load_examples
 from nca_jax.data.pack import Group, pack
+from nca_jax.data.room import check_examples, fit_examples, row_layout
 from nca_jax.data.sources import split_globs
 
 PREFETCH = 2  # batches made ahead by a thread: one is packed while the device runs another
@@ -151,7 +151,7 @@ def _load_fitting(files: str, *, config, **how) -> Examples:
     """`load_examples`, without what does not fit a row and may be left out."""
     sources, skipped = load_examples(files, config=config, **how)
     skipped = Counter(skipped)
-    fitting = [fit_rows(examples, config, skipped) for examples in sources]
+    fitting = [fit_examples(examples, config, skipped) for examples in sources]
     if not all(fitting):
         raise UserError(
             f"No row of a source of {files!r} fits config.data.row_len={config.row_len}; raise it."

@@ -14,16 +14,16 @@ from nca_jax.data.tfds_source import PREFIX, TfdsSource, record_files
 from nca_jax.files import as_path, find_files, num_bytes, write_whole
 
 
-class RowError(UserError):
+class RecordError(UserError):
     """One row cannot be used; `reason` is the word that it is counted under where it is skipped."""
 
     def __init__(self, message: str, *, reason: str, where: str = ""):
         super().__init__(f"{where}: {message}" if where else message)
         self.message, self.reason, self.where = message, reason, where
 
-    def at(self, where: str) -> "RowError":
+    def at(self, where: str) -> "RecordError":
         """Returns the same error with the place ("path:line") in front."""
-        return RowError(self.message, reason=self.reason, where=where)
+        return RecordError(self.message, reason=self.reason, where=where)
 
 
 class JsonlSource:
@@ -46,15 +46,15 @@ class JsonlSource:
         return len(self._lines)
 
     def __getitem__(self, index: int) -> tuple[str, dict[str, Any]]:
-        """Returns ("path:line", the row). Raises RowError if the line is not a JSON object."""
+        """Returns ("path:line", the row). Raises RecordError if the line is not a JSON object."""
         path, number, line = self._lines[index]
         where = f"{path}:{number}"
         try:
             row = json.loads(line)
         except ValueError as error:  # bad JSON or bad UTF-8
-            raise RowError(f"not JSON ({error})", reason="json", where=where) from None
+            raise RecordError(f"not JSON ({error})", reason="json", where=where) from None
         if not isinstance(row, dict):
-            raise RowError(
+            raise RecordError(
                 f"wanted a JSON object, got {type(row).__name__}", reason="json", where=where
             )
         return where, row
@@ -69,7 +69,7 @@ def open_source(entry: str) -> JsonlSource | TfdsSource:
     return TfdsSource(entry) if entry.startswith(PREFIX) else JsonlSource(entry)
 
 
-def write_rows(path: str, rows: Iterable[dict[str, Any]]) -> None:
+def write_records(path: str, rows: Iterable[dict[str, Any]]) -> None:
     """Writes a .jsonl file that is whole or absent."""
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     write_whole(as_path(path), "".join(lines).encode())

@@ -17,14 +17,16 @@ from flax import nnx
 from nca_jax.axes import constrain
 from nca_jax.batch import Rows
 from nca_jax.model_config import ModelConfig
-from nca_jax.models import attention, grouped, splash
+from nca_jax.models import grouped
+from nca_jax.models.attention import cached, pairs, splash
+from nca_jax.models.attention.attend import KEPT, Attend
 from nca_jax.models.layers import Attention, Kernel, Mlp, RMSNorm
 from nca_jax.models.moe import Mix, Moe, dense
 
 REMAT = {  # what the backward pass keeps of a layer, from fastest to leanest
     "none": None,
     # Products and attention, by name: JAX's own policies do not see products in a custom_vjp.
-    "dots": jax.checkpoint_policies.save_only_these_names(attention.KEPT),
+    "dots": jax.checkpoint_policies.save_only_these_names(KEPT),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -42,7 +44,7 @@ class Layer(nnx.Module):
             self.mlp = Mlp(config, rngs)
         self.sparse = bool(config.num_experts)
 
-    def __call__(self, x: jax.Array, positions: jax.Array, attend: attention.Attend, cache):
+    def __call__(self, x: jax.Array, positions: jax.Array, attend: Attend, cache):
         y, cache = self.attn(self.attn_norm(x), positions, attend, cache)
         x = constrain(x + y, "rows", None, None)
         feed_forward = self.moe if self.sparse else self.mlp
@@ -117,7 +119,7 @@ class Model:
         params: dict,
         tokens: jax.Array,
         positions: jax.Array,
-        attend: attention.Attend,
+        attend: Attend,
         cache: dict | None = None,
     ) -> tuple[jax.Array, dict | None]:
         """[R, T] int32 tokens and positions -> ([R, T, D] in `dtype`, the cache with [L, ...])."""
@@ -161,17 +163,17 @@ class Model:
             )
         else:
             window = self.config.sliding_window
-            attend = attention.packed(rows, sliding_window=window, num_blocks=num_blocks)
+            attend = pairs.packed(rows, sliding_window=window, num_blocks=num_blocks)
         return self.hidden(params, rows.tokens, rows.positions, attend)[0]
 
     def make_cache(self, num_rows: int, num_slots: int) -> dict | tuple[dict, ...]:
-        """An empty key-value cache: one of `attention.empty_cache` a layer.
+        """An empty key-value cache: one of `cached.empty_cache` a layer.
 
         Scanned layers have theirs stacked on a leading L axis. Unrolled layers have their own
         arrays, so that a new token is written in place.
         """
         c = self.config
-        one = attention.empty_cache(num_rows, num_slots, c.num_kv_heads, c.head_dim, self.dtype)
+        one = cached.empty_cache(num_rows, num_slots, c.num_kv_heads, c.head_dim, self.dtype)
         if self.scan_layers:
             return jax.tree.map(lambda x: jnp.zeros((c.num_layers, *x.shape), x.dtype), one)
         return tuple(jax.tree.map(jnp.zeros_like, one) for _ in range(c.num_layers))

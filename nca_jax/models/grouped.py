@@ -17,7 +17,7 @@ from jax.experimental.pallas.ops.tpu.megablox import gmm
 from jax.sharding import PartitionSpec as P
 
 from nca_jax.axes import ACTIVATION_RULES
-from nca_jax.models.attention import KEPT
+from nca_jax.models.attention.attend import KEPT
 
 TILE_ROWS, TILE_SIDE = 512, 1024  # of M, and of both axes of a kernel; a core's memory bounds them
 LANES = 128  # sizes of tiles are multiples of this

@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from nca_jax.axes import constrain
 from nca_jax.model_config import ModelConfig
-from nca_jax.models.attention import KEPT, Attend
+from nca_jax.models.attention.attend import KEPT, Attend
 
 
 @jax.custom_vjp

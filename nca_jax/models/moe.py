@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from nca_jax.axes import constrain
 from nca_jax.model_config import ModelConfig
-from nca_jax.models.attention import KEPT
+from nca_jax.models.attention.attend import KEPT
 from nca_jax.models.layers import Kernel
 
 # mix(x [R, T, D], shares [R, T, C] float32, chosen [R, T, C] int32, gate [E, D, F], up [E, D, F],

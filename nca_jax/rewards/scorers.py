@@ -138,7 +138,7 @@ def get_scorer(name: str) -> Scorer | None:
     return SCORERS.get(name)
 
 
-def score_rows(rows: Sequence[dict], scorer: Scorer) -> list[dict]:
+def score_records(rows: Sequence[dict], scorer: Scorer) -> list[dict]:
     """Returns rows of "responses" with the "scores" of all of them, rounded to 6 decimals."""
     asked = [
         {key: x for key, x in row.items() if key != "responses"}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, pre_tokenizers
 
-from nca_jax.models.pretrained import load_tokenizer
+from nca_jax.models.formats.pretrained import load_tokenizer
 
 DATA = Path(__file__).parent
 

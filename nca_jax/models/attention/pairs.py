@@ -1,7 +1,7 @@
-"""Attention: over packed rows that share prompts, and over a key-value cache.
+"""Attention over packed rows that share prompts, in XLA, on any platform.
 
 Axes: R rows, T tokens, N query heads, G kv heads (J = N / G queries share one), H head width,
-      P pairs of (query block, key block), C tokens in a block, Q = T / C blocks, S cache slots.
+      P pairs of (query block, key block), C tokens in a block, Q = T / C blocks.
 
 Packed rows go by the plan in `Rows.pairs`: only blocks with a live token pair are computed, so the
 cost follows the prompts and responses in a row, not the square of its length, and no more than
@@ -9,20 +9,15 @@ PAIRS_AT_ONCE blocks of scores exist at a time, forward or backward.
 """
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from nca_jax.batch import PROMPT_SEGMENT, Rows
+from nca_jax.models.attention.attend import KEPT, NEVER, Attend
 
-NEVER = -1e30  # finite: a query without a key gives exp(NEVER - NEVER), never nan
-KEPT = "kept"  # the name of what the backward pass keeps of a layer where config.model.remat="dots"
 PAIRS_AT_ONCE = 16  # per row; measured on CPU: more leave the cache, fewer pay for the loop
-
-# attend(q [R, T, N, H], k [R, T, G, H], v [R, T, G, H], cache) -> (out [R, T, N, H], cache)
-Attend = Callable[..., tuple[jax.Array, object]]
 
 
 def packed(rows: Rows, *, sliding_window: int, num_blocks: int) -> Attend:
@@ -187,39 +182,3 @@ def _scores(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
     scores = jnp.einsum("rpgch,rpgdh->rpgcd", q, k, preferred_element_type=jnp.float32)
     per_query = mask[:, :, None].repeat(scores.shape[3] // mask.shape[2], axis=2)
     return jnp.where(per_query.reshape(*mask.shape[:2], 1, *scores.shape[3:]), scores, NEVER)
-
-
-def cached(mask: jax.Array, write_at: jax.Array) -> Attend:
-    """Returns attention over a cache {"k", "v"}, into which the new k and v are written.
-
-    Args:
-      mask: which slots each query sees after the write, [R, T, S] bool.
-      write_at: the slot of the first of the T tokens, [] int32, the same in every row.
-    """
-
-    def attend(q, k, v, cache):
-        k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)  # [R, G, H, T], [R, G, T, H]
-        write = jax.lax.dynamic_update_slice_in_dim
-        cache = {
-            "k": write(cache["k"], k.astype(cache["k"].dtype), write_at, axis=3),
-            "v": write(cache["v"], v.astype(cache["v"].dtype), write_at, axis=2),
-        }
-        rows, length, num_heads, head_dim = q.shape
-        q = q.reshape(rows, length, k.shape[1], -1, head_dim)  # [R, T, G, J, H]
-        scores = jnp.einsum("rtgjh,rghs->rgjts", q, cache["k"], preferred_element_type=jnp.float32)
-        scores = jnp.where(mask[:, None, None], scores * head_dim**-0.5, NEVER)
-        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        out = jnp.einsum("rgjts,rgsh->rtgjh", weights, cache["v"])
-        return out.reshape(rows, length, num_heads, head_dim), cache
-
-    return attend
-
-
-def empty_cache(
-    num_rows: int, num_slots: int, num_kv_heads: int, head_dim: int, dtype: jnp.dtype
-) -> dict[str, jax.Array]:
-    """One layer's cache: k [R, G, H, S] and v [R, G, S, H], so that neither product transposes."""
-    return {
-        "k": jnp.zeros((num_rows, num_kv_heads, head_dim, num_slots), dtype),
-        "v": jnp.zeros((num_rows, num_kv_heads, num_slots, head_dim), dtype),
-    }

@@ -27,7 +27,7 @@ def row_layout(config) -> RowLayout:
     )
 
 
-def fit_rows(examples: Sequence[Example], config, skipped: Counter[str]) -> list[Example]:
+def fit_examples(examples: Sequence[Example], config, skipped: Counter[str]) -> list[Example]:
     """Returns the examples that fit, by the rule of `config.too_long`; counts what is left out."""
     if config.too_long not in ("skip", "drop"):
         return list(examples)  # `check_examples` refuses what does not fit

@@ -15,7 +15,7 @@ from tokenizers.processors import TemplateProcessing
 
 from nca_jax.checks import UserError
 from nca_jax.model_config import ModelConfig
-from nca_jax.models import names
+from nca_jax.models.formats import names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

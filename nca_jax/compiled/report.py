@@ -4,11 +4,11 @@ import re
 
 import numpy as np
 
-from nca_jax import build
+from nca_jax import build, programs
 from nca_jax.axes import flatten_paths
 from nca_jax.data.pack import segment_spans
 from nca_jax.flops import forward_flops, needed_flops
-from nca_jax.mesh import row_shards
+from nca_jax.infra.mesh import row_shards
 
 GIB = 2**30
 NUM_LARGEST = 8
@@ -57,8 +57,8 @@ def largest(run: build.Run, text: str) -> list[str]:
 
 def largest_arguments(run: build.Run) -> list[str]:
     """Returns the largest arrays of the train state, as one chip has them."""
-    optimizer = build.build_optimizer(run.config, 1)
-    state, shardings = build.abstract_state(run, optimizer.tx)
+    optimizer = programs.build_optimizer(run.config, 1)
+    state, shardings = programs.abstract_state(run, optimizer.tx)
     arrays, shardings = flatten_paths(state), flatten_paths(shardings).values()
     sized = []
     for (path, x), sharding in zip(arrays.items(), shardings, strict=True):

@@ -18,8 +18,8 @@ from tqdm import tqdm
 from nca_jax.axes import ROWS
 from nca_jax.build import Run
 from nca_jax.data.released import key_off_ids
-from nca_jax.mesh import compiler_options, param_shardings, put_whole, row_shards
-from nca_jax.models import attention
+from nca_jax.infra.mesh import compiler_options, param_shardings, put_whole, row_shards
+from nca_jax.models.attention.cached import cached
 
 WIDTH_MULTIPLE = 16  # prompt slots are rounded up, so that few widths are compiled
 
@@ -125,7 +125,7 @@ def make_sampler(
         key_on = positions < lengths[:, None]  # [N, P]
         key_on &= ~jnp.isin(prompts, jnp.array(key_off_ids, jnp.int32))
         mask = _visible(model, positions, positions, key_on, slot)
-        attend = attention.cached(mask, jnp.int32(0))
+        attend = cached(mask, jnp.int32(0))
         hidden, cache = model.hidden(params, prompts, positions, attend, cache)
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]  # [N, D]
 
@@ -158,7 +158,7 @@ def make_sampler(
             position = (lengths + step)[:, None]
             mask = _visible(model, position, slot_positions, key_on, slot)
             mask &= (slot <= width + step)[None, None]
-            attend = attention.cached(mask, width + step)
+            attend = cached(mask, width + step)
             hidden, cache = model.hidden(params, token[:, None], position, attend, cache)
             return step + 1, model.logits(params, hidden[:, 0]), cache, done, tokens, num_tokens
 

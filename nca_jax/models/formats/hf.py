@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from nca_jax.checks import UserError
 from nca_jax.model_config import ModelConfig, RopeScaling
-from nca_jax.models import names
+from nca_jax.models.formats import names
 
 # A config.json leaves out what equals the default of its class in transformers; a test compares.
 _EVERY_MODEL = {

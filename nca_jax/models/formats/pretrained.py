@@ -17,9 +17,9 @@ import huggingface_hub
 from nca_jax.checks import UserError
 from nca_jax.files import as_path, local_copy
 from nca_jax.model_config import ModelConfig
-from nca_jax.models.gguf import gguf_tokenizer, open_gguf
-from nca_jax.models.hf import open_hf
-from nca_jax.models.names import Param
+from nca_jax.models.formats.gguf import gguf_tokenizer, open_gguf
+from nca_jax.models.formats.hf import open_hf
+from nca_jax.models.formats.names import Param
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

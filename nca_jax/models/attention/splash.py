@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from nca_jax.axes import ACTIVATION_RULES
 from nca_jax.batch import PROMPT_SEGMENT, Rows
-from nca_jax.models.attention import KEPT, Attend
+from nca_jax.models.attention.attend import KEPT, Attend
 
 LANES = 128  # the kernel wants blocks that are multiples of this
 CODE_BITS = 31  # a code is a non-negative int32

@@ -7,7 +7,7 @@ from helpers import data_config, encode_one, write
 
 from nca_jax.checks import UserError
 from nca_jax.data import pipeline
-from nca_jax.data.fit import check_examples, fit_rows
+from nca_jax.data.room import check_examples, fit_examples
 
 ROW = {
     "prompt_ids": [1] * 4,
@@ -23,7 +23,7 @@ def config_of(too_long: str, **changes):
 
 def test_drop_leaves_out_the_worst_until_the_rest_fits():
     config, skipped = config_of("drop"), Counter()
-    (kept,) = fit_rows([encode_one(ROW, config)], config, skipped)
+    (kept,) = fit_examples([encode_one(ROW, config)], config, skipped)
     # Of two that score 0.1 the later goes first, though it is the shorter one.
     assert [ids[0] for ids in kept.responses] == [2, 4]
     assert kept.scores.tolist() == pytest.approx([0.5, 0.9])
@@ -34,7 +34,7 @@ def test_drop_leaves_out_the_worst_until_the_rest_fits():
 
 def test_drop_leaves_out_a_row_whose_best_two_do_not_fit():
     config, skipped = config_of("drop", row_len=16), Counter()
-    assert fit_rows([encode_one(ROW, config)], config, skipped) == []
+    assert fit_examples([encode_one(ROW, config)], config, skipped) == []
     assert skipped["row_len"] == 1
 
 
@@ -50,4 +50,4 @@ def test_skip_leaves_out_and_counts_what_does_not_fit(tmp_path):
 def test_otherwise_the_row_is_named_with_the_length_it_needs(too_long):
     config = config_of(too_long)
     with pytest.raises(UserError, match="f:1.*needs 30 tokens of a row, but data.row_len is 24"):
-        check_examples(fit_rows([encode_one(ROW, config)], config, Counter()), config)
+        check_examples(fit_examples([encode_one(ROW, config)], config, Counter()), config)

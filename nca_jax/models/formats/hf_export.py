@@ -13,7 +13,7 @@ import numpy as np
 
 from nca_jax.checks import UserError
 from nca_jax.model_config import ModelConfig
-from nca_jax.models import hf, names
+from nca_jax.models.formats import hf, names
 
 SHARD_BYTES = 5 * 10**9  # of one .safetensors file; Hugging Face's own habit
 DTYPES = {

@@ -16,7 +16,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from nca_jax.axes import flatten_paths
 from nca_jax.checks import UserError
 from nca_jax.files import AnyPath, absolute, write_whole
-from nca_jax.mesh import param_shardings
+from nca_jax.infra.mesh import param_shardings
 from nca_jax.metrics import IS_BETTER_HIGH
 
 

@@ -1,0 +1,1 @@
+"""What the compiler says of a program: topologies without a TPU, collectives, reports."""

@@ -1,0 +1,11 @@
+"""What every kind of attention is: a function that a layer calls with its queries, keys, values."""
+
+from collections.abc import Callable
+
+import jax
+
+NEVER = -1e30  # finite: a query without a key gives exp(NEVER - NEVER), never nan
+KEPT = "kept"  # the name of what the backward pass keeps of a layer where config.model.remat="dots"
+
+# attend(q [R, T, N, H], k [R, T, G, H], v [R, T, G, H], cache) -> (out [R, T, N, H], cache)
+Attend = Callable[..., tuple[jax.Array, object]]

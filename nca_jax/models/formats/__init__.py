@@ -1,0 +1,1 @@
+"""The checkpoint formats that parameters are read from and written to, and where they are found."""

@@ -1,0 +1,118 @@
+"""The jitted programs of a run, and the shapes and shardings of what they take."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from nca_jax.batch import Batch, Rows
+from nca_jax.build import Run
+from nca_jax.data.pack import pack
+from nca_jax.data.room import row_layout
+from nca_jax.infra.mesh import (
+    batch_shardings,
+    check_split,
+    compiler_options,
+    param_shardings,
+    put_batch,
+    rows_shardings,
+)
+from nca_jax.infra.optim import make_optimizer, make_schedule
+from nca_jax.train_step import TrainState, make_logps, make_step_logps, make_train_step
+
+
+class Optimizer(NamedTuple):
+    tx: optax.GradientTransformation
+    schedule: Callable
+
+
+def build_optimizer(config, steps: int) -> Optimizer:
+    schedule = make_schedule(config.optim, steps)
+    return Optimizer(make_optimizer(config.optim, schedule), schedule)
+
+
+def abstract_state(run: Run, tx: optax.GradientTransformation) -> tuple[TrainState, TrainState]:
+    """Returns the shapes of a TrainState, and their shardings."""
+    params = run.model.abstract_params()
+
+    def make(params):
+        return new_state(run, tx, params)
+
+    shapes = jax.eval_shape(make, params)
+    shardings = param_shardings(run.mesh, shapes)
+    check_split(run.mesh, shapes, shardings, copied_over="data")
+    return shapes, shardings
+
+
+def abstract_batch(run: Run) -> Batch:
+    """Returns the shapes of every batch of a run, which follow from the config alone."""
+    data = run.config.data
+    b, k, layout = data.batch_size, data.num_responses, row_layout(data)
+    one_row, _, _ = pack([], dataclasses.replace(layout, rows=1), num_slots=b * k, num_micro=1)
+    num_micro = -(-b // layout.rows)
+
+    def shape(dtype, *sizes):
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    scores = shape(jnp.float32, b, k)
+    return Batch(
+        Rows(*(shape(x.dtype, num_micro, layout.rows, *x.shape[2:]) for x in one_row)),
+        num_micro=shape(jnp.int32),
+        micro_of_prompt=shape(jnp.int32, b),
+        scores=scores,
+        mask=shape(jnp.bool, b, k),
+        ref_logps=scores,
+    )
+
+
+def new_state(run: Run, tx: optax.GradientTransformation, params: dict) -> TrainState:
+    """The state before the first update; pure, so that it can be jitted or only shaped."""
+    key = jax.random.key_data(jax.random.key(run.config.seed))
+    return TrainState(jnp.int32(0), key, params, tx.init(params))
+
+
+def jit_step_logps(run: Run) -> Callable:
+    """Returns `step_logps(params, batch) -> [B, K]` of a batch on the host; see `train_step`."""
+    step_logps = jax.jit(
+        make_step_logps(run.model, run.config),
+        in_shardings=(
+            param_shardings(run.mesh, run.model.abstract_params()),
+            batch_shardings(run.mesh),
+        ),
+        out_shardings=NamedSharding(run.mesh, P()),
+        compiler_options=compiler_options(run.mesh),
+    )
+    num_rows = run.config.data.rows
+    return lambda params, batch: step_logps(params, put_batch(run.mesh, batch, num_rows))
+
+
+def jit_rows_logps(run: Run, num_slots: int) -> Callable:
+    """Returns `logps(params, rows) -> [1, num_slots]` of one micro-batch, jitted: `precompute`."""
+    shardings = param_shardings(run.mesh, run.model.abstract_params())
+    return jax.jit(
+        make_logps(run.model, run.config, shape=(1, num_slots)),
+        in_shardings=(shardings, rows_shardings(run.mesh)),
+        out_shardings=NamedSharding(run.mesh, P()),
+        compiler_options=compiler_options(run.mesh),
+    )
+
+
+def jit_train_step(run: Run, optimizer: Optimizer) -> Callable:
+    """Returns `train_step(state, ref_params, batch)`, jitted over the mesh; see `train_step`.
+
+    The state is donated. `ref_params` is None where the reference is cached.
+    """
+    _, state = abstract_state(run, optimizer.tx)
+    live = run.config.reference.kind == "live"
+    return jax.jit(
+        make_train_step(run.model, optimizer.tx, optimizer.schedule, run.config),
+        in_shardings=(state, state.params if live else None, batch_shardings(run.mesh)),
+        out_shardings=(state, NamedSharding(run.mesh, P())),
+        donate_argnums=0,
+        compiler_options=compiler_options(run.mesh),
+    )

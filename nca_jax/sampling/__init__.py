@@ -1,0 +1,1 @@
+"""Sampling responses with a key-value cache, jitted."""
