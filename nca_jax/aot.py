@@ -18,23 +18,21 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from nca_jax import build, programs
+from nca_jax.axes import flatten_paths
 from nca_jax.batch import Rows
 from nca_jax.checks import UserError, run_main
 from nca_jax.compiled.hlo import collectives
-from nca_jax.compiled.report import (
-    implied,
-    largest,
-    print_report,
-    prompts_a_row,
-)
+from nca_jax.compiled.report import NUM_LARGEST, largest_values, print_report
 from nca_jax.compiled.topology import MEMORY_GIB, topology_devices
 from nca_jax.config import check_config, flatten, parse_flags
+from nca_jax.data.pack import segment_spans
+from nca_jax.flops import forward_flops, needed_flops
 from nca_jax.infra.checkpoint import git_commit, write_json
 from nca_jax.infra.mesh import check_split, make_mesh, row_shards, slice_of
-from nca_jax.sampling.sampler import WIDTH_MULTIPLE, jit_sampler, prompts_at_once
 
 LEANER = ("none", "dots", "full")  # recomputation, from none to all of a layer
 MAX_ROWS = 16  # a chip; --fit looks no further
@@ -130,12 +128,12 @@ def prepare_decode(run: build.Run) -> tuple:
 
     Prompts have the longest width, as many of them at once as fill `config.generate.batch_size`.
     """
-    n, width = prompts_at_once(run), run.config.data.max_prompt_len
-    width = -(-width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+    n, width = programs.prompts_at_once(run), run.config.data.max_prompt_len
+    width = -(-width // programs.WIDTH_MULTIPLE) * programs.WIDTH_MULTIPLE
     prompts = jax.ShapeDtypeStruct((n, width), jnp.int32)
     lengths = jax.ShapeDtypeStruct((n,), jnp.int32)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), n))
-    return jit_sampler(run), (run.model.abstract_params(), prompts, lengths, keys)
+    return programs.jit_sampler(run), (run.model.abstract_params(), prompts, lengths, keys)
 
 
 PREPARE = {"train": prepare_train, "precompute": prepare_precompute, "decode": prepare_decode}
@@ -213,6 +211,62 @@ def compile_program(name: str, run: build.Run) -> dict:
         report["reason"] = f"{total:.2f} GiB of {limit:.2f} GiB"
         report["largest"] = largest(run, lowered.as_text())
     return report
+
+
+def prompts_a_row(data) -> int:
+    """Returns how many prompts of full length, with K responses of full length, a row holds."""
+    lengths = [data.max_prompt_len] + [data.max_response_len] * data.num_responses
+    return data.row_len // segment_spans(lengths, 0, data.align)[-1][1]
+
+
+def implied(run: build.Run) -> dict[str, object]:
+    """Returns what follows from the config and the mesh alone.
+
+    rows_a_chip and tokens_a_chip are those of a micro-batch. prompts_a_step is B; as many as
+    prompts_a_micro_batch fit at once when all are of full length, and more when they are shorter.
+    flops are what B prompts of full length need: every token once, the prompt once for all of its
+    responses, and a forward pass of a live reference.
+    """
+    data, mesh = run.config.data, run.mesh
+    prompt, responses = data.max_prompt_len, [data.max_response_len] * data.num_responses
+    a_prompt = needed_flops(run.model.config, prompt, responses).total
+    if run.config.reference.kind == "live":
+        a_prompt += forward_flops(run.model.config, prompt, responses).total
+    fit = data.rows * prompts_a_row(data)
+    rows_a_chip = data.rows // row_shards(mesh)
+    return {
+        "model": run.config.model.name,
+        "params": int(sum(x.size for x in flatten_paths(run.model.abstract_params()).values())),
+        "remat": run.config.model.remat,
+        "reference": run.config.reference.kind,
+        "rows_a_chip": rows_a_chip,
+        "tokens_a_chip": rows_a_chip * data.row_len,
+        "prompts_a_micro_batch": fit,
+        "prompts_a_step": data.batch_size,
+        "micro_batches_a_step": -(-data.batch_size // max(fit, 1)),
+        "flops_a_prompt": a_prompt,
+        "flops_a_step_and_chip": a_prompt * data.batch_size / mesh.size,
+    }
+
+
+def largest(run: build.Run, text: str) -> list[str]:
+    """Returns the largest arrays of the train state and of a lowered program's text, described."""
+    return [*largest_arguments(run), *largest_values(text, run.mesh.size)]
+
+
+def largest_arguments(run: build.Run) -> list[str]:
+    """Returns the largest arrays of the train state, as one chip has them."""
+    optimizer = programs.build_optimizer(run.config, 1)
+    state, shardings = programs.abstract_state(run, optimizer.tx)
+    arrays, shardings = flatten_paths(state), flatten_paths(shardings).values()
+    sized = []
+    for (path, x), sharding in zip(arrays.items(), shardings, strict=True):
+        shape = sharding.shard_shape(x.shape)
+        sized.append((int(np.prod(shape)) * x.dtype.itemsize / GIB, path, shape))
+    sized.sort(key=lambda one: -one[0])
+    return [
+        f"{size:.3f} GiB on a chip: {path} {shape}" for size, path, shape in sized[:NUM_LARGEST]
+    ]
 
 
 if __name__ == "__main__":

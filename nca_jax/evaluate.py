@@ -38,7 +38,7 @@ from nca_jax.infra import checkpoint, distributed
 from nca_jax.infra.mesh import compiler_options, rows_here
 from nca_jax.params import policy_params, reference_init_from, start_params
 from nca_jax.rewards.scorers import get_scorer
-from nca_jax.sampling.sampler import make_generator, to_text
+from nca_jax.rollout import make_generator, to_text
 
 
 def main(argv: list[str]) -> int:

@@ -16,7 +16,7 @@ from nca_jax.data.sources import JsonlSource, write_records
 from nca_jax.infra import distributed
 from nca_jax.params import policy_params
 from nca_jax.rewards.scorers import get_scorer, score_records
-from nca_jax.sampling.sampler import make_generator, to_text
+from nca_jax.rollout import make_generator, to_text
 
 ANSWERS = ("responses", "scores", "chosen", "rejected")  # of a row that had been answered before
 

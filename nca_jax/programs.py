@@ -10,9 +10,11 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from nca_jax.axes import ROWS
 from nca_jax.batch import Batch, Rows
 from nca_jax.build import Run
 from nca_jax.data.pack import pack
+from nca_jax.data.released import key_off_ids
 from nca_jax.data.room import row_layout
 from nca_jax.infra.mesh import (
     batch_shardings,
@@ -20,10 +22,14 @@ from nca_jax.infra.mesh import (
     compiler_options,
     param_shardings,
     put_batch,
+    row_shards,
     rows_shardings,
 )
 from nca_jax.infra.optim import make_optimizer, make_schedule
+from nca_jax.sampling.sampler import make_sampler
 from nca_jax.train_step import TrainState, make_logps, make_step_logps, make_train_step
+
+WIDTH_MULTIPLE = 16  # prompt slots are rounded up, so that few widths are compiled
 
 
 class Optimizer(NamedTuple):
@@ -114,5 +120,35 @@ def jit_train_step(run: Run, optimizer: Optimizer) -> Callable:
         in_shardings=(state, state.params if live else None, batch_shardings(run.mesh)),
         out_shardings=(state, NamedSharding(run.mesh, P())),
         donate_argnums=0,
+        compiler_options=compiler_options(run.mesh),
+    )
+
+
+def prompts_at_once(run: Run) -> int:
+    """Returns N: what `config.generate.batch_size` asks for, rounded up to fill every device."""
+    how, shards = run.config.generate, row_shards(run.mesh)
+    return -(-max(1, how.batch_size // how.num_samples) // shards) * shards
+
+
+def jit_sampler(run: Run) -> Callable:
+    """Returns `make_sampler` as `config.generate` says, jitted over the mesh."""
+    how = run.config.generate
+    sampler = make_sampler(
+        run.model,
+        num_samples=how.num_samples,
+        max_new_tokens=how.max_new_tokens,
+        temperature=how.temperature,
+        top_p=how.top_p,
+        eos_ids=run.eos_ids,
+        key_off_ids=(
+            key_off_ids(run.tokenizer, run.eos_ids) if run.config.data.format == "released" else ()
+        ),
+    )
+    params = param_shardings(run.mesh, run.model.abstract_params())
+    rows, everywhere = NamedSharding(run.mesh, P(ROWS)), NamedSharding(run.mesh, P())
+    return jax.jit(
+        sampler,
+        in_shardings=(params, rows, rows, None),
+        out_shardings=everywhere,
         compiler_options=compiler_options(run.mesh),
     )

@@ -27,6 +27,7 @@ from nca_jax.infra.fingerprint import params_fingerprint, text_fingerprint
 from nca_jax.infra.mesh import put_batch, rows_here
 from nca_jax.infra.preemption import catch_sigterm
 from nca_jax.infra.writer import MetricWriter, SilentWriter
+from nca_jax.metrics import IS_BETTER_HIGH
 from nca_jax.params import reference_init_from, start_params, starts_at_reference
 from nca_jax.reference import examples_fingerprint, read_cached_logps
 
@@ -82,7 +83,11 @@ def main(argv: list[str]) -> int:
     # ---- Restore: 1. own workdir, 2. init_from, 3. random ------------------------------------
     # The context waits for a save that is under way, also when the run stops with an error.
     with (
-        checkpoint.open_checkpoints(workdir, config.checkpoint) as checkpoints,
+        checkpoint.open_checkpoints(
+            workdir,
+            config.checkpoint,
+            best_is_high=IS_BETTER_HIGH.get(config.checkpoint.best_metric, True),
+        ) as checkpoints,
         jax.set_mesh(run.mesh),
     ):
         restored_step = checkpoints.latest_step()

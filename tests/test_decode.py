@@ -21,7 +21,8 @@ from nca_jax.model_config import MODELS
 from nca_jax.models.attention.cached import cached
 from nca_jax.models.decoder import Model
 from nca_jax.models.formats.pretrained import load_tokenizer
-from nca_jax.sampling.sampler import make_sampler, to_text
+from nca_jax.rollout import to_text
+from nca_jax.sampling.sampler import make_sampler
 
 LENGTHS = np.array([9, 4, 1], np.int32)
 LAYOUT = RowLayout(row_len=64, rows=8, block=16, num_pairs=causal_bound(64, 16), align=1)

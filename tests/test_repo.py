@@ -46,7 +46,7 @@ LAYERS = (  # from the bottom
     ("build",),
     ("params",),
     ("programs",),
-    ("reference",),
+    ("reference", "rollout"),
     COMMANDS,
 )
 MAX_LINES, MAX_LEAVES = 400, 64

@@ -17,17 +17,21 @@ from nca_jax.axes import flatten_paths
 from nca_jax.checks import UserError
 from nca_jax.files import AnyPath, absolute, write_whole
 from nca_jax.infra.mesh import param_shardings
-from nca_jax.metrics import IS_BETTER_HIGH
 
 
-def open_checkpoints(workdir: AnyPath, checkpoint) -> ocp.CheckpointManager:
-    """Returns the manager of workdir/checkpoints, keeping what `config.checkpoint` says."""
+def open_checkpoints(
+    workdir: AnyPath, checkpoint, *, best_is_high: bool = True
+) -> ocp.CheckpointManager:
+    """Returns the manager of workdir/checkpoints, keeping what `config.checkpoint` says.
+
+    `best_is_high` says whether `best_metric` is best where it is highest.
+    """
     policies = [LatestN(checkpoint.keep_last)]
     if checkpoint.best_metric:
         policies.append(
             BestN(
                 get_metric_fn=lambda metrics: metrics[checkpoint.best_metric],
-                reverse=not IS_BETTER_HIGH[checkpoint.best_metric],
+                reverse=not best_is_high,
                 n=1,
                 keep_checkpoints_without_metrics=False,
             )

@@ -6,97 +6,12 @@ Prompts are padded on the right, so slot = position inside a prompt, and new tok
 P + 1, ... in every row; their positions still follow the prompt's own length.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
-from tqdm import tqdm
 
-from nca_jax.axes import ROWS
-from nca_jax.build import Run
-from nca_jax.data.released import key_off_ids
-from nca_jax.infra.mesh import compiler_options, param_shardings, put_whole, row_shards
 from nca_jax.models.attention.cached import cached
-
-WIDTH_MULTIPLE = 16  # prompt slots are rounded up, so that few widths are compiled
-
-
-def make_generator(run: Run) -> Callable:
-    """Returns `generate(params, prompts, seed) -> samples` as `config.generate` says.
-
-    `prompts` are token ids; samples[n] holds `num_samples` int32 arrays, each with its end-of-turn
-    token where it has one. A prompt's samples depend on its index and the seed, not on its batch.
-    """
-    how = run.config.generate
-    sampler = jit_sampler(run)
-    batch, rows = prompts_at_once(run), NamedSharding(run.mesh, P(ROWS))
-
-    def generate(
-        params: dict, prompts: Sequence[Sequence[int]], seed: int
-    ) -> list[list[np.ndarray]]:
-        width = -(-max(map(len, prompts)) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
-        key = jax.random.key(seed)
-        samples = []
-        for first in tqdm(range(0, len(prompts), batch), unit="batch", disable=None):
-            now = prompts[first : first + batch]
-            filled = [*now, *[now[-1]] * (batch - len(now))]  # one shape
-            padded = np.stack([np.pad(ids, (0, width - len(ids))) for ids in filled])
-            lengths = np.array([len(ids) for ids in filled], np.int32)
-            keys = jax.vmap(lambda n: jax.random.fold_in(key, n))(first + jnp.arange(batch))
-            sampled = sampler(
-                params,
-                put_whole(padded.astype(np.int32), rows),
-                put_whole(lengths, rows),
-                keys,
-            )
-            tokens, sizes = jax.device_get(sampled)
-            samples += [
-                [tokens[n, s, : sizes[n, s]] for s in range(how.num_samples)]
-                for n in range(len(now))
-            ]
-        return samples
-
-    return generate
-
-
-def prompts_at_once(run: Run) -> int:
-    """Returns N: what `config.generate.batch_size` asks for, rounded up to fill every device."""
-    how, shards = run.config.generate, row_shards(run.mesh)
-    return -(-max(1, how.batch_size // how.num_samples) // shards) * shards
-
-
-def jit_sampler(run: Run) -> Callable:
-    """Returns `make_sampler` as `config.generate` says, jitted over the mesh."""
-    how = run.config.generate
-    sampler = make_sampler(
-        run.model,
-        num_samples=how.num_samples,
-        max_new_tokens=how.max_new_tokens,
-        temperature=how.temperature,
-        top_p=how.top_p,
-        eos_ids=run.eos_ids,
-        key_off_ids=(
-            key_off_ids(run.tokenizer, run.eos_ids) if run.config.data.format == "released" else ()
-        ),
-    )
-    params = param_shardings(run.mesh, run.model.abstract_params())
-    rows, everywhere = NamedSharding(run.mesh, P(ROWS)), NamedSharding(run.mesh, P())
-    return jax.jit(
-        sampler,
-        in_shardings=(params, rows, rows, None),
-        out_shardings=everywhere,
-        compiler_options=compiler_options(run.mesh),
-    )
-
-
-def to_text(run: Run, ids: np.ndarray) -> str:
-    """Returns a response as text: no end-of-turn token, cut at `config.generate.stop`."""
-    text = run.tokenizer.decode([i for i in ids.tolist() if i not in run.eos_ids])
-    stop = run.config.generate.stop
-    return text.split(stop)[0] if stop else text
 
 
 def make_sampler(
