@@ -36,11 +36,12 @@ from typing import NamedTuple
 from experiments import results
 from experiments.tasks import TRAINED, Task, commands_left, run_tasks
 from nca_jax.checks import UserError, run_main
-from nca_jax.config import check_same_run, parse_flags
 from nca_jax.files import local_path
+from nca_jax.flags import parse_flags
 from nca_jax.infra.fingerprint import text_fingerprint
 from nca_jax.params import reference_init_from
 from nca_jax.reference import ENCODING
+from nca_jax.saved_config import check_same_run
 
 CACHE = "--config.reference.cache="
 

@@ -28,8 +28,9 @@ from nca_jax.checks import UserError, run_main
 from nca_jax.compiled.hlo import collectives
 from nca_jax.compiled.report import NUM_LARGEST, largest_values, print_report
 from nca_jax.compiled.topology import MEMORY_GIB, topology_devices
-from nca_jax.config import check_config, flatten, parse_flags
+from nca_jax.config import check_config, flatten
 from nca_jax.data.pack import segment_spans
+from nca_jax.flags import parse_flags
 from nca_jax.flops import forward_flops, needed_flops
 from nca_jax.infra.checkpoint import git_commit, write_json
 from nca_jax.infra.mesh import check_split, make_mesh, row_shards, slice_of

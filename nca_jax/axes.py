@@ -6,9 +6,12 @@ split over all but "tensor".
 """
 
 import re
+from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec as P
+
+Params = dict[str, Any]  # parameters: a nested dict of arrays, layers stacked on a leading axis
 
 MESH_AXES = ("data", "fsdp", "tensor", "expert")
 ROWS = ("data", "fsdp", "expert")  # rows of a micro-batch are split over all three
@@ -28,7 +31,6 @@ PARAM_RULES = (
     (r"moe/(gate|up)/kernel$", P(None, "expert", "fsdp", "tensor")),  # L E D F
     (r"moe/down/kernel$", P(None, "expert", "tensor", "fsdp")),  # L E F D
     (r"(q_norm|k_norm|norm)/scale$", P()),  # small: copied
-    (r"^key$", P()),  # the run's random key, in a TrainState
 )
 
 # Logical names of activation axes; an axis without a name is not split.

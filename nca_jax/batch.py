@@ -15,9 +15,13 @@ prompt) or q's own, and k's key is on. What is padding is known from lengths, ne
 Arrays are numpy on the host and jax on the device; both are the same pytrees.
 """
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
-Array = Any  # np.ndarray on the host, jax.Array on the device
+if TYPE_CHECKING:  # what packs rows imports numpy alone, what reads them jax
+    import jax
+    import numpy as np
+
+Array: TypeAlias = "np.ndarray | jax.Array"  # on the host, on the device
 
 PROMPT_SEGMENT = 1  # responses are 2, 3, ...; 0 is padding
 
@@ -44,4 +48,5 @@ class Batch(NamedTuple):
     micro_of_prompt: Array  # [B] int32: the micro-batch that holds prompt b and all its responses
     scores: Array  # [B, K] float32, in the data's own unit; 0 where the mask is off
     mask: Array  # [B, K] bool: the response is there; a prompt slot without any is empty
-    ref_logps: Array  # [B, K] float32 nats from the cache; 0 where the reference is live
+    lengths: Array  # [B, K] int32: scored tokens of each response; 0 where the mask is off
+    ref_logps: Array | None  # [B, K] float32 nats of a cache; None: the step computes them, or none

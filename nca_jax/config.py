@@ -1,127 +1,211 @@
-"""The config of a run: what a config file must hold, and how a command reads it.
+"""The config of a run: one table says everything about a field, and the rest is made from it.
 
-The config file is the only place where a default lives. `FIELDS` is the whole list of fields that
-the code reads; a file with one more or one less is refused, and so is a value that makes no sense,
-before a device is touched.
+    python -m nca_jax.config > docs/config.md
+
+`default_config()` is made from the table; a config file is a document that states what differs from
+it and why. `check_config` reads the table: a field that is missing, unknown, out of range or at
+odds with another is refused before a device is touched. A new field is one line of `FIELDS`.
+
+Sections that a run does not use are absent (`OPTIONAL`); an override of one of their fields brings
+the section in with the table's defaults. `config.loss` is `name`, `logits_chunk` and the fields of
+its own loss, see `nca_jax.losses`.
 """
 
-import json
-import math
-
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from nca_jax.checks import UserError
 from nca_jax.data.chat import FORMATS
-from nca_jax.files import AnyPath
-from nca_jax.losses import LOSSES, PAIR_LOSSES
+from nca_jax.field import (
+    AXIS,
+    COUNT,
+    COUNT_OR_0,
+    FLAG,
+    FRACTION,
+    NOT_NEGATIVE,
+    POSITIVE,
+    TEXT,
+    Check,
+    Field,
+    Value,
+    one_of,
+)
+from nca_jax.losses import LOSSES
 from nca_jax.metrics import IS_BETTER_HIGH
 from nca_jax.model_config import MODELS
 
+OPTIONAL = ("generate",)  # sections that a config may lack
 
-def _one_of(*names: str):
-    return str, lambda x: x in names, "one of " + ", ".join(repr(name) for name in names)
+DTYPE = one_of("float32", "bfloat16")
+ALIGN = Check(int, lambda x: x in (1, 8, 16), "1, 8 or 16")
+SHARE = Check(float, lambda x: 0 < x <= 1, "a number in (0, 1]")
 
-
-TEXT = (str, lambda x: True, "a string")
-FLAG = (bool, lambda x: True, "True or False")
-COUNT = (int, lambda x: x >= 1, "a whole number of at least 1")
-COUNT_OR_0 = (int, lambda x: x >= 0, "a whole number of at least 0")
-AXIS = (int, lambda x: x >= 1 or x == -1, "a whole number of at least 1, or -1 for the rest")
-POSITIVE = (float, lambda x: 0 < x < math.inf, "a number above 0")
-NOT_NEGATIVE = (float, lambda x: 0 <= x < math.inf, "a number of at least 0")
-FRACTION = (float, lambda x: 0 <= x < 1, "a number in [0, 1)")
-
-FIELDS = {
-    "seed": COUNT_OR_0,
-    "steps": COUNT_OR_0,
-    "epochs": NOT_NEGATIVE,
-    "log_every": COUNT,
-    "eval_every": COUNT_OR_0,
-    "save_every": COUNT,
-    "model.name": _one_of("", *MODELS),
-    "model.init_from": TEXT,
-    "model.dtype": _one_of("float32", "bfloat16"),
-    "model.remat": _one_of("none", "dots", "full"),
-    "model.scan_layers": FLAG,
-    "model.attention": _one_of("auto", "pairs", "splash"),
-    "reference.kind": _one_of("live", "cached"),
-    "reference.init_from": TEXT,
-    "reference.cache": TEXT,
-    "data.files": TEXT,
-    "data.weights": TEXT,
-    "data.eval_files": TEXT,
-    "data.eval_fraction": FRACTION,
-    "data.tokenizer": TEXT,
-    "data.format": _one_of(*FORMATS),
-    "data.num_responses": (int, lambda x: x >= 2, "K, a whole number of at least 2"),
-    "data.choose": _one_of("all", "first", "random", "best_worst_random"),
-    "data.max_prompt_len": COUNT,
-    "data.max_response_len": COUNT,
-    "data.prompt_keep": _one_of("end", "start"),
-    "data.too_long": _one_of("truncate", "drop", "skip", "stop"),
-    "data.bad_rows": _one_of("stop", "skip"),
-    "data.shuffle": FLAG,
-    "data.batch_size": COUNT,
-    "data.row_len": COUNT,
-    "data.rows": COUNT,
-    "data.block": COUNT,
-    "data.row_pairs": COUNT_OR_0,
-    "data.align": (int, lambda x: x in (1, 8, 16), "1, 8 or 16"),
-    "data.first_bonus": NOT_NEGATIVE,
-    "loss.name": _one_of(*LOSSES),
-    "loss.alpha": NOT_NEGATIVE,
-    "loss.beta": POSITIVE,
-    "loss.logits_chunk": COUNT,
-    "optim.lr": POSITIVE,
-    "optim.schedule": _one_of("cosine", "constant"),
-    "optim.warmup_frac": FRACTION,
-    "optim.clip_norm": NOT_NEGATIVE,
-    "optim.b1": FRACTION,
-    "optim.b2": FRACTION,
-    "optim.eps": POSITIVE,
-    "optim.weight_decay": NOT_NEGATIVE,
-    "optim.mu_dtype": _one_of("float32", "bfloat16"),
-    "mesh.data": AXIS,
-    "mesh.fsdp": AXIS,
-    "mesh.tensor": AXIS,
-    "mesh.expert": AXIS,
-    "checkpoint.keep_last": COUNT,
-    "checkpoint.best_metric": _one_of("", *IS_BETTER_HIGH),
-    "generate.max_new_tokens": COUNT,
-    "generate.num_samples": COUNT,
-    "generate.temperature": NOT_NEGATIVE,
-    "generate.top_p": (float, lambda x: 0 < x <= 1, "a number in (0, 1]"),
-    "generate.stop": TEXT,
-    "generate.batch_size": COUNT,
-    "generate.scorer": TEXT,
-    "log.tensorboard": FLAG,
-    "log.wandb_project": TEXT,
+FIELDS: dict[str, Field] = {
+    "seed": Field(0, COUNT_OR_0, "of random weights, the order of the data and sampling"),
+    "steps": Field(0, COUNT_OR_0, "updates; 0: by epochs"),
+    "epochs": Field(1.0, NOT_NEGATIVE, "passes over the training records; 0: by steps"),
+    "log_every": Field(1, COUNT, "steps from one line of metrics to the next", True),
+    "eval_every": Field(
+        0, COUNT_OR_0, "steps from one held-out evaluation to the next; 0: none", True
+    ),
+    "save_every": Field(200, COUNT, "steps; the last one is always saved", True),
+    "model.name": Field(
+        "", one_of("", *MODELS), "a size, with random weights; empty: as init_from has it"
+    ),
+    "model.init_from": Field(
+        "", TEXT, "folder, .gguf, package:NAME or hub id; empty: random weights of the size `name`"
+    ),
+    "model.dtype": Field("float32", DTYPE, "of activations; trained parameters are float32"),
+    "model.remat": Field(
+        "none",
+        one_of("none", "dots", "full"),
+        "what of a layer is computed again: from fastest to leanest; wants scan_layers",
+        True,
+    ),
+    "model.scan_layers": Field(
+        False, FLAG, "one compiled layer run L times; unrolled is faster on CPU", True
+    ),
+    "model.attention": Field(
+        "auto",
+        one_of("auto", "pairs", "splash"),
+        "kernel of packed rows: XLA or Pallas; auto: splash on TPU",
+        True,
+    ),
+    "reference.kind": Field(
+        "live",
+        one_of("live", "cached", "none"),
+        "beside the policy, from a cache that precompute made, or none",
+    ),
+    "reference.init_from": Field("", TEXT, "as model.init_from; empty: the policy's start"),
+    "reference.cache": Field("", TEXT, "folder of a cached reference"),
+    "data.files": Field("", TEXT, "globs or tfds:NAME[/SCORE]:SPLIT, separated by commas"),
+    "data.weights": Field(
+        "", TEXT, "mixture weight of each entry of files; empty: every record once an epoch"
+    ),
+    "data.eval_files": Field("", TEXT, "held-out records, or:"),
+    "data.eval_fraction": Field(0.0, FRACTION, "of the prompts in files, held out by their hash"),
+    "data.tokenizer": Field(
+        "", TEXT, "as model.init_from, byte, or none; empty: that of model.init_from"
+    ),
+    "data.format": Field("chat", one_of(*FORMATS), "how text is rendered"),
+    "data.num_responses": Field(4, COUNT, "K, responses of a prompt in a step"),
+    "data.choose": Field(
+        "best_worst_random",
+        one_of("all", "first", "random", "best_worst_random"),
+        "which K of a record's responses",
+    ),
+    "data.max_prompt_len": Field(512, COUNT, "tokens"),
+    "data.max_response_len": Field(512, COUNT, "tokens"),
+    "data.prompt_keep": Field("end", one_of("end", "start"), "of a prompt that is too long"),
+    "data.too_long": Field(
+        "truncate",
+        one_of("truncate", "drop", "skip", "stop"),
+        "drop: also the worst responses, until the others fit a row",
+    ),
+    "data.bad_rows": Field("stop", one_of("stop", "skip"), "of records that cannot be used"),
+    "data.shuffle": Field(True, FLAG, "anew every epoch, by the seed"),
+    "data.batch_size": Field(32, COUNT, "B, prompts in a step"),
+    "data.row_len": Field(4096, COUNT, "T, tokens in a row: a prompt and its responses fit in one"),
+    "data.rows": Field(1, COUNT, "rows in a micro-batch, a multiple of data * fsdp * expert", True),
+    "data.block": Field(64, COUNT, "tokens in an attention block; divides row_len", True),
+    "data.row_pairs": Field(0, COUNT_OR_0, "attention block pairs that a row may hold; 0: all"),
+    "data.align": Field(1, ALIGN, "segments of a row start at multiples of this many tokens"),
+    "data.first_bonus": Field(
+        0.0, NOT_NEGATIVE, "added to the score of a record's first response; released: 0.01"
+    ),
+    "loss.name": Field("nca", one_of(*LOSSES), "see below"),
+    "loss.logits_chunk": Field(
+        128, COUNT, "tokens of a row whose logits exist at once; divides row_len", True
+    ),
+    "optim.lr": Field(5e-6, POSITIVE, "peak learning rate of AdamW"),
+    "optim.schedule": Field("cosine", one_of("cosine", "constant"), "after the warmup"),
+    "optim.warmup_frac": Field(0.1, FRACTION, "of the steps, rounded up: linear from 0"),
+    "optim.clip_norm": Field(1.0, NOT_NEGATIVE, "of the whole gradient; 0: not clipped"),
+    "optim.b1": Field(0.9, FRACTION, "decay of the first moment"),
+    "optim.b2": Field(0.999, FRACTION, "decay of the second moment"),
+    "optim.eps": Field(1e-8, POSITIVE, "added to the root of the second moment"),
+    "optim.weight_decay": Field(0.0, NOT_NEGATIVE, "of matrices; norms and biases are spared"),
+    "optim.mu_dtype": Field("float32", DTYPE, "of the first moment in memory"),
+    "mesh.data": Field(1, AXIS, "devices that hold copies of the parameters", True),
+    "mesh.fsdp": Field(
+        -1, AXIS, "devices over which parameters are split; -1: all that remain", True
+    ),
+    "mesh.tensor": Field(1, AXIS, "devices over which heads, MLP and vocabulary are split", True),
+    "mesh.expert": Field(1, AXIS, "devices over which experts are split", True),
+    "checkpoint.keep_last": Field(2, COUNT, "checkpoints", True),
+    "checkpoint.best_metric": Field(
+        "", one_of("", *IS_BETTER_HIGH), "held-out metric whose best checkpoint is kept too", True
+    ),
+    "generate.max_new_tokens": Field(512, COUNT, "tokens of a sampled response", True),
+    "generate.num_samples": Field(1, COUNT, "responses a prompt", True),
+    "generate.temperature": Field(1.0, NOT_NEGATIVE, "of sampling; 0: the likeliest token", True),
+    "generate.top_p": Field(1.0, SHARE, "probability of the tokens that are drawn from", True),
+    "generate.stop": Field("", TEXT, "a string that ends a response; empty: none", True),
+    "generate.batch_size": Field(32, COUNT, "samples at once", True),
+    "generate.scorer": Field("", TEXT, "rewards sampled responses; empty: none", True),
+    "log.tensorboard": Field(True, FLAG, "event files beside metrics.jsonl", True),
+    "log.wandb_project": Field("", TEXT, "of Weights & Biases; empty: off", True),
 }
 
-DEFINE_FLAG = {
-    bool: flags.DEFINE_boolean,
-    int: flags.DEFINE_integer,
-    str: flags.DEFINE_string,
-    type(None): flags.DEFINE_string,
-}
 
-# What a resumed run may change: nothing here moves a number of the steps that follow.
-MAY_CHANGE = (
-    "log",
-    "generate",
-    "mesh",
-    "checkpoint",
-    "log_every",
-    "eval_every",
-    "save_every",
-    "model.remat",
-    "model.scan_layers",
-    "model.attention",
-)
+def fields_of(loss: str) -> dict[str, Field]:
+    """Returns the table with the fields of a loss; the table alone where there is no such loss."""
+    own = LOSSES[loss].fields if loss in LOSSES else {}
+    return FIELDS | {f"loss.{name}": field for name, field in own.items()}
 
 
-def flatten(config: ConfigDict) -> dict[str, object]:
+def section(name: str) -> ConfigDict:
+    """Returns one section, with the table's defaults."""
+    prefix = f"{name}."
+    return ConfigDict(
+        {x.removeprefix(prefix): f.default for x, f in FIELDS.items() if x.startswith(prefix)}
+    )
+
+
+def default_config() -> ConfigDict:
+    """Returns a config of the table's defaults, with the sections that every run has."""
+    names = dict.fromkeys(name.split(".")[0] for name in FIELDS if "." in name)
+    config = ConfigDict({name: f.default for name, f in FIELDS.items() if "." not in name})
+    for name in names:
+        if name not in OPTIONAL:
+            config[name] = section(name)
+    choose_loss(config, config.loss.name)
+    return config
+
+
+def choose_loss(config: ConfigDict, name: str, *, k: int = 0, **values: Value) -> None:
+    """Makes `name` the loss of a config, as its record has it.
+
+    Its own fields come in with their defaults, or with those of `values` that are fields of it; K
+    is the number nearest to `k` that it takes (0: to the config's); where it reads no reference
+    there is none.
+
+    Raises:
+      UserError: there is no such loss.
+    """
+    if name not in LOSSES:
+        raise UserError(f"There is no loss {name!r}; wanted one of {', '.join(LOSSES)}.")
+    loss = LOSSES[name]
+    own = {x: values.get(x, field.default) for x, field in loss.fields.items()}
+    chunk = config.loss.logits_chunk
+    config.loss = ConfigDict({"name": name, "logits_chunk": chunk} | own)
+    config.data.num_responses = loss.nearest_k(k or config.data.num_responses)
+    if "ref_logps" not in loss.reads:
+        config.reference.kind = "none"
+
+
+def make_smoke(config: ConfigDict) -> None:
+    """Makes a config a try on a CPU: ten steps of a tiny model with random weights, on bytes."""
+    config.steps, config.epochs = 10, 0.0
+    config.log_every, config.eval_every, config.save_every = 1, 5, 5
+    config.model.name, config.model.init_from = "tiny", ""
+    data = config.data
+    data.tokenizer, data.format = "byte", "plain"
+    data.max_prompt_len, data.max_response_len = 64, 96
+    data.batch_size, data.row_len, data.rows, data.block = 4, 512, 1, 64
+    config.loss.logits_chunk = 128
+
+
+def flatten(config: ConfigDict) -> dict[str, Value]:
     """Returns {"optim.lr": 1e-5, ...}."""
     flat = {}
     for name, value in config.items():
@@ -132,56 +216,59 @@ def flatten(config: ConfigDict) -> dict[str, object]:
     return flat
 
 
-def read_saved(file: AnyPath) -> ConfigDict:
-    """Returns the config of a run from its config.json, nested again.
-
-    It is the record of what was run, so it is not checked against the fields of today.
-
-    Raises:
-      UserError: the file is not there.
-    """
-    if not file.exists():
-        raise UserError(f"{file} is not there; give the --workdir of a training run.")
-    nested = {}
-    for name, value in json.loads(file.read_text()).items():
-        *sections, leaf = name.split(".")
-        section = nested
-        for part in sections:
-            section = section.setdefault(part, {})
-        section[leaf] = value
-    return ConfigDict(nested).lock()
-
-
 def check_config(config: ConfigDict) -> None:
     """Raises UserError unless every field is there, known, in range, and goes with the others."""
     flat = flatten(config)
-    missing, unknown = sorted(FIELDS.keys() - flat.keys()), sorted(flat.keys() - FIELDS.keys())
+    _check(flat, "loss.name", FIELDS["loss.name"])
+    fields = fields_of(config.loss.name)
+    wanted = {x for x in fields if x.split(".")[0] in config or x.split(".")[0] not in OPTIONAL}
+    missing, unknown = sorted(wanted - flat.keys()), sorted(flat.keys() - wanted)
     if missing or unknown:
         raise UserError(
-            f"The config file lacks {missing or 'nothing'} and has {unknown or 'nothing'} that "
-            "nca_jax does not read; nca_jax/config.py lists the fields."
+            f"The config (loss {config.loss.name!r}) lacks {missing or 'nothing'} and has "
+            f"{unknown or 'nothing'} that nca_jax does not read; docs/config.md lists the fields. "
+            "Another loss is chosen by the argument `algo` of a config file."
         )
-    for name, (kind, is_good, wanted) in FIELDS.items():
-        value = flat[name]
-        is_kind = isinstance(value, (int, float) if kind is float else kind)
-        if not is_kind or (kind is not bool and isinstance(value, bool)) or not is_good(value):
-            raise UserError(f"config.{name} must be {wanted}; it is {value!r}.")
+    for name in wanted:
+        _check(flat, name, fields[name])
     _check_together(config)
 
 
+def _check(flat: dict[str, Value], name: str, field: Field) -> None:
+    if not field.check.accepts(flat.get(name)):
+        raise UserError(f"config.{name} must be {field.check.wanted}; it is {flat.get(name)!r}.")
+
+
 def _check_together(config: ConfigDict) -> None:
-    data, loss, model = config.data, config.loss, config.model
-    nb = data.row_len // data.block
+    data, model, loss, kind = config.data, config.model, config.loss, config.reference.kind
+    record, best = LOSSES[loss.name], config.checkpoint.best_metric
+    least, most = record.k
+    num_blocks = data.row_len // data.block
     for is_bad, message in (
         (
             bool(config.steps) == bool(config.epochs),
             "set one of config.steps and config.epochs, and the other to 0",
         ),
         (
-            loss.name in PAIR_LOSSES and (data.num_responses != 2 or loss.alpha != 0),
-            f"config.loss.name={loss.name!r} is a loss of pairs with hard labels: it wants "
-            f"config.data.num_responses=2 and config.loss.alpha=0, and has "
-            f"{data.num_responses} and {loss.alpha}; for soft labels use 'nca' or 'infonca'",
+            data.num_responses != record.nearest_k(data.num_responses),
+            f"config.loss.name={loss.name!r} takes {least}"
+            + (" or more" if most is None else f" to {most}" if most > least else "")
+            + f" responses a prompt: set config.data.num_responses={least}; it is "
+            f"{data.num_responses}",
+        ),
+        (
+            kind == "none" and "ref_logps" in record.reads,
+            f"config.loss.name={loss.name!r} compares with a reference: set config.reference.kind "
+            "to live or cached",
+        ),
+        (
+            best == "excess" and record.floor is None,
+            f"config.checkpoint.best_metric: the floor of {loss.name!r} is not known, so no run "
+            "has an excess",
+        ),
+        (
+            best == "chosen_logp_drift" and kind == "none",
+            "config.checkpoint.best_metric='chosen_logp_drift' wants a reference",
         ),
         (
             not (model.name or model.init_from),
@@ -193,7 +280,7 @@ def _check_together(config: ConfigDict) -> None:
             "all are computed again at once; set config.model.scan_layers=True",
         ),
         (
-            (config.reference.kind == "cached") != bool(config.reference.cache),
+            (kind == "cached") != bool(config.reference.cache),
             "config.reference.cache is the folder of kind='cached', and is read by no other kind",
         ),
         (
@@ -211,8 +298,8 @@ def _check_together(config: ConfigDict) -> None:
             f"config.data.row_len={data.row_len}",
         ),
         (
-            0 < data.row_pairs < nb,
-            f"config.data.row_pairs={data.row_pairs} is less than the {nb} blocks of a row",
+            0 < data.row_pairs < num_blocks,
+            f"config.data.row_pairs={data.row_pairs} is less than the {num_blocks} blocks of a row",
         ),
         (
             bool(data.eval_files) and data.eval_fraction > 0,
@@ -224,15 +311,15 @@ def _check_together(config: ConfigDict) -> None:
         ),
         (
             not data.files,
-            "config.data.files names no rows; give a glob of .jsonl files or tfds:NAME:SPLIT",
+            "config.data.files names no records; give a glob of .jsonl files or tfds:NAME:SPLIT",
         ),
         (
             bool(config.eval_every) and not data.eval_files and not data.eval_fraction,
-            "config.eval_every is set, but no rows are held out: set config.data.eval_fraction or "
-            "config.data.eval_files",
+            "config.eval_every is set, but no records are held out: set config.data.eval_fraction "
+            "or config.data.eval_files",
         ),
         (
-            bool(config.checkpoint.best_metric) and not config.eval_every,
+            bool(best) and not config.eval_every,
             "config.checkpoint.best_metric goes by evaluations; set config.eval_every",
         ),
     ):
@@ -240,75 +327,40 @@ def _check_together(config: ConfigDict) -> None:
             raise UserError(message + ".")
 
 
-def parse_flags(argv: list[str], **extra: str | int | bool) -> tuple[ConfigDict, flags.FlagValues]:
-    """Reads `--config=FILE[:args] --config.key=value` and the command's own flags.
-
-    Args:
-      argv: as in sys.argv.
-      **extra: name=default of the other flags; a default of None makes a flag required.
-    Returns:
-      The checked config, locked, and the flags as attributes.
-    Raises:
-      UserError: an unknown flag, key or value, or a config that `check_config` refuses.
-    """
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file(
-        "config", None, "FILE[:args]", flag_values=values, sys_argv=argv
-    )
-    _read_flags(values, argv, extra)
-    try:
-        config = values.config
-        # A file that failed to load answers every attribute with the error that it had.
-        config = config if config is None else ConfigDict(config.to_dict()).lock()
-    except (KeyError, AttributeError, TypeError, OSError, ValueError) as error:
-        raise UserError(f"Command line: {error}") from error
-    if config is None:
-        raise UserError("Give --config=FILE[:args]; see configs/.")
-    check_config(config)
-    return config, values
-
-
-def parse_own_flags(argv: list[str], **extra: str | int) -> flags.FlagValues:
-    """Reads the flags of a command that takes no config: those of `extra`, as in `parse_flags`."""
-    values = flags.FlagValues()
-    _read_flags(values, argv, extra)
-    return values
-
-
-def _read_flags(values: flags.FlagValues, argv: list[str], extra: dict[str, str | int]) -> None:
-    """Defines the flags of `extra` and reads the command line into `values`."""
-    for name, default in extra.items():
-        define = DEFINE_FLAG[type(default)]
-        define(name, default, "", flag_values=values)
-    try:
-        rest = values(argv)
-    except UserError:
-        raise
-    except (flags.Error, KeyError, AttributeError, TypeError, OSError, ValueError) as error:
-        raise UserError(f"Command line: {error}") from error
-    if len(rest) > 1:
-        raise UserError(f"Unknown argument {rest[1]!r}; flags are --name=value.")
-    for name, default in extra.items():
-        if default is None and values[name].value is None:
-            raise UserError(f"Give --{name}=...")
-
-
-def check_same_run(config: ConfigDict, saved_file: AnyPath) -> None:
-    """Refuses to resume a run under another config, except for what MAY_CHANGE lists.
-
-    Raises:
-      UserError: names each field that differs, with both values.
-    """
-    now, saved = flatten(config), json.loads(saved_file.read_text())
-    differs = [
-        f"{name}: {saved.get(name)!r} there, {now.get(name)!r} here"
-        for name in sorted(now.keys() | saved.keys())
-        if now.get(name) != saved.get(name)
-        and name not in MAY_CHANGE
-        and name.split(".")[0] not in MAY_CHANGE
+def describe() -> str:
+    """Returns docs/config.md: every field with its default, what it must be and what it means."""
+    lines = [
+        "# Fields of a config",
+        "",
+        "Made by `python -m nca_jax.config > docs/config.md`. Every field can be set in a config",
+        "file (`configs/`) and by `--config.section.field=value`. Those marked * may change when a",
+        "run is resumed.",
     ]
-    if differs:
-        raise UserError(
-            f"{saved_file.parent} holds a run of another config ({'; '.join(differs)}); use a new "
-            "--workdir, or the same config."
-        )
+    title = None
+    for name, field in FIELDS.items():
+        head, _, leaf = name.rpartition(".")
+        if head != title:
+            title = head
+            absent = " (absent where nothing is sampled)" if head in OPTIONAL else ""
+            lines += ["", f"## {f'config.{head}' if head else 'config'}{absent}", *_HEADER]
+        lines.append(_line(leaf, field))
+    for name, loss in LOSSES.items():
+        least, most = loss.k
+        k = f"K = {least}" if least == most else f"K >= {least}" + (f" to {most}" if most else "")
+        reads = ", ".join(loss.reads)
+        lines += ["", f"## config.loss of {name}: {k}; reads {reads}", *_HEADER]
+        lines += [_line(leaf, field) for leaf, field in loss.fields.items()]
+    return "\n".join(lines) + "\n"
+
+
+_HEADER = ("", "| field | default | must be | meaning |", "|---|---|---|---|")
+
+
+def _line(leaf: str, field: Field) -> str:
+    mark = "*" if field.may_change else ""
+    wanted = field.check.wanted.replace("|", "\\|")
+    return f"| {leaf}{mark} | `{field.default!r}` | {wanted} | {field.meaning} |"
+
+
+if __name__ == "__main__":
+    print(describe(), end="")

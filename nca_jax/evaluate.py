@@ -19,7 +19,6 @@ from jax.sharding import PartitionSpec as P
 
 from nca_jax import build, programs
 from nca_jax.checks import UserError, run_main
-from nca_jax.config import parse_flags
 from nca_jax.data.encode import Example
 from nca_jax.data.pipeline import eval_batches
 from nca_jax.data.room import row_layout
@@ -34,6 +33,7 @@ from nca_jax.evaluators import (
     text_perplexity,
 )
 from nca_jax.files import as_path
+from nca_jax.flags import parse_flags
 from nca_jax.infra import checkpoint, distributed
 from nca_jax.infra.mesh import compiler_options, rows_here
 from nca_jax.params import policy_params, reference_init_from, start_params

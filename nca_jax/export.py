@@ -19,14 +19,16 @@ import numpy as np
 from nca_jax import build
 from nca_jax.axes import flatten_paths
 from nca_jax.checks import UserError, run_main
-from nca_jax.config import flatten, parse_own_flags, read_saved
+from nca_jax.config import flatten
 from nca_jax.files import AnyPath, as_path, whole_folder
+from nca_jax.flags import parse_own_flags
 from nca_jax.infra.checkpoint import restore_params, saved_step
 from nca_jax.infra.mesh import host_mesh
 from nca_jax.models.decoder import Model
 from nca_jax.models.formats.hf_export import DTYPES, write_hf
 from nca_jax.models.formats.names import Param
 from nca_jax.models.formats.pretrained import resolve, save_tokenizer
+from nca_jax.saved_config import read_saved
 
 
 def main(argv: list[str]) -> int:

@@ -10,9 +10,9 @@ import jax
 
 from nca_jax import build
 from nca_jax.checks import UserError, run_main
-from nca_jax.config import parse_flags
 from nca_jax.data.chat import encode_prompt
 from nca_jax.data.sources import JsonlSource, write_records
+from nca_jax.flags import parse_flags
 from nca_jax.infra import distributed
 from nca_jax.params import policy_params
 from nca_jax.rewards.scorers import get_scorer, score_records

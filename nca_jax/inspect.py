@@ -11,8 +11,8 @@ import numpy as np
 from nca_jax import build, losses
 from nca_jax.batch import Batch
 from nca_jax.checks import run_main
-from nca_jax.config import parse_flags
 from nca_jax.data.pipeline import Dataset
+from nca_jax.flags import parse_flags
 
 SHOWN = 12  # tokens at either end of a segment
 

@@ -8,7 +8,8 @@ Ranks: 0 is the best response by score, ties in data order. A prompt with fewer 
 import jax
 import jax.numpy as jnp
 
-from nca_jax import losses
+from nca_jax.losses import Fields, Loss, Responses, entropy, implicit_rewards
+from nca_jax.losses.targets import targets
 
 # Metrics by which the best checkpoint may be kept, and whether it is where they are highest.
 IS_BETTER_HIGH = {
@@ -21,71 +22,94 @@ IS_BETTER_HIGH = {
 }
 
 
+def prompt_weights(loss: Loss, responses: Responses, fields: Fields) -> jax.Array:
+    """Returns the weight w of each prompt in the loss of a step, [B]; 0 for an empty slot.
+
+    It depends on lengths, scores and mask alone, so it is known before any log-probability is.
+    """
+    present = jnp.any(responses.mask, axis=-1)
+    if loss.weight is None:
+        return present.astype(jnp.float32)
+    return jnp.where(present, loss.weight(responses, fields), 0.0)
+
+
 def alignment_metrics(
-    logps: jax.Array,
-    ref_logps: jax.Array,
-    scores: jax.Array,
-    mask: jax.Array,
-    *,
-    loss: str,
-    alpha: float,
-    beta: float,
+    loss: Loss, responses: Responses, fields: Fields, *, losses: jax.Array, has_reference: bool
 ) -> dict[str, jax.Array]:
-    """All metrics of a set of prompts; each is a mean over prompts, [] float32.
+    """All metrics of a set of prompts, [] float32.
+
+    Those of the loss are means over prompts by the loss's own weights, the others plain means.
 
     Args:
-      logps, ref_logps: [B, K] float32 nats.
-      scores: [B, K], the data's unit.
-      mask: [B, K] bool.
-      loss, alpha, beta: as in the config.
+      loss, fields: the loss and the hyperparameters that the config gives it.
+      responses: [B, K].
+      losses: `loss.per_prompt` of these responses, [B] nats.
+      has_reference: whether `responses.ref_logps` are those of a reference.
     Returns:
-      loss, floor, excess       nats; loss - floor is what training can still win
-      start_loss                the loss that policy = reference would have
-      target_entropy            nats; near 0 when alpha has made the targets one-hot
+      loss                      nats
+      floor, excess             nats, where the floor is known; loss - floor is what training can
+                                still win
+      start_loss                the loss that policy = reference would have, where that is known
+      target_entropy            nats, of a loss with soft labels; near 0 when alpha has made them
+                                one-hot
       accuracy                  mean over the others of [r_best > r_other]; chance is 1/2
       top1                      argmax r = argmax score
       margin                    r_best - mean of the others' r
-      rewards/k, logps/k        implicit reward, log-probability at rank k
+      rewards/k                 r, the implicit reward, at rank k: beta * log(pi / pi_ref), nats
+      logps/k                   log-probability at rank k, nats
       logratio/k                log pi - log pi_ref at rank k, nats
       chosen_logp_drift         logratio/0: what happens to the likelihood of the best response
       max_abs_logratio          the largest |log pi - log pi_ref|, nats
+      max_abs_logratio_per_token  the same divided by the response's length, nats a token
+    Without a reference r is the log-probability a token, rewards/k is called logps_per_token/k, and
+    what speaks of a reference (start_loss, logratio/k and the last three) is absent.
     """
-    targets = losses.targets_from_scores(scores, alpha=alpha, mask=mask)
-    logratio = jnp.where(mask, logps - ref_logps, 0.0)
-    rewards = beta * logratio
+    mask, scores = responses.mask, responses.scores
+    lengths = jnp.maximum(responses.lengths, 1)
+    if has_reference:
+        r = implicit_rewards(responses, fields)
+    else:
+        r = jnp.where(mask, responses.logps / lengths, 0.0)
+    weights = prompt_weights(loss, responses, fields)
     present = jnp.any(mask, axis=-1)  # [B]
 
-    def mean(values: jax.Array) -> jax.Array:
-        return jnp.sum(values, where=present) / jnp.maximum(jnp.sum(present), 1)
-
-    loss_values = losses.LOSSES[loss](rewards, targets, mask)
-    floor = losses.floor(loss, targets, mask)
+    def mean(values: jax.Array, weights: jax.Array = present) -> jax.Array:
+        return jnp.sum(values * weights, where=present) / jnp.maximum(jnp.sum(weights), 1e-30)
 
     order = jnp.argsort(jnp.where(mask, -scores, jnp.inf), axis=-1, stable=True)
-    by_rank = {
-        name: jnp.take_along_axis(values, order, axis=-1)
-        for name, values in dict(rewards=rewards, logps=logps, logratio=logratio, mask=mask).items()
-    }
-    r, there = by_rank["rewards"], by_rank["mask"]
-    others = jnp.maximum(jnp.sum(there, axis=-1) - 1, 1)  # [B]
-    beaten = jnp.sum(r[:, :1] > r[:, 1:], axis=-1, where=there[:, 1:]) / others
-    rest = jnp.sum(r[:, 1:], axis=-1, where=there[:, 1:]) / others
-    picked = jnp.argmax(jnp.where(there, r, -jnp.inf), axis=-1)
 
-    metrics = {
-        "loss": mean(loss_values),
-        "floor": mean(floor),
-        "excess": mean(loss_values - floor),
-        "start_loss": mean(losses.loss_at_reference(loss, targets, mask)),
-        "target_entropy": mean(losses.entropy(targets)),
+    def by_rank(values: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(values, order, axis=-1)
+
+    there, ranked = by_rank(mask), by_rank(r)
+    others = jnp.maximum(jnp.sum(there, axis=-1) - 1, 1)  # [B]
+    beaten = jnp.sum(ranked[:, :1] > ranked[:, 1:], axis=-1, where=there[:, 1:]) / others
+    rest = jnp.sum(ranked[:, 1:], axis=-1, where=there[:, 1:]) / others
+    picked = jnp.argmax(jnp.where(there, ranked, -jnp.inf), axis=-1)
+
+    metrics = {"loss": mean(losses, weights)}
+    if loss.floor is not None:
+        metrics["floor"] = mean(loss.floor(responses, fields), weights)
+        metrics["excess"] = metrics["loss"] - metrics["floor"]
+    if has_reference and loss.at_reference is not None:
+        metrics["start_loss"] = mean(loss.at_reference(responses, fields), weights)
+    if "alpha" in loss.fields:
+        metrics["target_entropy"] = mean(entropy(targets(responses, fields)))
+    metrics |= {
         "accuracy": mean(beaten),
         "top1": mean(picked == 0),
-        "margin": mean(r[:, 0] - rest),
-        "chosen_logp_drift": mean(by_rank["logratio"][:, 0]),
-        "max_abs_logratio": jnp.max(jnp.abs(logratio)),
+        "margin": mean(ranked[:, 0] - rest),
     }
-    for name in ("rewards", "logps", "logratio"):
+    at_ranks = {"rewards" if has_reference else "logps_per_token": ranked}
+    at_ranks["logps"] = by_rank(responses.logps)
+    if has_reference:
+        logratio = jnp.where(mask, responses.logps - responses.ref_logps, 0.0)
+        at_ranks["logratio"] = by_rank(logratio)
+        metrics["chosen_logp_drift"] = mean(at_ranks["logratio"][:, 0])
+        metrics["max_abs_logratio"] = jnp.max(jnp.abs(logratio))
+        metrics["max_abs_logratio_per_token"] = jnp.max(jnp.abs(logratio) / lengths)
+    for name, values in at_ranks.items():
         for k in range(scores.shape[1]):
-            total = jnp.sum(by_rank[name][:, k], where=there[:, k])
+            total = jnp.sum(values[:, k], where=there[:, k])
             metrics[f"{name}/{k}"] = total / jnp.maximum(jnp.sum(there[:, k]), 1)
     return metrics

@@ -1,6 +1,7 @@
 """The jitted programs of a run, and the shapes and shardings of what they take."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -9,8 +10,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
 
-from nca_jax.axes import ROWS
+from nca_jax.axes import ROWS, Params
 from nca_jax.batch import Batch, Rows
 from nca_jax.build import Run
 from nca_jax.data.pack import pack
@@ -27,36 +29,32 @@ from nca_jax.infra.mesh import (
 )
 from nca_jax.infra.optim import make_optimizer, make_schedule
 from nca_jax.sampling.sampler import make_sampler
-from nca_jax.train_step import TrainState, make_logps, make_step_logps, make_train_step
+from nca_jax.train_step import Frozen, TrainState, make_logps, make_step_logps, make_train_step
 
 WIDTH_MULTIPLE = 16  # prompt slots are rounded up, so that few widths are compiled
 
 
 class Optimizer(NamedTuple):
     tx: optax.GradientTransformation
-    schedule: Callable
+    schedule: optax.Schedule
 
 
-def build_optimizer(config, steps: int) -> Optimizer:
+def build_optimizer(config: ConfigDict, steps: int) -> Optimizer:
+    """Returns the optimizer of a run of so many steps, and its learning rate by step."""
     schedule = make_schedule(config.optim, steps)
     return Optimizer(make_optimizer(config.optim, schedule), schedule)
 
 
 def abstract_state(run: Run, tx: optax.GradientTransformation) -> tuple[TrainState, TrainState]:
     """Returns the shapes of a TrainState, and their shardings."""
-    params = run.model.abstract_params()
-
-    def make(params):
-        return new_state(run, tx, params)
-
-    shapes = jax.eval_shape(make, params)
+    shapes = jax.eval_shape(functools.partial(_new_state, tx), run.model.abstract_params())
     shardings = param_shardings(run.mesh, shapes)
     check_split(run.mesh, shapes, shardings, copied_over="data")
     return shapes, shardings
 
 
-def abstract_batch(run: Run) -> Batch:
-    """Returns the shapes of every batch of a run, which follow from the config alone."""
+def abstract_batch(run: Run, *, has_ref_logps: bool) -> Batch:
+    """Returns the shapes of every batch of a run, with or without a cached reference's."""
     data = run.config.data
     b, k, layout = data.batch_size, data.num_responses, row_layout(data)
     one_row, _, _ = pack([], dataclasses.replace(layout, rows=1), num_slots=b * k, num_micro=1)
@@ -65,21 +63,26 @@ def abstract_batch(run: Run) -> Batch:
     def shape(dtype, *sizes):
         return jax.ShapeDtypeStruct(sizes, dtype)
 
-    scores = shape(jnp.float32, b, k)
     return Batch(
         Rows(*(shape(x.dtype, num_micro, layout.rows, *x.shape[2:]) for x in one_row)),
         num_micro=shape(jnp.int32),
         micro_of_prompt=shape(jnp.int32, b),
-        scores=scores,
+        scores=shape(jnp.float32, b, k),
         mask=shape(jnp.bool, b, k),
-        ref_logps=scores,
+        lengths=shape(jnp.int32, b, k),
+        ref_logps=shape(jnp.float32, b, k) if has_ref_logps else None,
     )
 
 
-def new_state(run: Run, tx: optax.GradientTransformation, params: dict) -> TrainState:
-    """The state before the first update; pure, so that it can be jitted or only shaped."""
-    key = jax.random.key_data(jax.random.key(run.config.seed))
-    return TrainState(jnp.int32(0), key, params, tx.init(params))
+def _new_state(tx: optax.GradientTransformation, params: Params) -> TrainState:
+    return TrainState(jnp.int32(0), params, tx.init(params))
+
+
+def start_state(run: Run, optimizer: Optimizer, params: Params) -> TrainState:
+    """Returns the state before the first update, sharded; the parameters are donated to it."""
+    _, shardings = abstract_state(run, optimizer.tx)
+    make = functools.partial(_new_state, optimizer.tx)
+    return jax.jit(make, out_shardings=shardings, donate_argnums=0)(params)
 
 
 def jit_step_logps(run: Run) -> Callable:
@@ -108,16 +111,15 @@ def jit_rows_logps(run: Run, num_slots: int) -> Callable:
     )
 
 
-def jit_train_step(run: Run, optimizer: Optimizer) -> Callable:
-    """Returns `train_step(state, ref_params, batch)`, jitted over the mesh; see `train_step`.
+def jit_train_step(run: Run, optimizer: Optimizer, frozen: Frozen) -> Callable:
+    """Returns `train_step(state, frozen, batch)`, jitted over the mesh; see `train_step`.
 
-    The state is donated. `ref_params` is None where the reference is cached.
+    The state is donated. Of `frozen` only the shapes count here.
     """
     _, state = abstract_state(run, optimizer.tx)
-    live = run.config.reference.kind == "live"
     return jax.jit(
         make_train_step(run.model, optimizer.tx, optimizer.schedule, run.config),
-        in_shardings=(state, state.params if live else None, batch_shardings(run.mesh)),
+        in_shardings=(state, param_shardings(run.mesh, frozen), batch_shardings(run.mesh)),
         out_shardings=(state, NamedSharding(run.mesh, P())),
         donate_argnums=0,
         compiler_options=compiler_options(run.mesh),

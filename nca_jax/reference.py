@@ -1,4 +1,9 @@
-"""The cached reference: log-probabilities of every response of every example, made once.
+"""Where a reference comes from, decided once; and the cache of its log-probabilities.
+
+`config.reference.kind` is one of
+    live     frozen parameters, sharded like the policy, which the step runs beside it
+    cached   log-probabilities of every response of every example, made once by `precompute`
+    none     for losses that read no reference
 
 A cache is a folder: fingerprint.json says what it was made from, and part-NNNNN.safetensors hold
 {"keys" [n] uint64, "sizes" [n] int32, "logps" [sum of sizes] float32}: for each example the digest
@@ -9,11 +14,14 @@ every K, choice of responses, loss and seed.
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
+import jax
 import numpy as np
 from safetensors.numpy import load, save
 
-from nca_jax import build
+from nca_jax.axes import Params
+from nca_jax.build import Run
 from nca_jax.checks import UserError
 from nca_jax.data.encode import Example
 from nca_jax.data.sources import list_files
@@ -24,7 +32,52 @@ from nca_jax.params import reference_init_from, start_params
 ENCODING = ("format", "max_prompt_len", "max_response_len", "prompt_keep", "too_long")
 
 
-def cache_fingerprint(run: build.Run, ref_params: dict) -> dict[str, object]:
+Lookup = Callable[[Sequence[Example]], list[np.ndarray]]
+
+
+class Reference(NamedTuple):
+    """What a run takes as its reference.
+
+    Attributes:
+      params: of a live reference, in the dtype that its file has: a part of `Frozen`.
+      lookup: of a cached one: from examples to the log-probabilities of their responses.
+      fingerprint: what run.json keeps, and a resumed run must find again.
+    """
+
+    params: Params | None
+    lookup: Lookup | None
+    fingerprint: str
+
+    def cached(self, examples: Sequence[Example]) -> list[np.ndarray] | None:
+        """Returns what batches bring of the reference; None where they bring nothing."""
+        return None if self.lookup is None else self.lookup(examples)
+
+
+def make_reference(run: Run) -> Reference:
+    """Opens the reference that the config names.
+
+    Raises:
+      UserError: its parameters or its cache cannot be opened or do not fit.
+    """
+    kind = run.config.reference.kind
+    if kind == "none":
+        return Reference(None, None, "none")
+    if kind == "cached":
+        return Reference(None, read_cached_logps(run), "cached")
+    params = start_params(run, reference_init_from(run.config), keep_dtype=True)
+    return Reference(params, None, params_fingerprint(params))
+
+
+def abstract_reference(run: Run, dtype: jax.typing.DTypeLike) -> tuple[Params | None, bool]:
+    """Returns the shapes of a live reference's parameters, and whether batches bring ref_logps."""
+    kind = run.config.reference.kind
+    if kind != "live":
+        return None, kind == "cached"
+    shapes = run.model.abstract_params()
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes), False
+
+
+def cache_fingerprint(run: Run, ref_params: Params) -> dict[str, object]:
     """What the numbers of a cache depend on; equal exactly where the numbers are."""
     config = run.config
     return {
@@ -65,7 +118,7 @@ def part_path(folder: AnyPath, part: int) -> AnyPath:
     return folder / f"part-{part:05d}.safetensors"
 
 
-def read_cached_logps(run: build.Run) -> Callable[[Sequence[Example]], list[np.ndarray]]:
+def read_cached_logps(run: Run) -> Lookup:
     """Opens `config.reference.cache`; returns a function from examples to their log-probabilities.
 
     Raises:

@@ -16,8 +16,8 @@ Generate, score, train, and again with --workdir of the last run: that is learni
 import numpy as np
 
 from nca_jax.checks import UserError, run_main
-from nca_jax.config import parse_own_flags
 from nca_jax.data.sources import JsonlSource, RecordError, write_records
+from nca_jax.flags import parse_own_flags
 from nca_jax.rewards.scorers import COMMAND, SCORERS, get_scorer, score_records
 
 

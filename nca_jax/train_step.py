@@ -6,26 +6,50 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from ml_collections import ConfigDict
 
-from nca_jax import losses
-from nca_jax.batch import Batch
+from nca_jax.axes import Params
+from nca_jax.batch import Batch, Rows
 from nca_jax.logprobs import sequence_logps
-from nca_jax.metrics import alignment_metrics
+from nca_jax.losses import LOSSES, Fields, Loss, Responses
+from nca_jax.metrics import alignment_metrics, prompt_weights
+from nca_jax.models.decoder import Model
+
+Logps = Callable[[Params, Rows], jax.Array]  # of one micro-batch, -> [B, K] nats
 
 
 class TrainState(NamedTuple):
     """What a checkpoint holds; the data position is `step` alone."""
 
     step: jax.Array  # [] int32: updates done
-    key: jax.Array  # raw random key of the run; samples taken at step s use fold_in(key, s)
-    params: dict  # the policy, float32
+    params: Params  # what is trained, float32
     opt_state: optax.OptState
 
 
-def make_logps(model, config, *, shape: tuple[int, int]) -> Callable:
+class Frozen(NamedTuple):
+    """What nothing differentiates, donates or saves."""
+
+    base: Params | None = None  # what adapters sit on; None: all parameters are trained
+    reference: Params | None = None  # of a live reference; None: the batch brings ref_logps or none
+
+
+def loss_of(config: ConfigDict) -> tuple[Loss, Fields]:
+    """Returns the loss that a config names, and the hyperparameters that it gives it."""
+    loss = LOSSES[config.loss.name]
+    return loss, {name: config.loss[name] for name in loss.fields}
+
+
+def responses_of(batch: Batch, logps: jax.Array, ref_logps: jax.Array | None) -> Responses:
+    """Returns what a loss sees of a step; log-probabilities are 0 where there is no reference."""
+    if ref_logps is None:
+        ref_logps = jnp.zeros_like(logps)
+    return Responses(logps, ref_logps, batch.lengths, batch.scores, batch.mask)
+
+
+def make_logps(model: Model, config: ConfigDict, *, shape: tuple[int, int]) -> Logps:
     """Returns `logps(params, rows) -> [B, K]`: `sequence_logps` as the config has it."""
 
-    def logps(params, rows):
+    def logps(params: Params, rows: Rows) -> jax.Array:
         return sequence_logps(
             model,
             params,
@@ -38,14 +62,14 @@ def make_logps(model, config, *, shape: tuple[int, int]) -> Callable:
     return logps
 
 
-def make_step_logps(model, config) -> Callable:
+def make_step_logps(model: Model, config: ConfigDict) -> Callable[[Params, Batch], jax.Array]:
     """Returns `step_logps(params, batch) -> [B, K]`: the whole step forward, for evaluation."""
 
-    def step_logps(params, batch: Batch):
+    def step_logps(params: Params, batch: Batch) -> jax.Array:
         logps_of = make_logps(model, config, shape=batch.scores.shape)
 
         def add_micro(m, total):
-            return total + logps_of(params, jax.tree.map(lambda x: x[m], batch.rows))
+            return total + logps_of(params, _micro(batch, m))
 
         zeros = jnp.zeros(batch.scores.shape, jnp.float32)
         return jax.lax.fori_loop(0, batch.num_micro, add_micro, zeros)
@@ -54,64 +78,72 @@ def make_step_logps(model, config) -> Callable:
 
 
 def make_train_step(
-    model, tx: optax.GradientTransformation, schedule: optax.Schedule, config
-) -> Callable:
-    """Returns `train_step(state, ref_params, batch) -> (state, metrics)`: pure and unjitted.
+    model: Model, tx: optax.GradientTransformation, schedule: optax.Schedule, config: ConfigDict
+) -> Callable[[TrainState, Frozen, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """Returns `train_step(state, frozen, batch) -> (state, metrics)`: pure and unjitted.
 
-    `ref_params` is None where the batch brings cached `ref_logps`. The number of micro-batches is
-    known at run time only: one compiled loop runs those that hold something. Gradients and losses
-    are summed in float32 and divided once by the number of prompts, so the mean over prompts is
-    exact however they were packed.
+        loss = sum_b w_b L_b / sum_b w_b
+
+    A reference in `frozen` is run beside the policy; without one the batch brings its `ref_logps`,
+    or there are none. The number of micro-batches is known at run time only: one compiled loop runs
+    those that hold something. Gradients and losses are summed in float32 over micro-batches that
+    are already divided by the weight of the whole step, so the mean over prompts is exact however
+    they were packed.
 
     The metrics are those of `alignment_metrics` before the update, with grad_norm (before
     clipping), lr, and prompt_loss [B].
     """
-    loss_of = losses.LOSSES[config.loss.name]
-    alpha, beta = config.loss.alpha, config.loss.beta
+    loss, fields = loss_of(config)
 
-    def train_step(state: TrainState, ref_params: dict | None, batch: Batch):
+    def train_step(state: TrainState, frozen: Frozen, batch: Batch):
         logps_of = make_logps(model, config, shape=batch.scores.shape)
-        targets = losses.targets_from_scores(batch.scores, alpha=alpha, mask=batch.mask)
-        num_prompts = jnp.sum(jnp.any(batch.mask, axis=-1))
+        zeros = jnp.zeros(batch.scores.shape, jnp.float32)
+        weights = prompt_weights(loss, responses_of(batch, zeros, None), fields)  # [B]
+        total_weight = jnp.sum(weights)
 
-        def micro_loss(params, rows, ref_logps, here):
+        def micro_loss(params: Params, rows: Rows, ref_logps: jax.Array | None, here: jax.Array):
             logps = logps_of(params, rows)  # [B, K], 0 for prompts in other micro-batches
-            implicit_rewards = beta * jnp.where(here[:, None], logps - ref_logps, 0.0)
-            per_prompt = loss_of(implicit_rewards, targets, batch.mask)  # [B]
-            return jnp.sum(per_prompt, where=here) / num_prompts, logps
+            responses = responses_of(batch, logps, ref_logps)
+            responses = responses._replace(mask=batch.mask & here[:, None])
+            per_prompt = jnp.where(here, loss.per_prompt(responses, fields), 0.0)  # [B]
+            return jnp.sum(weights * per_prompt) / total_weight, (logps, per_prompt)
 
         def add_micro(m, carry):
-            grads, logps, ref_logps = carry
-            rows = jax.tree.map(lambda x: x[m], batch.rows)
+            grads, logps, ref_logps, losses = carry
+            rows = _micro(batch, m)
             here = batch.micro_of_prompt == m  # [B]
-            if ref_params is not None:
-                ref_logps = ref_logps + logps_of(ref_params, rows)
+            if frozen.reference is not None:
+                ref_logps = ref_logps + logps_of(frozen.reference, rows)
             grad_of = jax.grad(micro_loss, has_aux=True)
-            micro_grads, micro_logps = grad_of(state.params, rows, ref_logps, here)
-            return jax.tree.map(jnp.add, grads, micro_grads), logps + micro_logps, ref_logps
+            micro_grads, (micro_logps, micro_losses) = grad_of(state.params, rows, ref_logps, here)
+            grads = jax.tree.map(jnp.add, grads, micro_grads)
+            return grads, logps + micro_logps, ref_logps, losses + micro_losses
 
-        zeros = jnp.zeros(batch.scores.shape, jnp.float32)
         start = (
             jax.tree.map(jnp.zeros_like, state.params),
             zeros,
-            batch.ref_logps if ref_params is None else zeros,
+            batch.ref_logps if frozen.reference is None else zeros,
+            jnp.zeros(batch.scores.shape[:1], jnp.float32),
         )
-        grads, logps, ref_logps = jax.lax.fori_loop(0, batch.num_micro, add_micro, start)
+        grads, logps, ref_logps, losses = jax.lax.fori_loop(0, batch.num_micro, add_micro, start)
 
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = alignment_metrics(
-            logps,
-            ref_logps,
-            batch.scores,
-            batch.mask,
-            loss=config.loss.name,
-            alpha=alpha,
-            beta=beta,
+            loss,
+            responses_of(batch, logps, ref_logps),
+            fields,
+            losses=losses,
+            has_reference=ref_logps is not None,
         )
         metrics["grad_norm"] = optax.tree.norm(grads)
         metrics["lr"] = schedule(state.step)
-        metrics["prompt_loss"] = loss_of(beta * (logps - ref_logps), targets, batch.mask)
-        return TrainState(state.step + 1, state.key, params, opt_state), metrics
+        metrics["prompt_loss"] = losses
+        return TrainState(state.step + 1, params, opt_state), metrics
 
     return train_step
+
+
+def _micro(batch: Batch, m: jax.Array) -> Rows:
+    """Returns micro-batch m of a step, [R, ...]."""
+    return jax.tree.map(lambda x: x[m], batch.rows)

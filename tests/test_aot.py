@@ -15,7 +15,7 @@ from nca_jax import aot, build, programs, train
 from nca_jax.checks import UserError
 from nca_jax.compiled import topology
 from nca_jax.compiled.hlo import Collective, collectives, replica_groups, shape_bytes
-from nca_jax.config import parse_flags
+from nca_jax.flags import parse_flags
 
 SMOKE = ("--config.data.rows=4", "--config.mesh.fsdp=4", "--config.mesh.tensor=2")
 

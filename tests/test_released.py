@@ -20,9 +20,9 @@ from transformers import PreTrainedTokenizerFast
 from nca_jax import build, precompute, programs, train
 from nca_jax.batch import Rows
 from nca_jax.checks import UserError
-from nca_jax.config import parse_flags
 from nca_jax.data import chat, released
 from nca_jax.data.pipeline import Dataset, eval_batches
+from nca_jax.flags import parse_flags
 from nca_jax.infra.mesh import make_mesh
 from nca_jax.logprobs import token_logps
 from nca_jax.losses import PAIR_LOSSES, targets_from_scores

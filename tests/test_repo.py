@@ -13,7 +13,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from nca_jax import axes, build, programs
-from nca_jax.config import check_config, flatten, parse_flags
+from nca_jax.config import check_config, flatten
+from nca_jax.flags import parse_flags
 from nca_jax.losses import LOSSES
 from nca_jax.model_config import MODELS
 from nca_jax.models.decoder import Model

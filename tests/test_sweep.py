@@ -15,7 +15,8 @@ from commands import ROOT, write_records
 
 from experiments import results, sweep
 from nca_jax.checks import UserError
-from nca_jax.config import flatten, parse_flags
+from nca_jax.config import flatten
+from nca_jax.flags import parse_flags
 
 # In the place of nca_jax.train: leaves what train leaves, and a line a start in starts.txt.
 STUB = """

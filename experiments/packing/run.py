@@ -10,8 +10,8 @@ import argparse
 
 import numpy as np
 
-from nca_jax.config import parse_flags
 from nca_jax.data.pipeline import Dataset, load_data
+from nca_jax.flags import parse_flags
 from nca_jax.models.formats.pretrained import load_tokenizer
 
 BATCH_SIZES = (4, 8, 16, 32, 64)  # B, prompts a step

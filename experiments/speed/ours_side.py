@@ -15,8 +15,8 @@ import numpy as np
 from experiments.speed.clock import Lap, Side, laps, measure
 from nca_jax import build, losses, programs
 from nca_jax.batch import Batch
-from nca_jax.config import parse_flags
 from nca_jax.data.pipeline import Dataset
+from nca_jax.flags import parse_flags
 from nca_jax.infra.mesh import batch_shardings
 from nca_jax.params import start_params
 from nca_jax.train_step import TrainState

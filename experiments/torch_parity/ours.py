@@ -9,8 +9,8 @@ from pathlib import Path
 import jax
 
 from nca_jax import build, programs
-from nca_jax.config import parse_flags
 from nca_jax.data.pipeline import Dataset
+from nca_jax.flags import parse_flags
 from nca_jax.params import policy_params
 
 ROOT = Path(__file__).parents[2]

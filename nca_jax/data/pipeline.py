@@ -59,7 +59,7 @@ class Dataset:
       config: the `data` section.
       seed: of the order and of the choice of responses.
       ref_logps: for each example of the concatenated sources, [its responses] float32 nats;
-        None: the batches hold zeros.
+        None: the batches have none.
       rows_here: of every micro-batch, see `pack`.
     Raises:
       UserError: an example, or the number of sources, does not fit the config.
@@ -232,14 +232,15 @@ def _order(sources: Sequence[Sequence[Example]], config, seed: int) -> grain.Map
 def _make_batch(picks: Sequence[_Pick], config, rows_here: Sequence[int] | None) -> HostBatch:
     """Packs at most B picks; the prompts that lack are empty."""
     b, k, layout = config.batch_size, config.num_responses, row_layout(config)
-    scores, ref_logps = np.zeros((b, k), np.float32), np.zeros((b, k), np.float32)
-    mask = np.zeros((b, k), bool)
+    scores, lengths = np.zeros((b, k), np.float32), np.zeros((b, k), np.int32)
+    mask, ref_logps = np.zeros((b, k), bool), np.zeros((b, k), np.float32)
     groups = []
     for i, (example, chosen, ref) in enumerate(picks):
         n = len(chosen)
         whole = Group(example.prompt, example.responses, (), example.key_on)
         groups.append(whole.take(chosen, range(i * k, i * k + n)))
         scores[i, :n], mask[i, :n] = example.scores[chosen], True
+        lengths[i, :n] = groups[-1].lengths()[1:]
         if ref is not None:
             ref_logps[i, :n] = ref[chosen]
     # A group is never more than a row, so that B rows always do: one shape for all steps.
@@ -248,7 +249,16 @@ def _make_batch(picks: Sequence[_Pick], config, rows_here: Sequence[int] | None)
     )
     micro_of_prompt = np.full(b, -1, np.int32)
     micro_of_prompt[: len(picks)] = micro
-    batch = Batch(rows, np.int32(num_micro), micro_of_prompt, scores, mask, ref_logps)
+    is_cached = bool(picks) and picks[0].ref_logps is not None
+    batch = Batch(
+        rows,
+        np.int32(num_micro),
+        micro_of_prompt,
+        scores,
+        mask,
+        lengths,
+        ref_logps if is_cached else None,
+    )
     num_run = num_micro * layout.rows * layout.row_len
     return HostBatch(
         batch,

@@ -168,7 +168,8 @@ def put_whole(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
 def put_batch(mesh: Mesh, batch: Batch, num_rows: int) -> Batch:
     """Puts a step on the devices: each process its rows, see `put_rows`; the rest is everywhere."""
     rows, everywhere = put_rows(mesh, batch.rows, num_rows), NamedSharding(mesh, P())
-    return Batch(rows, *(put_whole(x, everywhere) for x in batch[1:]))
+    small = (x if x is None else put_whole(x, everywhere) for x in batch[1:])
+    return Batch(rows, *small)
 
 
 def place(abstract: dict, shardings: dict, read: Mapping[str, Callable]) -> dict:

@@ -5,6 +5,7 @@ with its profile plugin. Among several processes the first alone traces its host
 """
 
 import contextlib
+import itertools
 import re
 import tempfile
 from collections.abc import Callable, Iterator
@@ -42,8 +43,12 @@ def check_within(traced: range, last: int) -> None:
 
 
 @contextlib.contextmanager
-def tracing(train_step: Callable, traced: range, workdir: AnyPath) -> Iterator[Callable]:
-    """Gives `run(step, *args)`, which is `train_step(*args)`, and is traced for the steps `traced`.
+def tracing(
+    train_step: Callable, traced: range, workdir: AnyPath, *, first: int
+) -> Iterator[Callable]:
+    """Gives `run(*args)`, which is `train_step(*args)`, and is traced for the steps `traced`.
+
+    Its first call is step `first`, the next one `first` + 1.
 
     The devices are idle when the trace begins, and have done the last step when it ends; it also
     ends where the body does, so that a run that is stopped keeps what there is. A run that resumes
@@ -51,8 +56,11 @@ def tracing(train_step: Callable, traced: range, workdir: AnyPath) -> Iterator[C
     """
     trace, has_begun = contextlib.ExitStack(), False
 
-    def run(step: int, *args):
+    numbers = itertools.count(first)
+
+    def run(*args):
         nonlocal has_begun
+        step = next(numbers)
         if step not in traced:
             return train_step(*args)
         if not has_begun:

@@ -1,0 +1,60 @@
+"""One field of a config: its default, what a value must be, and what it means.
+
+The table of all fields is in `nca_jax.config`; a loss brings its own hyperparameters with it. So
+this is a leaf that imports nothing: a loss needs jax and numpy alone.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+Value = bool | int | float | str
+
+
+class Check(NamedTuple):
+    """What a value must be."""
+
+    kind: type
+    is_good: Callable[..., bool]
+    wanted: str  # in words, as in "it must be ..."
+
+    def accepts(self, value: object) -> bool:
+        """Whether a value is of the kind and good; a whole number is a float, a bool no number."""
+        kinds = (int, float) if self.kind is float else (self.kind,)
+        is_kind = isinstance(value, kinds) and (self.kind is bool or not isinstance(value, bool))
+        return is_kind and self.is_good(value)
+
+
+class Field(NamedTuple):
+    """One field of a config.
+
+    Attributes:
+      default: where neither a config file nor the command line says otherwise.
+      check: what a value must be.
+      meaning: in a line, with its unit.
+      may_change: whether a resumed run may have another value: no later number depends on it.
+      since: version of config.json from which on it is written; an older run has not got it.
+      before: the value that such an older run means.
+    """
+
+    default: Value
+    check: Check
+    meaning: str
+    may_change: bool = False
+    since: int = 1
+    before: Value | None = None
+
+
+def one_of(*names: str) -> Check:
+    """A string out of a few; "" is one only where it is among them."""
+    return Check(str, lambda x: x in names, "one of " + ", ".join(repr(name) for name in names))
+
+
+TEXT = Check(str, lambda x: True, "a string")
+FLAG = Check(bool, lambda x: True, "True or False")
+COUNT = Check(int, lambda x: x >= 1, "a whole number of at least 1")
+COUNT_OR_0 = Check(int, lambda x: x >= 0, "a whole number of at least 0")
+AXIS = Check(int, lambda x: x >= 1 or x == -1, "a whole number of at least 1, or -1 for the rest")
+POSITIVE = Check(float, lambda x: 0 < x < math.inf, "a number above 0")
+NOT_NEGATIVE = Check(float, lambda x: 0 <= x < math.inf, "a number of at least 0")
+FRACTION = Check(float, lambda x: 0 <= x < 1, "a number in [0, 1)")

@@ -1,0 +1,225 @@
+"""The training loop, as a function: what `train`, rounds and a notebook share.
+
+It reads top to bottom in the order in which a step happens: the batch goes to the devices, the step
+is dispatched, and while the devices run it the host reads the metrics of the step before.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, Protocol
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from orbax.checkpoint import CheckpointManager
+
+from nca_jax import flops
+from nca_jax.axes import Params
+from nca_jax.batch import Batch
+from nca_jax.build import Run
+from nca_jax.checks import UserError
+from nca_jax.data.pipeline import HostBatch
+from nca_jax.infra import checkpoint
+from nca_jax.infra.mesh import put_batch
+from nca_jax.infra.writer import SilentWriter
+from nca_jax.params import starts_at_reference
+from nca_jax.train_step import Frozen, TrainState
+
+# How far apart policy and reference may be at the start, nats a token. The same arrays in the same
+# program agree exactly; a cache was made by a program of another shape.
+START_TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}
+
+Step = Callable[[TrainState, Frozen, Batch], tuple[TrainState, dict[str, jax.Array]]]
+
+
+class Evaluator(NamedTuple):
+    """Something that is measured while a run trains."""
+
+    name: str  # the split that its metrics are written under
+    every: int  # steps, and at the start and the end; 0: never
+    measure: Callable[[Params], dict[str, float]]
+
+
+class Writer(Protocol):
+    """Where metrics go; see `infra.writer.MetricWriter`."""
+
+    def write(self, step: int, split: str, metrics: dict[str, float]) -> None: ...
+    def advance(self) -> None: ...
+    def sync(self) -> None: ...
+
+
+class _Done(NamedTuple):
+    """A step that was dispatched: what its line needs, and not the batch itself."""
+
+    step: int
+    metrics: dict[str, jax.Array]
+    examples: list[str]
+    stats: dict[str, float]
+    lengths: list[list[int]]
+
+
+def fit(
+    run: Run,
+    state: TrainState,
+    frozen: Frozen,
+    batches: Iterable[HostBatch],
+    *,
+    train_step: Step,
+    steps: int,
+    evaluators: Sequence[Evaluator] = (),
+    writer: Writer | None = None,
+    checkpoints: CheckpointManager | None = None,
+    asked_to_stop: Callable[[], bool] = lambda: False,
+) -> TrainState:
+    """Trains on `batches`, from the step that `state` is at, and returns the state after them.
+
+    Every step is checked to be finite, one step late, and before anything is saved. The metrics of
+    step 1, of every `config.log_every`-th and of the last one are written. Called inside
+    `jax.set_mesh(run.mesh)`.
+
+    Args:
+      state: is donated.
+      batches: those of the steps that follow `state.step`, in order.
+      train_step: from `programs.jit_train_step`, compiled or not.
+      steps: of the whole run; its last step is evaluated and saved.
+      evaluators: the metrics of the first say which checkpoint is the best.
+      writer: None: metrics are checked and go nowhere.
+      checkpoints: None: nothing is saved.
+      asked_to_stop: called once a step; True: this step is the last one, and is saved.
+    Raises:
+      UserError: a loss or gradient is not finite, or step 1 is not at the reference.
+    """
+    config, writer = run.config, writer or SilentWriter()
+    step = first = int(state.step)
+    by_metric = bool(config.checkpoint.best_metric)  # then a checkpoint is saved where it is known
+    lap = _stopwatch()
+    before: _Done | None = None
+
+    def finish(done: _Done | None) -> None:
+        if done is not None:
+            write_step(writer, run, done, lap(), steps)
+
+    def evaluate(step: int) -> dict[str, float] | None:
+        measured = None
+        for one in evaluators:
+            if step == 0 or is_time(step, one.every, steps):
+                metrics = one.measure(state.params)
+                writer.write(step, one.name, metrics)
+                measured = measured or metrics
+        return measured
+
+    if first == 0:
+        evaluate(0)
+    for step, host in enumerate(batches, start=first + 1):
+        on_mesh = put_batch(run.mesh, host.batch, config.data.rows)
+        state, metrics = train_step(state, frozen, on_mesh)
+        writer.advance()
+        finish(before)
+        before = _Done(step, metrics, host.examples, host.stats, host.lengths)
+
+        is_stopped = asked_to_stop()
+        is_eval = any(is_time(step, one.every, steps) for one in evaluators)
+        is_save = is_time(step, config.save_every, steps) or is_stopped or (is_eval and by_metric)
+        if not (is_eval or is_save):
+            continue
+        finish(before)  # a bad step must be neither evaluated nor saved
+        before = None
+        eval_metrics = evaluate(step) if is_eval else None
+        if is_save and checkpoints is not None:
+            writer.sync()
+            checkpoint.save(checkpoints, state, eval_metrics)
+        lap()
+        if is_stopped:
+            break
+    finish(before)
+    return state
+
+
+def is_time(step: int, every: int, last: int) -> bool:
+    """Whether something that happens every so many steps, and at the last one, happens now."""
+    return every > 0 and (step % every == 0 or step == last)
+
+
+def _stopwatch() -> Callable[[], float]:
+    """Returns a function that gives the seconds since it was called before."""
+    then = time.perf_counter()
+
+    def lap() -> float:
+        nonlocal then
+        now = time.perf_counter()
+        seconds, then = now - then, now
+        return seconds
+
+    return lap
+
+
+def write_step(writer: Writer, run: Run, done: _Done, seconds: float, steps: int) -> None:
+    """Reads the metrics of a step as soon as it is done, checks them, and writes them if logged.
+
+    Raises:
+      UserError: as `fit`.
+    """
+    found = jax.device_get(done.metrics)
+    prompt_loss = found.pop("prompt_loss")  # [B]
+    metrics = {name: float(value) for name, value in found.items()}
+    check_finite(done.step, done.examples, prompt_loss, metrics)
+    if done.step == 1 and starts_at_reference(run.config):
+        check_start(metrics, run.config)
+    if done.step == 1 or is_time(done.step, run.config.log_every, steps):
+        writer.write(done.step, "train", metrics | done.stats | speed(run, done, seconds))
+
+
+def speed(run: Run, done: _Done, seconds: float) -> dict[str, float]:
+    """Returns what a step of `seconds` did a second; mfu where the devices' peak is known."""
+    rates = {
+        "step_seconds": seconds,
+        "useful_tokens_per_second": done.stats["scored_tokens"] / seconds,
+    }
+    mfu = flops.mfu(
+        run.model.config,
+        done.lengths,
+        seconds=seconds,
+        device_kind=run.mesh.devices.flat[0].device_kind,
+        num_devices=run.mesh.size,
+    )
+    return rates if mfu is None else rates | {"mfu": mfu}
+
+
+def check_finite(
+    step: int, examples: Sequence[str], prompt_loss: np.ndarray, metrics: dict[str, float]
+) -> None:
+    """Raises UserError, naming the step and its records, if loss or gradient is not finite."""
+    if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
+        return
+    is_bad = ~np.isfinite(prompt_loss[: len(examples)])
+    bad = [where for where, is_it in zip(examples, is_bad, strict=True) if is_it] or examples
+    raise UserError(
+        f"Step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; records "
+        f"{', '.join(bad[:8])}. The run stops; its last checkpoint is good. Lower optim.lr, or "
+        "look at these records with nca_jax.inspect."
+    )
+
+
+def check_start(metrics: dict[str, float], config: ConfigDict) -> None:
+    """Raises UserError unless an untrained policy is at the reference: log-ratios 0, known loss.
+
+    A log-ratio that is not 0 and within the tolerance is said: a live reference is the same arrays
+    in the same program, so it means that a cache, or another program, computed it.
+    """
+    if "start_loss" not in metrics:
+        return
+    tolerance = START_TOLERANCE[config.model.dtype]
+    apart = metrics["max_abs_logratio_per_token"]
+    loss, start = metrics["loss"], metrics["start_loss"]
+    if apart > tolerance or (apart == 0 and abs(loss - start) > 1e-5 * max(1.0, abs(start))):
+        raise UserError(
+            f"Step 1: policy and reference start equal, so log-ratios must be 0 within {tolerance} "
+            f"nats a token and the {config.loss.name} loss {start:.6f}; they are up to "
+            f"{apart:.6f} and {loss:.6f}. Tokens, masks, dtype or sharding differ between the two."
+        )
+    if apart:
+        print(
+            f"step 1: log-probabilities of policy and reference differ by up to {apart:.1e} nats a "
+            f"token, where 0 is expected of the same arrays; tolerated up to {tolerance}"
+        )
