@@ -2,7 +2,7 @@ r"""Train a grid of settings, each over several seeds; start it again after any 
 
     python -m experiments.sweep --config=FILE[:args] --out=DIR --seeds=3 \
         --grid "loss.alpha=0.01,0.1,1;loss.beta=1e-3,1e-2;config.algo=nca,infonca" \
-        [--point "NAME: loss.alpha=0;config.algo=dpo"] [--config.section.field=value ...] \
+        [--point "NAME: loss.beta=1;config.algo=dpo"] [--config.section.field=value ...] \
         [--jobs=1] [--evaluate=0 [--judge=SCORER] [--text=FILE]] [--print]
 
 --grid      axes, separated by ";": a field of the config, or config.NAME for an argument of the

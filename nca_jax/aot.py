@@ -34,6 +34,9 @@ from nca_jax.flags import parse_flags
 from nca_jax.flops import forward_flops, needed_flops
 from nca_jax.infra.checkpoint import git_commit, write_json
 from nca_jax.infra.mesh import check_split, make_mesh, row_shards, slice_of
+from nca_jax.params import reference_init_from
+from nca_jax.reference import abstract_reference
+from nca_jax.train_step import Frozen
 
 LEANER = ("none", "dots", "full")  # recomputation, from none to all of a layer
 MAX_ROWS = 16  # a chip; --fit looks no further
@@ -44,6 +47,7 @@ def main(argv: list[str]) -> int:
     jax.config.update("jax_platforms", "cpu")  # a TPU of this host would be another program's
     config, flags = parse_flags(
         argv,
+        sections=("generate",),
         topology=None,
         num_slices=1,
         rows_per_chip=0,
@@ -110,16 +114,25 @@ def prepare_train(run: build.Run) -> tuple:
     """Returns (the jitted train step of `nca_jax.train`, the shapes of its arguments)."""
     optimizer = programs.build_optimizer(run.config, run.config.steps or 1000)  # a constant in it
     state, _ = programs.abstract_state(run, optimizer.tx)
-    ref_params = state.params if run.config.reference.kind == "live" else None
-    step = programs.jit_train_step(run, optimizer)
-    return step, (state, ref_params, programs.abstract_batch(run))
+    ref_params, has_ref_logps = abstract_reference(run, _reference_dtype(run.config))
+    frozen = Frozen(reference=ref_params)
+    step = programs.jit_train_step(run, optimizer, frozen)
+    return step, (state, frozen, programs.abstract_batch(run, has_ref_logps=has_ref_logps))
+
+
+def _reference_dtype(config: ConfigDict) -> str:
+    """Returns the dtype of a live reference: that of published files, float32 for random weights.
+
+    A model that has a name is not opened here, so this is what its file is expected to have.
+    """
+    return "bfloat16" if reference_init_from(config) else "float32"
 
 
 def prepare_precompute(run: build.Run) -> tuple:
     """Returns (the jitted forward pass of `nca_jax.precompute`, the shapes of its arguments)."""
     data = run.config.data
     num_slots = data.batch_size * data.num_responses
-    rows = programs.abstract_batch(run).rows
+    rows = programs.abstract_batch(run, has_ref_logps=False).rows
     micro = Rows(*(jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in rows))
     return programs.jit_rows_logps(run, num_slots), (run.model.abstract_params(), micro)
 
@@ -231,7 +244,7 @@ def implied(run: build.Run) -> dict[str, object]:
     data, mesh = run.config.data, run.mesh
     prompt, responses = data.max_prompt_len, [data.max_response_len] * data.num_responses
     a_prompt = needed_flops(run.model.config, prompt, responses).total
-    if run.config.reference.kind == "live":
+    if abstract_reference(run, jnp.float32)[0] is not None:
         a_prompt += forward_flops(run.model.config, prompt, responses).total
     fit = data.rows * prompts_a_row(data)
     rows_a_chip = data.rows // row_shards(mesh)

@@ -10,8 +10,6 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from absl import logging
-
 
 class UserError(ValueError):
     """Something the user can mend; commands print it as one line and exit with status 2."""
@@ -34,6 +32,8 @@ def run_main(main: Callable[[list[str]], int | None]) -> None:
 
     A UserError becomes one line on stderr and status 2, a bug its traceback and status 1.
     """
+    from absl import logging  # of commands alone: a loss needs jax and no more
+
     logging.set_verbosity(logging.ERROR)  # libraries warn of what is no concern of a user
     try:
         status = main(sys.argv)

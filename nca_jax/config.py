@@ -37,6 +37,7 @@ OPTIONAL = ("generate",)  # sections that a config may lack
 
 DTYPE = one_of("float32", "bfloat16")
 ALIGN = Check(int, lambda x: x in (1, 8, 16), "1, 8 or 16")
+LOSS = Check(str, lambda x: x in LOSSES, one_of(*LOSSES).wanted)  # of what is there when asked
 SHARE = Check(float, lambda x: 0 < x <= 1, "a number in (0, 1]")
 
 FIELDS: dict[str, Field] = {
@@ -112,7 +113,7 @@ FIELDS: dict[str, Field] = {
     "data.first_bonus": Field(
         0.0, NOT_NEGATIVE, "added to the score of a record's first response; released: 0.01"
     ),
-    "loss.name": Field("nca", one_of(*LOSSES), "see below"),
+    "loss.name": Field("nca", LOSS, "see below"),
     "loss.logits_chunk": Field(
         128, COUNT, "tokens of a row whose logits exist at once; divides row_len", True
     ),

@@ -42,7 +42,9 @@ from nca_jax.rollout import make_generator, to_text
 
 
 def main(argv: list[str]) -> int:
-    config, flags = parse_flags(argv, workdir="", out="", num_prompts=64, judge="", text="")
+    config, flags = parse_flags(
+        argv, sections=("generate",), workdir="", out="", num_prompts=64, judge="", text=""
+    )
     out = as_path(flags.out or as_path(flags.workdir or ".") / "evaluation.json")
     scorers = {"reward": get_scorer(config.generate.scorer), "judge": get_scorer(flags.judge)}
     run = build.build(config)

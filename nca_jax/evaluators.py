@@ -7,18 +7,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
+from nca_jax.axes import Params
+from nca_jax.batch import Batch
 from nca_jax.data.pack import Group, RowLayout, pack, segment_spans
 from nca_jax.data.pipeline import HostBatch
 from nca_jax.infra.mesh import put_rows, rows_here
 from nca_jax.logprobs import sum_by_slot, token_logps
 from nca_jax.metrics import alignment_metrics
+from nca_jax.train_step import loss_of, responses_of
+
+StepLogps = Callable[[Params, Batch], jax.Array]  # -> [B, K]; see `programs.jit_step_logps`
 
 
 def fill_reference(
-    step_logps: Callable, ref_params: dict, batches: Sequence[HostBatch]
+    step_logps: StepLogps, ref_params: Params | None, batches: Sequence[HostBatch]
 ) -> list[HostBatch]:
-    """Returns the batches with the reference's log-probabilities, computed once for all."""
+    """Returns the batches with the reference's log-probabilities, computed once for all.
+
+    Without parameters of a reference they are as they were: a cache has filled them, or there is
+    no reference.
+    """
+    if ref_params is None:
+        return list(batches)
     return [
         host._replace(
             batch=host.batch._replace(ref_logps=np.asarray(step_logps(ref_params, host.batch)))
@@ -28,27 +40,29 @@ def fill_reference(
 
 
 def heldout_metrics(
-    step_logps: Callable, params: dict, batches: Sequence[HostBatch], config
+    step_logps: StepLogps, params: Params, batches: Sequence[HostBatch], config: ConfigDict
 ) -> dict[str, float]:
     """Returns the training metrics over all held-out prompts, each prompt counted once.
 
     Args:
-      step_logps: from `make_step_logps`, jitted.
-      batches: with their `ref_logps` filled in.
+      batches: with their `ref_logps`, where there is a reference.
     """
     logps = np.concatenate([np.asarray(step_logps(params, host.batch)) for host in batches])
 
-    def joined(field: str) -> jax.Array:
-        return jnp.asarray(np.concatenate([getattr(host.batch, field) for host in batches]))
+    def joined(field: str) -> jax.Array | None:
+        values = [getattr(host.batch, field) for host in batches]
+        return None if values[0] is None else jnp.asarray(np.concatenate(values))
 
+    per_response = ("scores", "mask", "lengths", "ref_logps")  # the arrays that are [B, K]
+    whole = batches[0].batch._replace(**{name: joined(name) for name in per_response})
+    loss, fields = loss_of(config)
+    responses = responses_of(whole, jnp.asarray(logps), whole.ref_logps)
     metrics = alignment_metrics(
-        jnp.asarray(logps),
-        joined("ref_logps"),
-        joined("scores"),
-        joined("mask"),
-        loss=config.loss.name,
-        alpha=config.loss.alpha,
-        beta=config.loss.beta,
+        loss,
+        responses,
+        fields,
+        losses=loss.per_prompt(responses, fields),
+        has_reference=whole.ref_logps is not None,
     )
     return {name: float(value) for name, value in jax.device_get(metrics).items()}
 

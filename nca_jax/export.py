@@ -24,6 +24,7 @@ from nca_jax.files import AnyPath, as_path, whole_folder
 from nca_jax.flags import parse_own_flags
 from nca_jax.infra.checkpoint import restore_params, saved_step
 from nca_jax.infra.mesh import host_mesh
+from nca_jax.losses import LOSSES
 from nca_jax.models.decoder import Model
 from nca_jax.models.formats.hf_export import DTYPES, write_hf
 from nca_jax.models.formats.names import Param
@@ -71,6 +72,7 @@ def origin(model) -> Path | None:
 def model_card(workdir: AnyPath, config, step: int) -> str:
     """Returns README.md: what was trained, from what, and what it reached."""
     start, loss = config.model.init_from or "random weights", config.loss
+    hyperparameters = ", ".join(f"{name} = {loss[name]}" for name in LOSSES[loss.name].fields)
     commit = json.loads((workdir / "run.json").read_text())["commit"]
     return f"""---
 library_name: transformers
@@ -84,7 +86,7 @@ Trained with explicit rewards by nca_jax; the method is "Noise Contrastive Align
 Models with Explicit Rewards" (arXiv:2402.05369).
 
 - start, and reference where the config names no other: {start}
-- step {step}; K = {config.data.num_responses}, alpha = {loss.alpha}, beta = {loss.beta}
+- step {step}; K = {config.data.num_responses}, {hyperparameters}
 - commit of nca_jax: {commit}
 
 ## Metrics

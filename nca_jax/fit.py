@@ -18,6 +18,7 @@ from nca_jax import flops
 from nca_jax.axes import Params
 from nca_jax.batch import Batch
 from nca_jax.build import Run
+from nca_jax.callable import make_callable
 from nca_jax.checks import UserError
 from nca_jax.data.pipeline import HostBatch
 from nca_jax.infra import checkpoint
@@ -223,3 +224,6 @@ def check_start(metrics: dict[str, float], config: ConfigDict) -> None:
             f"step 1: log-probabilities of policy and reference differ by up to {apart:.1e} nats a "
             f"token, where 0 is expected of the same arrays; tolerated up to {tolerance}"
         )
+
+
+make_callable(__name__)

@@ -22,7 +22,7 @@ ANSWERS = ("responses", "scores", "chosen", "rejected")  # of a row that had bee
 
 
 def main(argv: list[str]) -> int:
-    config, flags = parse_flags(argv, prompts=None, out=None, workdir="")
+    config, flags = parse_flags(argv, sections=("generate",), prompts=None, out=None, workdir="")
     scorer = get_scorer(config.generate.scorer)
     run = build.build(config)
     if run.tokenizer is None:

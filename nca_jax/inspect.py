@@ -8,11 +8,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nca_jax import build, losses
+from nca_jax import build
 from nca_jax.batch import Batch
 from nca_jax.checks import run_main
 from nca_jax.data.pipeline import Dataset
 from nca_jax.flags import parse_flags
+from nca_jax.losses import Fields, Loss, targets_from_scores
+from nca_jax.train_step import loss_of
 
 SHOWN = 12  # tokens at either end of a segment
 
@@ -24,7 +26,7 @@ def main(argv: list[str]) -> int:
     dataset = Dataset(data.sources, config.data, seed=config.seed)
     host = dataset.batch_at(0)
     for b, where in enumerate(host.examples[: flags.rows]):
-        print_prompt(host.batch, b, where, run.tokenizer, config.loss.alpha)
+        print_prompt(host.batch, b, where, run.tokenizer, loss_of(config))
     print_packing(host.batch, host.stats)
     examples = [*dataset.examples, *data.heldout]
     print_histogram("prompts", [len(example.prompt) for example in examples])
@@ -35,11 +37,13 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def print_prompt(batch: Batch, b: int, where: str, tokenizer, alpha: float) -> None:
+def print_prompt(batch: Batch, b: int, where: str, tokenizer, loss: tuple[Loss, Fields]) -> None:
     """Prints prompt b of the step as it lies in its row."""
-    targets = np.asarray(
-        losses.targets_from_scores(batch.scores[b : b + 1], alpha=alpha, mask=batch.mask[b : b + 1])
-    )[0]
+    record, fields = loss
+    soft = None
+    if "alpha" in record.fields:
+        scores, mask = batch.scores[b : b + 1], batch.mask[b : b + 1]
+        soft = np.asarray(targets_from_scores(scores, alpha=fields["alpha"], mask=mask))[0]
     k_all = batch.scores.shape[1]
     micro, row = np.argwhere((batch.rows.logp_slot // k_all == b).any(axis=-1))[0]
     rows = type(batch.rows)(*(x[micro, row] for x in batch.rows))  # [T]
@@ -50,8 +54,8 @@ def print_prompt(batch: Batch, b: int, where: str, tokenizer, alpha: float) -> N
         title = f"segment {segment}, the prompt"
         if segment > 1:
             k = segment - 2
-            score, target = batch.scores[b, k], targets[k]
-            title = f"segment {segment}, response {k}: score {score:g}, target {target:.4f}"
+            title = f"segment {segment}, response {k}: score {batch.scores[b, k]:g}"
+            title += "" if soft is None else f", target {soft[k]:.4f}"
         place = (
             f"row {at[0]}..{at[-1]}, positions {rows.positions[at[0]]}..{rows.positions[at[-1]]}"
         )

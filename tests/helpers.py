@@ -41,7 +41,7 @@ def data_config(**changes) -> ConfigDict:
     return ConfigDict(BASE | changes)
 
 
-def id_row(i: int, num_responses: int = 3) -> dict:
+def id_record(i: int, num_responses: int = 3) -> dict:
     """Returns a row of ids in which every segment can be told from its first id, 10 * i + k."""
     responses = [[10 * i + 1 + k, 7] for k in range(num_responses)]
     return {

@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from loss_cases import FUNCTIONS, PAIRS, SOFT, at_reference, floor
 
 from nca_jax import losses
 
-SOFT = ("nca", "infonca")  # losses of any K and any targets
 B = 3
 ROUNDING = {np.float32: 4e-6, np.float64: 1e-13}  # of sums of a few numbers near 1
 
@@ -28,8 +28,8 @@ in_both_precisions = pytest.mark.parametrize("dtype", [np.float32, np.float64])
 
 # One compilation for each K: examples cost next to nothing.
 targets_of = jax.jit(losses.targets_from_scores, static_argnames="alpha")
-floor_of = jax.jit(losses.floor, static_argnums=0)
-start_of = jax.jit(losses.loss_at_reference, static_argnums=0)
+floor_of = jax.jit(floor, static_argnums=0)
+start_of = jax.jit(at_reference, static_argnums=0)
 
 
 class Problem(NamedTuple):
@@ -79,7 +79,7 @@ def value_and_grad(name: str, r, p, mask=None):
     """Returns the losses [B] and the gradient [B, K] of their sum."""
 
     def total(r):
-        values = losses.LOSSES[name](r, p, mask)
+        values = FUNCTIONS[name](r, p, mask)
         return values.sum(), values
 
     (_, values), grad = jax.value_and_grad(total, has_aux=True)(r)
@@ -103,7 +103,7 @@ def sigmoid(x):
 def test_a_hard_pair_makes_infonca_dpo_and_nca_pairwise_nca(dtype, problem):
     with precision(dtype):
         r, p = problem.rewards(dtype), problem.targets(dtype)
-        values = {name: value_and_grad(name, r, p) for name in losses.LOSSES}
+        values = {name: value_and_grad(name, r, p) for name in FUNCTIONS}
     r, p = np.float64(r), np.float64(p)
     winner, loser = (r * p).sum(-1), (r * (1 - p)).sum(-1)
     repel = 0.5 * (np.logaddexp(0, winner) + np.logaddexp(0, loser))
@@ -258,8 +258,8 @@ def test_values_and_gradients_are_finite_at_any_reward_and_alpha(r, scores, alph
     p = losses.targets_from_scores(scores, alpha=alpha)
     np.testing.assert_allclose(p.sum(-1), 1.0, rtol=1e-6)
     pairs = jnp.float32([[1, 0], [0, 1], [1, 0]])
-    for name in losses.LOSSES:
-        pair = name in losses.PAIR_LOSSES
+    for name in FUNCTIONS:
+        pair = name in PAIRS
         values, grad = value_and_grad(name, *((r[:, :2], pairs) if pair else (r, p)))
         assert np.isfinite(values).all() and np.isfinite(grad).all(), name
         floors = floor_of(name, pairs if pair else p)

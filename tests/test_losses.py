@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from loss_cases import FUNCTIONS, PAIRS, SOFT, at_reference, floor
 
 from nca_jax import losses
+from nca_jax.losses import LOSSES, Responses
 
 RELEASED = json.loads((Path(__file__).parent / "data" / "released_losses.json").read_text())
 RELEASED_NAMES = {"NCA": "nca", "InfoNCA": "infonca", "DPO": "dpo", "biasedNCA": "biased_nca"}
-SOFT = ("nca", "infonca")  # losses of any K and any targets
 B, K = 3, 4
 
 
@@ -40,7 +41,7 @@ def value_and_grad(name: str, r, p, mask=None):
     """Returns the losses [B] and the gradient [B, K] of their sum."""
 
     def total(r):
-        values = losses.LOSSES[name](r, jnp.asarray(p), mask)
+        values = FUNCTIONS[name](r, jnp.asarray(p), mask)
         return values.sum(), values
 
     (_, values), grad = jax.value_and_grad(total, has_aux=True)(jnp.asarray(r))
@@ -121,28 +122,28 @@ def test_at_the_reference_nca_is_2_ln_2_and_infonca_is_ln_k(x64, k):
     np.testing.assert_allclose(losses.infonca(np.zeros_like(p), p), math.log(k), rtol=1e-14)
 
 
-@pytest.mark.parametrize("name", losses.LOSSES)
+@pytest.mark.parametrize("name", LOSSES)
 def test_the_loss_at_the_reference_is_the_loss_where_all_rewards_are_0(name):
-    k = 2 if name in losses.PAIR_LOSSES else K
+    k = 2 if name in PAIRS else K
     p = np.float32(np.eye(k)[[0, 1, 0]])
     mask = np.ones((B, k), bool)
     if name in SOFT:
         mask[1, 2:] = False  # K differs between prompts
-    found = losses.loss_at_reference(name, p, mask)
-    np.testing.assert_allclose(found, losses.LOSSES[name](np.zeros_like(p), p, mask), rtol=1e-6)
+    found = at_reference(name, p, mask)
+    np.testing.assert_allclose(found, FUNCTIONS[name](np.zeros_like(p), p, mask), rtol=1e-6)
 
 
 def test_the_floors_of_hard_nca_and_of_an_infonca_one_hot():
     one_hot = np.float32([[1, 0, 0, 0]])
     np.testing.assert_allclose(losses.nca_floor(one_hot[:, :2]), 0.9548, atol=5e-5)
     np.testing.assert_allclose(losses.nca_floor(one_hot), 0.6255, atol=5e-5)
-    np.testing.assert_array_equal(losses.floor("infonca", one_hot), 0.0)
+    np.testing.assert_array_equal(floor("infonca", one_hot), 0.0)
     np.testing.assert_allclose(losses.entropy(np.full((1, 4), 0.25)), math.log(4), rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", losses.LOSSES)
+@pytest.mark.parametrize("name", LOSSES)
 def test_the_floor_is_reached_with_zero_gradient(x64, name):
-    k = 2 if name in losses.PAIR_LOSSES else K
+    k = 2 if name in PAIRS else K
     p = problem(k=k)[1]
     least = {
         "nca": np.log(k * p),
@@ -153,9 +154,37 @@ def test_the_floor_is_reached_with_zero_gradient(x64, name):
     }[name]
     values, grad = value_and_grad(name, least, p)
     np.testing.assert_allclose(grad, 0.0, atol=1e-15)
-    np.testing.assert_allclose(values, losses.floor(name, p), rtol=1e-13)
+    least_value = {"biased_nca": 2 * losses.entropy(p), "infonca": losses.entropy(p)}
+    least_value |= {"dpo": losses.entropy(p)}
+    np.testing.assert_allclose(values, least_value.get(name, losses.nca_floor(p)), rtol=1e-13)
     moved = value_and_grad(name, least + problem(seed=1, k=k)[0], p)[0]
     assert (moved > values).all()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_record_of_a_loss_is_its_function_of_rewards_and_targets(x64, name):
+    k = 2 if name in PAIRS else K
+    rng = np.random.default_rng(0)
+    logps, ref_logps, scores = rng.normal(size=(3, B, k))
+    mask = np.ones((B, k), bool)
+    mask[0, 1:] = name in PAIRS  # K differs between prompts
+    given = Responses(logps, ref_logps, np.ones((B, k)), scores, mask)
+    fields = {"alpha": 0.5, "beta": 0.3}
+    p = losses.targets_from_scores(scores, alpha=0.5 if name in SOFT else 0.0, mask=mask)
+    r = 0.3 * (logps - ref_logps)
+    own = {x: fields[x] for x in LOSSES[name].fields}
+    found = LOSSES[name].per_prompt(given, own)
+    np.testing.assert_allclose(found, FUNCTIONS[name](r, p, mask), rtol=1e-14)
+    p = np.asarray(p)
+    floors = {"nca": losses.nca_floor, "pairwise_nca": losses.nca_floor}
+    expected = floors[name](p, mask) if name in floors else losses.entropy(p)
+    expected = 2 * expected if name == "biased_nca" else expected
+    np.testing.assert_allclose(LOSSES[name].floor(given, own), expected, atol=1e-15)
+
+
+def test_a_loss_takes_the_nearest_number_of_responses():
+    assert [LOSSES["nca"].nearest_k(k) for k in (1, 2, 9)] == [2, 2, 9]
+    assert [LOSSES["dpo"].nearest_k(k) for k in (1, 2, 9)] == [2, 2, 2]
 
 
 def test_alpha_0_is_one_hot_and_ties_share():
@@ -169,9 +198,9 @@ def test_alpha_0_is_one_hot_and_ties_share():
 # Masks and numerics
 
 
-@pytest.mark.parametrize("name", losses.LOSSES)
+@pytest.mark.parametrize("name", LOSSES)
 def test_an_empty_row_is_0_with_zero_gradient(name):
-    k = 2 if name in losses.PAIR_LOSSES else K
+    k = 2 if name in PAIRS else K
     mask = np.ones((B, k), bool)
     mask[1] = False
     r, scores = (np.float32(problem(seed, k)[0]) for seed in (1, 2))
@@ -192,11 +221,9 @@ def test_half_precision_is_computed_in_float32_and_double_stays_double(x64, dtyp
     wanted = jnp.promote_types(dtype, jnp.float32)
     assert losses.targets_from_scores(r, alpha=1.0).dtype == wanted
     for name in SOFT:
-        values = losses.LOSSES[name](r, p)
+        values = FUNCTIONS[name](r, p)
         assert values.dtype == wanted
-        np.testing.assert_array_equal(
-            values, losses.LOSSES[name](r.astype(wanted), p.astype(wanted))
-        )
+        np.testing.assert_array_equal(values, FUNCTIONS[name](r.astype(wanted), p.astype(wanted)))
     assert losses.nca_floor(p).dtype == wanted
 
 
@@ -207,19 +234,19 @@ def test_the_entropy_of_half_precision_targets_is_float32():
 # Errors
 
 
-@pytest.mark.parametrize("name", losses.LOSSES)
+@pytest.mark.parametrize("name", LOSSES)
 def test_shapes_that_would_broadcast_are_refused(name):
     r, p = np.zeros((B, 2), np.float32), np.full((1, 2), 0.5, np.float32)
     with pytest.raises(ValueError, match=r"implicit_rewards \(3, 2\), targets \(1, 2\)"):
-        losses.LOSSES[name](r, p)
+        FUNCTIONS[name](r, p)
     with pytest.raises(ValueError, match=r"mask \(1, 2\)"):
-        losses.LOSSES[name](r, np.zeros_like(r), np.ones((1, 2), bool))
+        FUNCTIONS[name](r, np.zeros_like(r), np.ones((1, 2), bool))
 
 
-@pytest.mark.parametrize("name", losses.PAIR_LOSSES)
+@pytest.mark.parametrize("name", PAIRS)
 def test_pair_losses_refuse_k_other_than_2(name):
     with pytest.raises(ValueError, match=f"{name} wants K = 2 responses a prompt, got K = 4"):
-        losses.LOSSES[name](*problem())
+        FUNCTIONS[name](*problem())
 
 
 # The released PyTorch code

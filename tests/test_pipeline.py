@@ -4,19 +4,19 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from helpers import data_config, encode_one, id_row, write
+from helpers import data_config, encode_one, id_record, write
 
 from nca_jax.checks import UserError
 from nca_jax.data import pipeline
 
 
 def examples_of(config, num=10, num_responses=3, first=0):
-    rows = {f"f:{i}": id_row(i, num_responses) for i in range(first, first + num)}
+    rows = {f"f:{i}": id_record(i, num_responses) for i in range(first, first + num)}
     return [encode_one(row, config, where=where) for where, row in rows.items()]
 
 
 def rows_seen(batch) -> list[int]:
-    """Returns which `id_row`s are in the batch, in packed order."""
+    """Returns which `id_record`s are in the batch, in packed order."""
     rows = batch.batch.rows
     starts = (rows.segments == 1) & (rows.positions == 0)
     return (rows.tokens[starts] // 10).tolist()
@@ -32,7 +32,7 @@ def assert_same(a, b):
 
 
 def test_what_is_held_out_goes_by_the_prompt_alone(tmp_path):
-    rows = [id_row(i) for i in range(40)]
+    rows = [id_record(i) for i in range(40)]
     a = write(tmp_path / "a.jsonl", rows[:25])
     b = write(tmp_path / "b.jsonl", rows[25:])
     c = write(tmp_path / "c.jsonl", rows[::-1])
@@ -50,8 +50,8 @@ def test_what_is_held_out_goes_by_the_prompt_alone(tmp_path):
 
 
 def test_eval_files_are_held_out_instead_of_a_fraction(tmp_path):
-    a = write(tmp_path / "a.jsonl", [id_row(0), id_row(1)])
-    b = write(tmp_path / "b.jsonl", [id_row(2), "{"])
+    a = write(tmp_path / "a.jsonl", [id_record(0), id_record(1)])
+    b = write(tmp_path / "b.jsonl", [id_record(2), "{"])
     config = data_config(files=a, eval_files=b, eval_fraction=0.9, bad_rows="skip")
     data = pipeline.load_data(config, tokenizer=None, vocab_size=1000, eos_ids=())
     assert [len(source) for source in data.sources] == [2]
@@ -140,7 +140,7 @@ def test_where_all_scores_tie_best_and_worst_are_two_responses():
 
 def test_responses_that_lack_are_masked_and_ref_logps_follow_the_choice():
     config = data_config(shuffle=False, batch_size=2, num_responses=3)
-    examples = [encode_one(id_row(0, 2), config), encode_one(id_row(1, 4), config)]
+    examples = [encode_one(id_record(0, 2), config), encode_one(id_record(1, 4), config)]
     ref_logps = [np.float32([-1, -2]), np.float32([-3, -4, -5, -6])]
     batch = pipeline.Dataset([examples], config, seed=0, ref_logps=ref_logps).batch_at(0).batch
     assert batch.mask.tolist() == [[True, True, False], [True, True, True]]
@@ -152,7 +152,7 @@ def test_responses_that_lack_are_masked_and_ref_logps_follow_the_choice():
 
 def test_every_step_has_the_same_shape_and_says_what_it_spends():
     config = data_config(num_responses=3, max_response_len=2)
-    row = id_row(0) | {"prompt_ids": list(range(20))}  # 4 more than max_prompt_len
+    row = id_record(0) | {"prompt_ids": list(range(20))}  # 4 more than max_prompt_len
     dataset = pipeline.Dataset([[encode_one(row, config)]], config, seed=0)
     batch, where, stats, lengths = dataset.batch_at(0)
     assert batch.rows.tokens.shape == (2, 2, 64)

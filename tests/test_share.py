@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import numpy as np
 import pytest
-from helpers import data_config, id_row, write
+from helpers import data_config, id_record, write
 
 from nca_jax.checks import UserError
 from nca_jax.data import load
@@ -44,7 +44,7 @@ def read(files: str, share=load.ALONE, **changes):
 def test_every_row_is_encoded_by_one_process_and_known_to_all_in_order(
     tmp_path, monkeypatch, num_processes
 ):
-    files = write(tmp_path / "rows.jsonl", [*map(id_row, range(7)), {"prompt": "no"}])
+    files = write(tmp_path / "rows.jsonl", [*map(id_record, range(7)), {"prompt": "no"}])
     alone = read(files, bad_rows="skip")
     encoded = []
     encode_record = load.encode_record
@@ -64,7 +64,7 @@ def test_every_row_is_encoded_by_one_process_and_known_to_all_in_order(
 
 
 def test_a_bad_row_stops_every_process_with_the_same_words(tmp_path):
-    files = write(tmp_path / "rows.jsonl", [id_row(0), {"prompt": "no"}, id_row(2)])
+    files = write(tmp_path / "rows.jsonl", [id_record(0), {"prompt": "no"}, id_record(2)])
     found = in_processes(3, lambda share: read(files, share))
     assert {str(error) for error in found} == {
         f"{files}:2: wanted keys (prompt_ids, response_ids, scores) or (prompt, responses, scores) "
@@ -75,7 +75,7 @@ def test_a_bad_row_stops_every_process_with_the_same_words(tmp_path):
 def test_processes_that_do_not_see_the_same_files_are_refused(tmp_path, monkeypatch):
     for process in range(2):
         (tmp_path / str(process)).mkdir()
-        write(tmp_path / str(process) / "rows.jsonl", [id_row(i) for i in range(3 + process)])
+        write(tmp_path / str(process) / "rows.jsonl", [id_record(i) for i in range(3 + process)])
     found = in_processes(2, lambda share: read(f"{tmp_path}/{share.process}/*.jsonl", share))
     assert all("Process 1 sees other files" in str(error) for error in found)
 
@@ -83,7 +83,7 @@ def test_processes_that_do_not_see_the_same_files_are_refused(tmp_path, monkeypa
 def test_examples_come_through_bytes_as_they_are(tmp_path):
     items = list(
         load._read(
-            write(tmp_path / "rows.jsonl", [id_row(0), {"prompt": "no"}]),
+            write(tmp_path / "rows.jsonl", [id_record(0), {"prompt": "no"}]),
             load.ALONE,
             None,
             data_config(),

@@ -30,7 +30,7 @@ import optax
 
 from experiments.results import markdown, with_spread
 from nca_jax.checks import run_main
-from nca_jax.losses import LOSSES, targets_from_scores
+from nca_jax.losses import LOSSES, Responses
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend)
@@ -104,9 +104,10 @@ def train(problem: Problem, steps: int, key: jax.Array) -> jax.Array:
 
     def mean_loss(logits, responses):  # [Y], [DRAWS / K, K]
         logps = jax.nn.log_softmax(logits)[responses]
-        implicit_rewards = problem.beta * (logps - log_mu[responses])
-        targets = targets_from_scores(rewards[responses], alpha=problem.alpha)
-        return jnp.mean(LOSSES[problem.loss](implicit_rewards, targets))
+        ones = jnp.ones(responses.shape)
+        seen = Responses(logps, log_mu[responses], ones, rewards[responses], ones.astype(bool))
+        fields = {"alpha": problem.alpha, "beta": problem.beta}
+        return jnp.mean(LOSSES[problem.loss].per_prompt(seen, fields))
 
     def step(carry, key):
         logits, state = carry

@@ -17,9 +17,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from experiments.speed.ours_side import Program, compile_step, config_of
+from experiments.speed.ours_side import Program, compile_step, config_of, train, with_reference
 from nca_jax import build
-from nca_jax.data.pipeline import Dataset
+from nca_jax.data.pipeline import Dataset, HostBatch
 
 # Group of an instruction: the first whose pattern its op_name has; the einsums are those of
 # models/attention.py and logprobs.py.
@@ -49,12 +49,12 @@ def groups_of(hlo: str) -> dict[str, str]:
     return found
 
 
-def trace(program: Program) -> list[dict]:
+def trace(program: Program, host: HostBatch) -> list[dict]:
     """Returns the events of one step after one that is not traced."""
-    state, _ = program.step(program.start())
+    state, _ = train(program, program.start(), host)
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder, create_perfetto_trace=True):
-            program.step(state)
+            train(program, state, host)
         (path,) = Path(folder).rglob("perfetto_trace.json.gz")
         with gzip.open(path) as file:
             found = json.load(file)
@@ -68,13 +68,13 @@ def main() -> None:
     args = parser.parse_args()
     job = json.loads(args.job.read_text()) | {"ours_flags": []}
     run = build.build(config_of(job, args.setting, live=False))
-    batch = Dataset(build.read_data(run).sources, run.config.data, seed=0).batch_at(0).batch
+    host = Dataset(build.read_data(run).sources, run.config.data, seed=0).batch_at(0)
+    host = with_reference(host, np.zeros_like(host.batch.scores))
     with jax.set_mesh(run.mesh):
-        batch = batch._replace(ref_logps=np.zeros_like(batch.scores))
-        program = compile_step(run, batch, live=False)
+        program = compile_step(run, host.batch, live=False)
         groups = groups_of(program.hlo)
         seconds = collections.Counter()
-        for event in trace(program):
+        for event in trace(program, host):
             if event.get("ph") == "X" and event["name"] in groups:
                 seconds[groups[event["name"]]] += event["dur"] / 1e6
     total = sum(seconds.values())

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from experiments.speed.ours_side import compile_step, config_of, time_steps
+from experiments.speed.ours_side import compile_step, config_of, time_steps, train, with_reference
 from nca_jax import build, programs
 from nca_jax.batch import Batch, Rows
 from nca_jax.data import plan
@@ -99,7 +99,8 @@ def score_everything(batch: Batch) -> Batch:
         micro_of_prompt=np.append(batch.micro_of_prompt, -1).astype(np.int32),
         scores=with_absent(batch.scores),
         mask=with_absent(batch.mask),
-        ref_logps=with_absent(batch.ref_logps),
+        lengths=with_absent(batch.lengths),
+        ref_logps=None if batch.ref_logps is None else with_absent(batch.ref_logps),
     )
 
 
@@ -122,27 +123,30 @@ def main() -> None:
     job = json.loads(args.job.read_text()) | {"ours_flags": []}
     rows = [json.loads(line) for line in Path(job["rows"]).read_text().splitlines()]
     run = build.build(config_of(job, "fast", live=False))
-    packed = Dataset(build.read_data(run).sources, run.config.data, seed=0).batch_at(0).batch
+    host = Dataset(build.read_data(run).sources, run.config.data, seed=0).batch_at(0)
     with jax.set_mesh(run.mesh):
         params = start_params(run, run.config.model.init_from)
-        ref_logps = np.asarray(programs.jit_step_logps(run)(params, packed))
+        ref_logps = np.asarray(programs.jit_step_logps(run)(params, host.batch))
     del params
-    packed = packed._replace(ref_logps=ref_logps)
 
     found = json.loads(args.ladder.read_text()) if args.ladder.exists() else {}
     for name, rung in RUNGS.items():
         if name in found:
             continue
+        packed = with_reference(host, None if rung.live else ref_logps).batch
         batch = lay_out(rows, packed, rung) if rung.one_prompt_a_row else packed
+        laid_out = host._replace(batch=batch)
         run = run_of(job, batch, rung)
         with jax.set_mesh(run.mesh):
             program = compile_step(run, batch, live=rung.live)
-            state, metrics = program.step(program.start())  # touches the memory, too
-            grad_norm = float(metrics["grad_norm"])
+            state, metrics = train(program, program.start(), laid_out)  # touches the memory, too
+            grad_norm = metrics["grad_norm"]
             first = next(iter(found.values()), {"grad_norm": grad_norm})["grad_norm"]
             if abs(grad_norm / first - 1) > 1e-3:
                 raise SystemExit(f"{name}: gradient norm {grad_norm}, of the first rung {first}.")
-            seconds = median(lap.seconds for lap in time_steps(program, state, args.steps))
+            seconds = median(
+                lap.seconds for lap in time_steps(program, state, laid_out, args.steps)
+            )
         slots = int(batch.num_micro) * int(np.prod(batch.rows.tokens.shape[1:]))
         found[name] = {"seconds": seconds, "slots": slots, "grad_norm": grad_norm}
         args.ladder.write_text(json.dumps(found, indent=2) + "\n")

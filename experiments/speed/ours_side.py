@@ -13,13 +13,16 @@ import jax
 import numpy as np
 
 from experiments.speed.clock import Lap, Side, laps, measure
-from nca_jax import build, losses, programs
+from nca_jax import build, programs
 from nca_jax.batch import Batch
-from nca_jax.data.pipeline import Dataset
+from nca_jax.data.pipeline import Dataset, HostBatch
+from nca_jax.evaluators import heldout_metrics
+from nca_jax.fit import fit
 from nca_jax.flags import parse_flags
-from nca_jax.infra.mesh import batch_shardings
+from nca_jax.infra.writer import SilentWriter
+from nca_jax.losses import LOSSES
 from nca_jax.params import start_params
-from nca_jax.train_step import TrainState
+from nca_jax.train_step import Frozen, TrainState
 
 SETTINGS = {
     "fast": ("--config.model.scan_layers=True", "--config.model.remat=dots"),
@@ -40,8 +43,7 @@ def config_of(job: dict, setting: str, *, live: bool):
         "data.batch_size": job["batch_size"],
         "data.row_len": job["row_len"],
         "loss.logits_chunk": job["logits_chunk"],
-        "loss.alpha": job["alpha"],
-        "loss.beta": job["beta"],
+        **{f"loss.{name}": job[name] for name in LOSSES[job["loss"]].fields},
         "optim.lr": job["lr"],
         "optim.schedule": "constant",
         "optim.warmup_frac": 0.0,
@@ -59,69 +61,95 @@ def config_of(job: dict, setting: str, *, live: bool):
 class Program(NamedTuple):
     """A compiled training step, what it starts from, and what compiling took."""
 
+    run: build.Run
+    frozen: Frozen
     start: Callable[[], TrainState]  # fresh each time, for a step donates its state
-    step: Callable[[TrainState], tuple[TrainState, dict]]
+    train_step: Callable
     compile_seconds: float
     hlo: str  # the optimised program
 
 
 def compile_step(run: build.Run, batch: Batch, *, live: bool) -> Program:
-    """Compiles the step of `nca_jax.train` for one batch, which stays the same."""
-    config = run.config
-    optimizer = programs.build_optimizer(config, steps=1)
-    abstract, shardings = programs.abstract_state(run, optimizer.tx)
-    ref_params = start_params(run, config.model.init_from) if live else None
-    jitted = programs.jit_train_step(run, optimizer)
+    """Compiles the step of `nca_jax.train` for batches of one shape."""
+    init_from = run.config.model.init_from
+    optimizer = programs.build_optimizer(run.config, steps=1)
+    abstract, _ = programs.abstract_state(run, optimizer.tx)
+    frozen = Frozen(reference=start_params(run, init_from) if live else None)
+    jitted = programs.jit_train_step(run, optimizer, frozen)
     began = time.perf_counter()
-    compiled = jitted.lower(abstract, ref_params, batch).compile()
-    compile_seconds = time.perf_counter() - began
-    on_device = jax.device_put(batch, batch_shardings(run.mesh))
-    make_state = jax.jit(
-        lambda params: programs.new_state(run, optimizer.tx, params),
-        out_shardings=shardings,
-        donate_argnums=0,
-    )
+    compiled = jitted.lower(abstract, frozen, batch).compile()
     return Program(
-        start=lambda: make_state(start_params(run, config.model.init_from)),
-        step=lambda state: jax.block_until_ready(compiled(state, ref_params, on_device)),
-        compile_seconds=compile_seconds,
+        run,
+        frozen,
+        start=lambda: programs.start_state(run, optimizer, start_params(run, init_from)),
+        train_step=compiled,
+        compile_seconds=time.perf_counter() - began,
         hlo=compiled.as_text(),
     )
 
 
-def time_steps(program: Program, state: TrainState, steps: int) -> list[Lap]:
+class LastMetrics(SilentWriter):
+    """Keeps the metrics of the last step."""
+
+    metrics: dict[str, float]
+
+    def write(self, step: int, split: str, metrics: dict[str, float]) -> None:
+        self.metrics = metrics
+
+
+def train(
+    program: Program, state: TrainState, host: HostBatch
+) -> tuple[TrainState, dict[str, float]]:
+    """Returns the state after one step of the training loop, and its metrics."""
+    writer = LastMetrics()
+    state = fit(
+        program.run,
+        state,
+        program.frozen,
+        [host],
+        train_step=program.train_step,
+        steps=int(state.step) + 1,
+        writer=writer,
+    )
+    return jax.block_until_ready(state), writer.metrics
+
+
+def time_steps(program: Program, state: TrainState, host: HostBatch, steps: int) -> list[Lap]:
     """Times steps one after the other, each from the state that the one before left."""
 
     def step() -> None:
         nonlocal state
-        state, _ = program.step(state)
+        state, _ = train(program, state, host)
 
     return laps(step, steps)
 
 
-def check_program(run: build.Run, batch: Batch, *, live: bool) -> dict:
+def check_program(run: build.Run, host: HostBatch, *, live: bool) -> dict:
     """Returns the numbers of `clock.Side.check`, and what a pass of the reference costs."""
-    config = run.config
     step_logps = programs.jit_step_logps(run)
-    params = start_params(run, config.model.init_from)
-    jax.block_until_ready(step_logps(params, batch))  # compiles
+    params = start_params(run, run.config.model.init_from)
+    jax.block_until_ready(step_logps(params, host.batch))  # compiles
     began = time.perf_counter()
-    ref_logps = np.asarray(step_logps(params, batch))
+    ref_logps = np.asarray(step_logps(params, host.batch))
     ref_seconds = time.perf_counter() - began
-    batch = batch._replace(ref_logps=ref_logps)
-    program = compile_step(run, batch, live=live)
-    state, metrics = program.step(program.start())
-    after = step_logps(state.params, batch)
-    targets = losses.targets_from_scores(batch.scores, alpha=config.loss.alpha)
-    rewards = config.loss.beta * (after - ref_logps)
+    host = with_reference(host, None if live else ref_logps)
+    program = compile_step(run, host.batch, live=live)
+    state, metrics = train(program, program.start(), host)
+    given = with_reference(host, ref_logps)
+    after = heldout_metrics(step_logps, state.params, [given], run.config)
     return {
-        "loss": float(metrics["loss"]),
-        "grad_norm": float(metrics["grad_norm"]),
+        "loss": metrics["loss"],
+        "grad_norm": metrics["grad_norm"],
         "logps": ref_logps.tolist(),
-        "loss_after": float(losses.LOSSES[config.loss.name](rewards, targets).mean()),
-        "logps_after": after.tolist(),
+        "loss_after": after["loss"],
+        "logps_after": np.asarray(step_logps(state.params, host.batch)).tolist(),
         "ref_seconds": ref_seconds,
     }
+
+
+def with_reference(host: HostBatch, ref_logps: np.ndarray | None) -> HostBatch:
+    """Returns the batch with the log-probabilities of a cached reference, or without."""
+    return host._replace(batch=host.batch._replace(ref_logps=ref_logps))
 
 
 def open_side(job: dict, side: str) -> Side:
@@ -129,21 +157,21 @@ def open_side(job: dict, side: str) -> Side:
     live = "live" in rest
     run = build.build(config_of(job, setting, live=live))
     data = run.config.data
-    batch = Dataset(build.read_data(run).sources, data, seed=0).batch_at(0).batch
-    facts = {"slots": int(batch.num_micro) * data.rows * data.row_len}
+    host = Dataset(build.read_data(run).sources, data, seed=0).batch_at(0)
+    facts = {"slots": int(host.batch.num_micro) * data.rows * data.row_len}
     facts["reference"] = "live" if live else "cached"
 
     def check() -> dict:
         with jax.set_mesh(run.mesh):
-            return check_program(run, batch, live=live)
+            return check_program(run, host, live=live)
 
     def run_steps(steps: int) -> list[Lap]:
         with jax.set_mesh(run.mesh):
-            ref_logps = np.zeros_like(batch.scores) if live else np.float32(job["ref_logps"])
-            program = compile_step(run, batch._replace(ref_logps=ref_logps), live=live)
+            given = with_reference(host, None if live else np.float32(job["ref_logps"]))
+            program = compile_step(run, given.batch, live=live)
             facts["compile_seconds"] = program.compile_seconds
-            state, _ = program.step(program.start())  # compiled already; this touches the memory
-            return time_steps(program, state, steps)
+            state, _ = train(program, program.start(), given)  # this touches the memory
+            return time_steps(program, state, given, steps)
 
     return Side(check, run_steps, facts)
 

@@ -1,0 +1,233 @@
+"""One table of fields: defaults, documents, errors, and the config.json of older runs."""
+
+import json
+
+import pytest
+from ml_collections import ConfigDict
+
+from nca_jax import config as config_module
+from nca_jax.checks import UserError
+from nca_jax.config import (
+    FIELDS,
+    OPTIONAL,
+    check_config,
+    choose_loss,
+    default_config,
+    describe,
+    flatten,
+    section,
+)
+from nca_jax.field import COUNT, FLAG, POSITIVE, TEXT, Check, Field
+from nca_jax.flags import parse_flags
+from nca_jax.losses import LOSSES
+from nca_jax.saved_config import VERSION, check_same_run, config_json, read_saved
+
+SMOKE = "--config=configs/jsonl.py:files=x.jsonl,smoke"
+
+
+def smoke(*flags: str) -> ConfigDict:
+    return parse_flags(["train", SMOKE, *flags])[0]
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_the_default_of_every_field_is_a_value_that_it_accepts(name):
+    assert FIELDS[name].check.accepts(FIELDS[name].default)
+
+
+@pytest.mark.parametrize(
+    ("check", "good", "bad"),
+    [
+        (COUNT, [1, 7], [0, 1.0, True, "1"]),
+        (POSITIVE, [1, 0.5], [0, float("nan"), float("inf"), True, "1"]),
+        (FLAG, [True, False], [0, 1, "True"]),
+        (TEXT, ["", "a"], [None, 1]),
+    ],
+)
+def test_a_check_tells_kinds_and_ranges(check, good, bad):
+    assert all(map(check.accepts, good)) and not any(map(check.accepts, bad))
+
+
+def test_the_default_config_has_the_sections_of_every_run_and_no_other():
+    found = flatten(default_config())
+    wanted = {name: x.default for name, x in FIELDS.items() if name.split(".")[0] not in OPTIONAL}
+    own = {f"loss.{name}": field.default for name, field in LOSSES["nca"].fields.items()}
+    assert found == wanted | own
+
+
+def test_docs_config_md_is_printed_from_the_table():
+    said = "run: python -m nca_jax.config > docs/config.md"
+    assert open("docs/config.md", encoding="utf-8").read() == describe(), said
+
+
+def test_help_config_prints_the_table_and_needs_nothing_else(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse_flags(["train", "--help_config"])
+    assert stopped.value.code == 0 and capsys.readouterr().out == describe()
+
+
+# Losses
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_brings_its_own_fields_and_no_others(name):
+    config = default_config()
+    choose_loss(config, name, k=4, alpha=0.7, beta=0.2)
+    given = {"alpha": 0.7, "beta": 0.2}
+    own = {x: given[x] for x in LOSSES[name].fields}
+    assert dict(config.loss) == {"name": name, "logits_chunk": 128} | own
+    assert config.data.num_responses == LOSSES[name].nearest_k(4)
+
+
+def test_a_field_that_the_loss_does_not_have_is_refused_by_name():
+    with pytest.raises(UserError, match="config.loss.alpha is no field.*The loss is 'dpo'"):
+        parse_flags(["x", "--config=configs/jsonl.py:files=x,algo=dpo", "--config.loss.alpha=1"])
+
+
+def test_no_reference_is_opened_for_a_loss_that_reads_none(monkeypatch):
+    monkeypatch.setitem(LOSSES, "mine", LOSSES["nca"]._replace(reads=("scores",)))
+    config = default_config()
+    choose_loss(config, "mine")
+    assert config.reference.kind == "none"
+
+
+def test_a_loss_that_reads_a_reference_must_have_one():
+    with pytest.raises(UserError, match="'nca' compares with a reference"):
+        smoke("--config.reference.kind=none")
+
+
+@pytest.mark.parametrize(
+    ("change", "metric"), [({"floor": None}, "excess"), ({"reads": ()}, "chosen_logp_drift")]
+)
+def test_a_best_metric_that_the_run_does_not_have_is_refused(monkeypatch, change, metric):
+    monkeypatch.setitem(LOSSES, "mine", LOSSES["nca"]._replace(**change))
+    with pytest.raises(UserError, match="config.checkpoint.best_metric"):
+        parse_flags(["x", f"{SMOKE},algo=mine", f"--config.checkpoint.best_metric={metric}"])
+
+
+# Sections
+
+
+def with_rounds(monkeypatch) -> None:
+    """Adds a section that configs do not have, as a later version would."""
+    monkeypatch.setitem(FIELDS, "rounds.number", Field(1, COUNT, "rounds"))
+    monkeypatch.setitem(FIELDS, "rounds.steps", Field(5, COUNT, "steps a round"))
+    for module in ("nca_jax.config", "nca_jax.flags", "nca_jax.saved_config"):
+        monkeypatch.setattr(f"{module}.OPTIONAL", (*OPTIONAL, "rounds"))
+
+
+def test_an_override_brings_its_section_in_with_the_defaults_of_the_table(monkeypatch):
+    with_rounds(monkeypatch)
+    assert "rounds" not in smoke()
+    assert dict(smoke("--config.rounds.number=2").rounds) == {"number": 2, "steps": 5}
+    with pytest.raises(UserError, match="config.rounds.number must be a whole number"):
+        smoke("--config.rounds.number=0")
+    with pytest.raises(UserError, match="config.rounds.nmber is no field.*Did you mean number"):
+        smoke("--config.rounds.nmber=2")
+
+
+def test_a_command_that_reads_a_section_finds_it_in_every_config():
+    arg = "--config=configs/torch_parity.py:model=x,rows=x.jsonl"
+    assert "generate" not in parse_flags(["train", arg])[0]
+    config, _ = parse_flags(["generate", arg], sections=("generate",))
+    assert dict(config.generate) == dict(section("generate"))
+
+
+# Files
+
+
+def test_a_config_of_the_project_has_a_name_wherever_it_is_installed(tmp_path, monkeypatch):
+    want = flatten(smoke())
+    monkeypatch.chdir(tmp_path)
+    got = parse_flags(["train", "--config=nca_jax:jsonl:files=x.jsonl,smoke"])[0]
+    assert flatten(got) == want
+    with pytest.raises(UserError, match="nca_jax:jsnl: wanted one of jsonl, sentiment"):
+        parse_flags(["train", "--config=nca_jax:jsnl"])
+
+
+def test_an_exception_inside_a_config_file_keeps_its_file_and_line(tmp_path):
+    path = tmp_path / "broken.py"
+    path.write_text("def get_config(arg=None):\n    return {}['lr']\n")
+    with pytest.raises(KeyError) as error:
+        parse_flags(["train", f"--config={path}"])
+    last = error.traceback[-1]
+    assert str(last.path) == str(path) and last.lineno + 1 == 2
+    path.write_text("lr = 1\n")
+    with pytest.raises(UserError, match=r"broken.py has no function get_config"):
+        parse_flags(["train", f"--config={path}"])
+
+
+# config.json
+
+
+def test_a_config_json_carries_its_version_and_is_read_as_it_was(tmp_path):
+    config = smoke()
+    (tmp_path / "config.json").write_text(json.dumps(config_json(config)))
+    assert json.loads((tmp_path / "config.json").read_text())["version"] == VERSION
+    assert flatten(read_saved(tmp_path / "config.json")) == flatten(config)
+    check_same_run(config, tmp_path / "config.json")
+
+
+def saved_without(tmp_path, config: ConfigDict, *names: str, **more) -> object:
+    """Writes the config.json of an older run, which lacks some fields and has others."""
+    saved = {x: value for x, value in flatten(config).items() if x not in names} | more
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    return tmp_path / "config.json"
+
+
+def test_a_field_that_is_newer_than_a_run_means_as_before(tmp_path, monkeypatch):
+    newer = Field(2.0, POSITIVE, "new", since=VERSION, before=1.0)
+    monkeypatch.setitem(FIELDS, "optim.new", newer)
+    config = ConfigDict(smoke().to_dict())
+    file = saved_without(tmp_path, config, "optim.new")
+    with pytest.raises(UserError, match="optim.new: 1.0 there, 2.0 here"):
+        check_same_run(config, file)
+    config.optim.new = 1.0
+    check_same_run(config, file)
+    assert read_saved(file).optim.new == 1.0
+
+
+def test_a_field_that_meant_nothing_in_an_older_run_is_left_out_and_no_other(tmp_path):
+    config, _ = parse_flags(["x", f"{SMOKE},algo=dpo"])
+    check_same_run(config, saved_without(tmp_path, config, **{"loss.alpha": 0.0}))
+    with pytest.raises(UserError, match="loss.alpha: 0.5 there, None here"):
+        check_same_run(config, saved_without(tmp_path, config, **{"loss.alpha": 0.5}))
+
+
+def test_a_config_json_of_a_newer_version_is_refused(tmp_path):
+    file = saved_without(tmp_path, smoke(), version=VERSION + 1)
+    with pytest.raises(UserError, match="written by a newer nca_jax"):
+        read_saved(file)
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "data.rows=4",
+        "data.block=32",
+        "loss.logits_chunk=64",
+        "mesh.data=2",
+        "model.scan_layers=True",
+        "model.attention=pairs",
+        "log_every=5",
+    ],
+)
+def test_the_layout_of_a_run_may_change_when_it_is_resumed(tmp_path, flag):
+    check_same_run(smoke(f"--config.{flag}"), saved_without(tmp_path, smoke()))
+
+
+@pytest.mark.parametrize("flag", ["optim.lr=1.0", "data.row_len=1024", "seed=3", "loss.beta=1.0"])
+def test_what_a_run_means_may_not_change_when_it_is_resumed(tmp_path, flag):
+    with pytest.raises(UserError, match=f"{flag.split('=')[0]}: "):
+        check_same_run(smoke(f"--config.{flag}"), saved_without(tmp_path, smoke()))
+
+
+def test_a_new_field_is_one_line_of_the_table(monkeypatch):
+    monkeypatch.setitem(FIELDS, "optim.new", Field(0.5, Check(float, bool, "not 0"), "a trial"))
+    config = default_config()
+    config.model.name, config.data.files = "tiny", "x.jsonl"
+    assert config.optim.new == 0.5
+    check_config(config)
+    config.optim.new = 0.0
+    with pytest.raises(UserError, match="config.optim.new must be not 0; it is 0.0"):
+        check_config(config)
+    assert "| new | `0.5` | not 0 | a trial |" in config_module.describe()
