@@ -1,4 +1,4 @@
-"""What an import costs: a loss needs jax alone, and the package opens nothing before it is asked."""
+"""What an import costs: a loss needs jax alone, and the package opens nothing unasked."""
 
 import subprocess
 import sys
@@ -27,6 +27,7 @@ class Blocked:
 
 sys.meta_path.insert(0, Blocked())
 """
+COMMAND = (sys.executable, "-m", "nca_jax")
 USE_A_LOSS = """
 import jax.numpy as jnp
 import nca_jax
@@ -65,7 +66,7 @@ def test_a_name_that_is_not_there_is_an_attribute_error():
 
 
 def test_the_commands_are_listed_each_with_a_line():
-    done = python("import sys; sys.argv = ['x']; from nca_jax.__main__ import main; main()")
+    done = subprocess.run([*COMMAND], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "train" in done.stdout and "Train a policy" in done.stdout
     wrong = python(

@@ -41,19 +41,9 @@ COMMANDS = (
     "score",
     "aot",
 )
+LEAVES = ("axes", "batch", "callable", "checks", "config_arg", "field", "files", "flops")
 LAYERS = (  # from the bottom
-    ("axes", "batch", "callable", "checks", "config_arg", "field", "files", "flops"),
-    ("model_config",),
-        "axes",
-        "batch",
-        "callable",
-        "checks",
-        "config_arg",
-        "field",
-        "files",
-        "flops",
-        "model_config",
-    ),
+    (*LEAVES, "model_config"),
     GROUPS,
     ("evaluators", "logprobs", "losses", "metrics", "sampling", "train_step"),
     ("config", "saved_config", "flags"),
