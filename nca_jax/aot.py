@@ -25,9 +25,10 @@ from nca_jax import build, programs
 from nca_jax.axes import flatten_paths
 from nca_jax.batch import Rows
 from nca_jax.checks import UserError, run_main
+from nca_jax.chips import CHIPS
 from nca_jax.compiled.hlo import collectives
 from nca_jax.compiled.report import NUM_LARGEST, largest_values, print_report
-from nca_jax.compiled.topology import MEMORY_GIB, topology_devices
+from nca_jax.compiled.topology import topology_devices
 from nca_jax.config import check_config, flatten
 from nca_jax.data.pack import segment_spans
 from nca_jax.flags import parse_flags
@@ -202,7 +203,7 @@ def compile_program(name: str, run: build.Run) -> dict:
         check_split(run.mesh, arguments[0], state, copied_over="data")
         check_split(run.mesh, arguments[2], batch, copied_over="tensor")
     memory = compiled.memory_analysis()
-    limit = MEMORY_GIB[run.mesh.devices.flat[0].device_kind]
+    limit = CHIPS[run.mesh.devices.flat[0].device_kind].memory_gib
     arguments_bytes, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     output, alias = memory.output_size_in_bytes, memory.alias_size_in_bytes
     total = (arguments_bytes + temporaries + output - alias) / GIB

@@ -49,4 +49,4 @@ class Batch(NamedTuple):
     scores: Array  # [B, K] float32, in the data's own unit; 0 where the mask is off
     mask: Array  # [B, K] bool: the response is there; a prompt slot without any is empty
     lengths: Array  # [B, K] int32: scored tokens of each response; 0 where the mask is off
-    ref_logps: Array | None  # [B, K] float32 nats of a cache; None: the step computes them, or none
+    ref_logps: "Array | None"  # [B, K] float32 nats of a cache; None: the step has them, or none

@@ -12,16 +12,8 @@ Axes: D width, N query heads, G kv heads, H head width, F MLP width, L layers, E
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from nca_jax.chips import CHIPS
 from nca_jax.model_config import ModelConfig
-
-# Published peaks, bfloat16 operations a second a device as JAX counts devices (a v4 or v5p device
-# is a chip with two cores). From cloud.google.com/tpu/docs, the pages v4, v5e, v5p and v6e.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,  # v5e
-    "TPU v5": 459e12,  # v5p
-    "TPU v6 lite": 918e12,  # v6e
-}
 
 
 class Flops(NamedTuple):
@@ -100,10 +92,10 @@ def mfu(
     Returns:
       A fraction, or None for a device whose peak is not known.
     """
-    if device_kind not in PEAK_FLOPS:
+    if device_kind not in CHIPS:
         return None
     needed = sum(3 * forward_flops(config, prompt, rest).total for prompt, *rest in lengths)
-    return needed / (seconds * num_devices * PEAK_FLOPS[device_kind])
+    return needed / (seconds * num_devices * CHIPS[device_kind].peak_flops)
 
 
 def _attended(before: int, length: int, window: int) -> int:

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from nca_jax import aot, build, programs, train
 from nca_jax.checks import UserError
+from nca_jax.chips import CHIPS, Chip
 from nca_jax.compiled import topology
 from nca_jax.compiled.hlo import Collective, collectives, replica_groups, shape_bytes
 from nca_jax.flags import parse_flags
@@ -166,7 +167,7 @@ def test_a_step_of_billions_of_parameters_is_described_without_arrays():
 def test_what_compiles_but_needs_more_than_the_chip_has_does_not_fit(monkeypatch):
     config, _ = parse_flags(["aot", "--config=configs/jsonl.py:files=x,smoke", *SMOKE])
     run = build.build_for(config, jax.devices())
-    monkeypatch.setattr(aot, "MEMORY_GIB", {"cpu": 1e-4})
+    monkeypatch.setitem(CHIPS, "cpu", Chip(peak_flops=1e12, memory_gib=1e-4))
     program = aot.compile_program("precompute", run)
     assert not program["fits"] and program["memory"]["margin"] < 0
     assert program["reason"].endswith("of 0.00 GiB") and program["largest"]

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nca_jax.compiled.topology import MEMORY_GIB
-from nca_jax.flops import PEAK_FLOPS, forward_flops, head_params, mfu, needed_flops, trunk_params
+from nca_jax.chips import CHIPS
+from nca_jax.flops import forward_flops, head_params, mfu, needed_flops, trunk_params
 from nca_jax.model_config import MODELS
 from nca_jax.models.decoder import Model
 from nca_jax.models.formats import names
@@ -90,14 +90,12 @@ def test_mfu_is_six_operations_a_parameter_and_token_over_what_the_chips_could_d
 
 def test_a_step_at_the_peak_has_an_mfu_of_one():
     needed = 3 * forward_flops(WIDE, 100, [50, 50]).total
-    for kind, peak in PEAK_FLOPS.items():
+    for kind, chip in CHIPS.items():
         args = dict(device_kind=kind, num_devices=4)
-        assert mfu(WIDE, [[100, 50, 50]], seconds=needed / (4 * peak), **args) == pytest.approx(1)
+        assert mfu(
+            WIDE, [[100, 50, 50]], seconds=needed / (4 * chip.peak_flops), **args
+        ) == pytest.approx(1)
 
 
 def test_an_unknown_device_has_no_mfu():
     assert mfu(WIDE, [[1, 1]], seconds=1.0, device_kind="cpu", num_devices=1) is None
-
-
-def test_the_chips_whose_memory_is_known_have_a_peak():
-    assert PEAK_FLOPS.keys() == MEMORY_GIB.keys()

@@ -8,8 +8,11 @@ import sys
 import time
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from commands import ROOT, command, finish, metric_lines, write_records
+from jax.experimental import multihost_utils
 from safetensors.numpy import load_file
 
 from nca_jax.checks import UserError
@@ -224,9 +227,66 @@ def test_precompute_evaluate_and_generate_give_what_one_process_gives(tmp_path, 
 def test_variables_that_do_not_say_where_the_others_are_are_refused(
     monkeypatch, variables, message
 ):
-    for name in distributed.VARIABLES:
+    set_only(monkeypatch, variables)
+    with pytest.raises(UserError, match=message):
+        distributed.together(lambda argv: 0)([])
+
+
+def set_only(monkeypatch, variables: dict[str, str]) -> None:
+    """Sets environment variables, and unsets all others that say where processes are."""
+    for name in (*distributed.VARIABLES, *distributed.OF_LAUNCHERS):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=message):
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"SLURM_NTASKS": "2", "SLURM_PROCID": "0"},
+        {"SLURM_PROCID": "1"},
+        {"OMPI_COMM_WORLD_SIZE": "4"},
+        {"PMI_SIZE": "2"},
+    ],
+)
+def test_one_of_several_processes_that_cannot_find_the_others_is_refused(monkeypatch, variables):
+    monkeypatch.setattr(distributed, "_has_tpu", lambda: False)
+    set_only(monkeypatch, variables)
+    with pytest.raises(UserError) as caught:
         distributed.together(lambda argv: 0)([])
+    said = {name: f"{name}={value}" for name, value in variables.items() if value != "0"}
+    assert str(caught.value).startswith(", ".join(said.values()) + ": ")
+    assert all(name in str(caught.value) for name in distributed.VARIABLES)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "OMPI_COMM_WORLD_SIZE": "1", "PMI_SIZE": "1"},
+        {"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "JAX_NUM_PROCESSES": "1"},
+    ],
+)
+def test_a_process_that_is_alone_or_is_said_to_be_runs(monkeypatch, variables):
+    monkeypatch.setattr(distributed, "_has_tpu", lambda: False)
+    set_only(monkeypatch, variables)
+    assert distributed.together(lambda argv: len(argv))(["a", "b"]) == 2
+
+
+def gathered_by(num_processes: int):
+    """Stands for `process_allgather` among processes that all give the same, in JAX's integers."""
+    return lambda x: np.asarray(jnp.stack([jnp.asarray(x)] * num_processes))
+
+
+@pytest.mark.parametrize("size", [0, 1, 2**31 - 1, 2**31, 3 * 2**30, 2**40 + 5])
+def test_sizes_beyond_two_gib_are_gathered_whole(monkeypatch, size):
+    monkeypatch.setattr(multihost_utils, "process_allgather", gathered_by(3))
+    assert distributed._sizes(size) == [size] * 3
+
+
+@pytest.mark.parametrize("mine", [b"", b"abc", bytes(range(256))])
+def test_the_bytes_of_every_process_are_gathered_in_pieces(monkeypatch, mine):
+    assert distributed.gather(mine) == [mine]  # alone
+    monkeypatch.setattr(distributed, "PIECE", 100)
+    monkeypatch.setattr(multihost_utils, "process_allgather", gathered_by(2))
+    assert distributed.gather(mine) == [mine, mine]

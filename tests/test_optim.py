@@ -2,12 +2,15 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from ml_collections import ConfigDict
 
-from nca_jax.infra.optim import make_schedule, scale_by_adam
+from nca_jax.axes import flatten_paths
+from nca_jax.infra.optim import make_optimizer, make_schedule, scale_by_adam
 
 
 def test_adam_equals_its_formula_in_float64_from_the_first_step_on():
@@ -33,3 +36,102 @@ def test_schedule_warms_up_over_the_ceiling_and_falls_to_zero_by_a_cosine(num_st
         if step >= warmup:
             want = 1 + math.cos(math.pi * (step - warmup) / (num_steps - warmup))
         assert float(schedule(step)) == pytest.approx(want, abs=1e-6)
+
+
+OPTIM = dict(lr=0.01, schedule="constant", warmup_frac=0.0, b1=0.9, b2=0.95, eps=1e-8)
+OPTIM |= dict(mu_dtype="float32", weight_decay=0.0, clip_norm=0.0)
+SHAPES = {  # of every kind that a model has
+    "embed/table": (5, 4),
+    "head/kernel": (4, 5),
+    "layers/attn/q/kernel": (2, 4, 2, 2),
+    "layers/attn/q/bias": (2, 2, 2),
+    "layers/attn_norm/scale": (2, 4),
+    "norm/scale": (4,),
+}
+IS_DECAYED = {path: path.endswith(("table", "kernel")) for path in SHAPES}
+
+
+def nested(flat: dict) -> dict:
+    tree: dict = {}
+    for path, value in flat.items():
+        *folders, last = path.split("/")
+        place = tree
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        place[last] = jnp.float32(value)
+    return tree
+
+
+def random_arrays(rng: np.random.Generator) -> dict[str, np.ndarray]:
+    return {path: rng.normal(size=shape) for path, shape in SHAPES.items()}
+
+
+def assert_equal_to(got: dict, want: dict[str, np.ndarray], **tolerance) -> None:
+    """Compares nested arrays with flat ones, by path."""
+    flat = flatten_paths(got)
+    assert flat.keys() == want.keys()
+    for path, x in flat.items():
+        np.testing.assert_allclose(x, want[path], err_msg=path, **tolerance)
+
+
+def test_decay_is_of_matrices_alone_and_proportional_to_rate_and_parameter():
+    optim = ConfigDict(OPTIM | dict(weight_decay=0.1))
+    tx = make_optimizer(optim, make_schedule(optim, 4))
+    start = random_arrays(np.random.default_rng(0))
+    zero = nested({path: np.zeros(shape) for path, shape in SHAPES.items()})
+    updates, _ = tx.update(zero, tx.init(nested(start)), nested(start))
+    want = {path: -0.01 * 0.1 * x * IS_DECAYED[path] for path, x in start.items()}
+    assert_equal_to(updates, want, rtol=1e-6, atol=0)
+
+
+def adamw_in_float64(optim: dict, params: dict, grads: list[dict]) -> tuple[dict, list[float]]:
+    """Returns the parameters after all gradients, and the global norm of each gradient."""
+    params, norms = dict(params), []
+    m, v = ({path: np.zeros(shape) for path, shape in SHAPES.items()} for _ in range(2))
+    b1, b2 = optim["b1"], optim["b2"]
+    for t, grad in enumerate(grads, start=1):
+        norms.append(math.sqrt(sum((x**2).sum() for x in grad.values())))
+        clip = min(1.0, optim["clip_norm"] / norms[-1]) if optim["clip_norm"] else 1.0
+        for path, g in grad.items():
+            m[path] = b1 * m[path] + (1 - b1) * clip * g
+            v[path] = b2 * v[path] + (1 - b2) * (clip * g) ** 2
+            step = m[path] / (1 - b1**t) / (np.sqrt(v[path] / (1 - b2**t)) + optim["eps"])
+            step += optim["weight_decay"] * IS_DECAYED[path] * params[path]
+            params[path] = params[path] - optim["lr"] * step
+    return params, norms
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("clip_norm", [0.0, 6.0])
+def test_the_optimizer_equals_clipped_adamw_in_float64(clip_norm, weight_decay):
+    optim = OPTIM | dict(weight_decay=weight_decay, clip_norm=clip_norm)
+    rng = np.random.default_rng(1)
+    start = random_arrays(rng)
+    # Small ones, which the clip leaves, between large ones, of which it takes nine tenths.
+    scales = (1.0, 10.0, 0.1, 10.0, 0.5)
+    grads = [{path: s * x for path, x in random_arrays(rng).items()} for s in scales]
+    want, norms = adamw_in_float64(optim, start, grads)
+    assert any(norm > 6 for norm in norms) and any(norm < 6 for norm in norms)
+    tx = make_optimizer(ConfigDict(optim), make_schedule(ConfigDict(optim), len(grads)))
+    params = nested(start)
+    state = tx.init(params)
+    for grad in grads:
+        updates, state = tx.update(nested(grad), state, params)
+        params = optax.apply_updates(params, updates)
+    moved = {path: np.abs(want[path] - start[path]).max() for path in SHAPES}
+    assert min(moved.values()) > 0.01
+    assert_equal_to(params, want, rtol=0, atol=1e-6)
+
+
+def test_a_clipped_gradient_keeps_its_direction_and_has_the_norm():
+    """By hand: without momentum the first moment is the gradient that Adam was given."""
+    optim = ConfigDict(OPTIM | dict(clip_norm=1.0, b1=0.0))
+    params = {"a": {"kernel": jnp.zeros(1)}, "b": {"scale": jnp.zeros(1)}}
+    tx = make_optimizer(optim, make_schedule(optim, 2))
+    for scale, want in ((10.0, (0.6, 0.8)), (0.1, (0.3, 0.4))):
+        grads = {"a": {"kernel": jnp.array([3.0])}, "b": {"scale": jnp.array([4.0])}}
+        grads = jax.tree.map(lambda x, scale=scale: scale * x, grads)
+        _, state = tx.update(grads, tx.init(params), params)
+        adam = next(x for x in state if isinstance(x, optax.ScaleByAdamState))
+        got = (float(adam.mu["a"]["kernel"][0]), float(adam.mu["b"]["scale"][0]))
+        assert got == pytest.approx(want, rel=1e-6)

@@ -1,6 +1,8 @@
 """Hugging Face folders: the name table, configs, and what is refused."""
 
 import json
+import os
+import re
 
 import huggingface_hub
 import ml_dtypes
@@ -122,6 +124,21 @@ def test_a_sharded_folder_equals_the_whole_file(tmp_path):
     (tmp_path / "b.safetensors").unlink()
     with pytest.raises(UserError, match="1 absent files: b.safetensors"):
         hf.open_hf(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../a.safetensors", "..", "sub/a.safetensors", "{}/a", "", 3, []])
+def test_an_index_that_names_another_place_is_refused_by_name(tmp_path, name):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    shard(folder, write_hf(folder))
+    (folder / "sub").mkdir()
+    for place in (tmp_path, folder / "sub"):
+        os.link(folder / "a.safetensors", place / "a.safetensors")
+    name = name.format(tmp_path) if isinstance(name, str) else name
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"x": "b.safetensors", "y": name}}))
+    with pytest.raises(UserError, match=re.escape(f"index.json names {name!r}; wanted names of")):
+        hf.open_hf(folder)
 
 
 def test_a_stored_tied_head_and_rope_frequencies_are_ignored(tmp_path):

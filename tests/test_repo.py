@@ -41,7 +41,7 @@ COMMANDS = (
     "score",
     "aot",
 )
-LEAVES = ("axes", "batch", "callable", "checks", "config_arg", "field", "files", "flops")
+LEAVES = ("axes", "batch", "callable", "checks", "chips", "config_arg", "field", "files", "flops")
 LAYERS = (  # from the bottom
     (*LEAVES, "model_config"),
     GROUPS,

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from nca_jax import flops, precompute, train
 from nca_jax.checks import UserError
+from nca_jax.chips import CHIPS, Chip
 from nca_jax.infra import profile
 from nca_jax.model_config import MODELS
 
@@ -132,7 +133,7 @@ def measured(tmp_path_factory):
     folder = tmp_path_factory.mktemp("measured")
     flags = ("--config.steps=4", "--config.eval_every=0", "--profile=2:3")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(flops.PEAK_FLOPS, "cpu", 1e12)
+        patch.setitem(CHIPS, "cpu", Chip(peak_flops=1e12, memory_gib=1.0))
         run(folder / "run", write_records(folder / "rows.jsonl"), *flags)
     return folder / "run"
 

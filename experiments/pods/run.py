@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from nca_jax.compiled.topology import MEMORY_GIB
+from nca_jax.chips import CHIPS
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -151,7 +151,7 @@ def line(cell: Cell, report: dict, name: str) -> str:
     start = f"| {title} | {report['chips']} | {mesh} | {report['rows_a_chip']} |"
     flops = f"{report['flops_a_step_and_chip']:.2e}" if name == "train" else "-"
     work = f" {flops} | {program['compile_seconds']:.0f} | {report['commit']} |"
-    limit = MEMORY_GIB[report["device_kind"]]
+    limit = CHIPS[report["device_kind"]].memory_gib
     if "memory" not in program:
         needs = re.search(r"([\d.]+)G", program["reason"])[1]  # of temporaries
         return f"{start} does not fit: {needs} and arguments | {limit:.2f} | - | - | - |{work}"

@@ -1,4 +1,4 @@
-"""TPU topologies without a TPU: the devices of a pod that libtpu can compile for, and their memory.
+"""TPU topologies without a TPU: the devices of a pod that libtpu can compile for.
 
 Nothing here touches a device; `jax.experimental.topologies` describes them.
 """
@@ -11,12 +11,9 @@ import jax
 from jax.experimental import topologies
 
 from nca_jax.checks import UserError
+from nca_jax.chips import CHIPS
 
 LIBTPU = "0.0.42.*"  # another release compiles another program, with another need of memory
-
-# Memory that a program may use, GiB a device of JAX (a v4 or v5p device is a chip with two cores),
-# as the compiler of that libtpu says when it refuses one.
-MEMORY_GIB = {"TPU v4": 30.75, "TPU v5 lite": 15.75, "TPU v5": 95.74, "TPU v6 lite": 31.25}
 
 
 def topology_devices(name: str, num_slices: int) -> Sequence[jax.Device]:
@@ -43,9 +40,9 @@ def topology_devices(name: str, num_slices: int) -> Sequence[jax.Device]:
             f"--topology={name!r} --num_slices={num_slices} is none that libtpu knows ({reason}); "
             "write GENERATION:SHAPE, such as v5e:4x4, v5p:4x4x4 or v6e:16x16."
         ) from error
-    if devices[0].device_kind not in MEMORY_GIB:
+    if devices[0].device_kind not in CHIPS:
         raise UserError(
-            f"The memory of a {devices[0].device_kind!r} is not in nca_jax/topology.py; known are "
-            f"{', '.join(MEMORY_GIB)}."
+            f"The memory of a {devices[0].device_kind!r} is not in nca_jax/chips.py; known are "
+            f"{', '.join(CHIPS)}."
         )
     return devices

@@ -7,8 +7,9 @@ each other by themselves. Elsewhere three variables say where they are:
     JAX_NUM_PROCESSES        how many they are; 1: this one is alone
     JAX_PROCESS_ID           0 .. JAX_NUM_PROCESSES - 1
 
-Without them a process is alone. Files, the work directory and the cache lie where all processes see
-them. Who reads and writes what, of n processes:
+Without them a process is alone, and is refused where SLURM or MPI says that it is not; there
+JAX_NUM_PROCESSES=1 says that it is meant to be. Files, the work directory and the cache lie where
+all processes see them. Who reads and writes what, of n processes:
 
     rows         process p parses and encodes the rows p, p + n, ..., and sends them to the others;
                  of a data set it reads these rows alone, of a file of JSON lines every line
@@ -32,6 +33,13 @@ from jax.experimental import multihost_utils
 from nca_jax.checks import UserError
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+# What a launcher says to each process that it starts, and the most that one alone is told.
+OF_LAUNCHERS = {
+    "SLURM_NTASKS": 1,
+    "SLURM_PROCID": 0,
+    "OMPI_COMM_WORLD_SIZE": 1,
+    "PMI_SIZE": 1,
+}
 PIECE = 2**24  # bytes of each process that are on the devices at a time
 SILENCE = 40  # seconds after which a process that says nothing is dead, and the others stop too
 
@@ -69,8 +77,10 @@ def from_first(x: np.ndarray) -> np.ndarray:
 
 def gather(mine: bytes) -> list[bytes]:
     """Returns the bytes that each process gives, in the order of the processes."""
-    sizes = multihost_utils.process_allgather(np.int32(len(mine))).reshape(-1)
-    padded = np.zeros(int(sizes.max()), np.uint8)
+    sizes = _sizes(len(mine))
+    if not any(sizes):
+        return [b""] * len(sizes)
+    padded = np.zeros(max(sizes), np.uint8)
     padded[: len(mine)] = np.frombuffer(mine, np.uint8)
     pieces = [
         multihost_utils.process_allgather(padded[start : start + PIECE])
@@ -78,6 +88,16 @@ def gather(mine: bytes) -> list[bytes]:
     ]
     parts = np.concatenate(pieces, axis=1)
     return [part[:size].tobytes() for part, size in zip(parts, sizes, strict=True)]
+
+
+def _sizes(mine: int) -> list[int]:
+    """Returns the number that each process gives, up to 2^63 - 1.
+
+    It is sent as 8 bytes: JAX has no integers of 64 bits unless it is told to.
+    """
+    sent = np.frombuffer(np.int64(mine).tobytes(), np.uint8)
+    received = np.asarray(multihost_utils.process_allgather(sent), np.uint8)
+    return np.frombuffer(received.tobytes(), np.int64).tolist()
 
 
 def check_same(**digests: str) -> None:
@@ -96,7 +116,10 @@ def check_same(**digests: str) -> None:
 def _join(saves_on_sigterm: bool) -> None:
     """Starts jax.distributed if there are other processes; only process 0 prints from then on."""
     given = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
-    if given.get("JAX_NUM_PROCESSES") == "1" or not (given or _has_tpu()):
+    if given.get("JAX_NUM_PROCESSES") == "1":
+        return
+    if not given and not _has_tpu():
+        _check_alone()
         return
     if given and len(given) < len(VARIABLES):
         lacking = ", ".join(name for name in VARIABLES if name not in given)
@@ -115,6 +138,21 @@ def _join(saves_on_sigterm: bool) -> None:
     jax.distributed.initialize(**where, heartbeat_timeout_seconds=SILENCE)
     if not is_first():
         sys.stdout = open(os.devnull, "w")
+
+
+def _check_alone() -> None:
+    """Raises UserError if a launcher has started others, with whom this process was to run."""
+    found = {name: os.environ.get(name, "") for name in OF_LAUNCHERS}
+    said = [
+        f"{name}={value}"
+        for name, value in found.items()
+        if value.isdecimal() and int(value) > OF_LAUNCHERS[name]
+    ]
+    if said:
+        raise UserError(
+            f"{', '.join(said)}: this is one of several processes, and each would train alone in "
+            f"the same folder. Set {', '.join(VARIABLES)}; or JAX_NUM_PROCESSES=1 if it is alone."
+        )
 
 
 def _has_tpu() -> bool:

@@ -260,6 +260,12 @@ def _weight_files(folder: Path) -> list[Path]:
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise UserError(f"{index} has no weight_map.")
+    for name in weight_map.values():
+        if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
+            raise UserError(
+                f"{index} names {name!r}; wanted names of files in this folder, and no other "
+                "place. Write the weight_map anew, or download the model again."
+            )
     files = [folder / name for name in dict.fromkeys(weight_map.values())]
     lost = [file.name for file in files if not file.exists()]
     if lost:
