@@ -31,9 +31,10 @@ from nca_jax.compiled.report import NUM_LARGEST, largest_values, print_report
 from nca_jax.compiled.topology import topology_devices
 from nca_jax.config import check_config, flatten, parse_flags
 from nca_jax.data.pack import segment_spans
+from nca_jax.files import write_json
 from nca_jax.flops import forward_flops, needed_flops
-from nca_jax.infra.checkpoint import git_commit, write_json
 from nca_jax.infra.mesh import check_split, make_mesh, row_shards, slice_of
+from nca_jax.infra.records import git_commit
 
 LEANER = ("none", "dots", "full")  # recomputation, from none to all of a layer
 MAX_ROWS = 16  # a chip; --fit looks no further
