@@ -31,10 +31,11 @@ from nca_jax.compiled.report import NUM_LARGEST, largest_values, print_report
 from nca_jax.compiled.topology import topology_devices
 from nca_jax.config import check_config, flatten
 from nca_jax.data.pack import segment_spans
+from nca_jax.files import write_json
 from nca_jax.flags import parse_flags
 from nca_jax.flops import forward_flops, needed_flops
-from nca_jax.infra.checkpoint import git_commit, write_json
 from nca_jax.infra.mesh import check_split, make_mesh, row_shards, slice_of
+from nca_jax.infra.records import git_commit
 from nca_jax.params import reference_init_from
 from nca_jax.reference import abstract_reference
 from nca_jax.train_step import Frozen

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import glob
 import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -85,6 +86,16 @@ def write_whole(path: AnyPath, content: bytes) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(content)
     partial.replace(path)
+
+
+def write_json(path: AnyPath, content: dict) -> None:
+    """Writes a JSON file that is whole or absent.
+
+    Raises:
+      TypeError: something in it is nothing that JSON has, such as an array or a path.
+      ValueError: a number is not finite; JSON has none that are not. Nothing is written.
+    """
+    write_whole(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
 
 def copy_into(folder: Path, target: AnyPath) -> None:

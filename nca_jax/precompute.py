@@ -18,10 +18,9 @@ from nca_jax import build, programs, reference
 from nca_jax.checks import UserError, run_main
 from nca_jax.data.room import row_layout
 from nca_jax.evaluators import Piece, score_responses
-from nca_jax.files import as_path
+from nca_jax.files import as_path, write_json
 from nca_jax.flags import parse_flags
 from nca_jax.infra import distributed
-from nca_jax.infra.checkpoint import write_json
 from nca_jax.params import reference_init_from, start_params
 
 PART = 64  # examples in a part: what a stop can lose

@@ -16,6 +16,7 @@ from nca_jax.checks import UserError
 from nca_jax.chips import CHIPS, Chip
 from nca_jax.compiled import topology
 from nca_jax.compiled.hlo import Collective, collectives, replica_groups, shape_bytes
+from nca_jax.files import write_json
 from nca_jax.flags import parse_flags
 
 SMOKE = ("--config.data.rows=4", "--config.mesh.fsdp=4", "--config.mesh.tensor=2")
@@ -164,13 +165,16 @@ def test_a_step_of_billions_of_parameters_is_described_without_arrays():
     assert batch.rows.tokens.shape == (2, 8, config.data.row_len)
 
 
-def test_what_compiles_but_needs_more_than_the_chip_has_does_not_fit(monkeypatch):
+def test_what_compiles_but_needs_more_than_the_chip_has_does_not_fit(monkeypatch, tmp_path):
     config, _ = parse_flags(["aot", "--config=configs/jsonl.py:files=x,smoke", *SMOKE])
     run = build.build_for(config, jax.devices())
     monkeypatch.setitem(CHIPS, "cpu", Chip(peak_flops=1e12, memory_gib=1e-4))
     program = aot.compile_program("precompute", run)
     assert not program["fits"] and program["memory"]["margin"] < 0
     assert program["reason"].endswith("of 0.00 GiB") and program["largest"]
+    report = {"mesh": dict(run.mesh.shape), "program": program, **aot.implied(run)}
+    write_json(tmp_path / "report.json", report)
+    assert json.loads((tmp_path / "report.json").read_text()) == report
 
 
 def test_fit_takes_the_least_recomputation_then_the_most_rows(monkeypatch, capsys):

@@ -1,22 +1,51 @@
 """Checkpoints of a run: asynchronous, whole or absent, the last few and the best kept.
 
-workdir/config.json     the config of the run      workdir/run.json   commit, reference, steps
-workdir/checkpoints/N/  the TrainState after N updates
+workdir/checkpoints/N/default  the TrainState after N updates
+workdir/checkpoints/N/metrics  those of an evaluation after N updates, where the best is kept
 """
 
-import json
-import os
-import subprocess
-from pathlib import Path
+import dataclasses
+import math
+from collections.abc import Callable, Collection, Sequence
 
 import jax
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+from orbax.checkpoint.checkpoint_managers import (
+    AnyPreservationPolicy,
+    LatestN,
+    PolicyCheckpointInfo,
+    PreservationPolicy,
+)
 
 from nca_jax.axes import flatten_paths
 from nca_jax.checks import UserError
-from nca_jax.files import AnyPath, absolute, write_whole
+from nca_jax.files import AnyPath, absolute, write_json  # noqa: F401  until train and evaluate follow
 from nca_jax.infra.mesh import param_shardings
+from nca_jax.infra.records import git_commit  # noqa: F401
+
+
+@dataclasses.dataclass(kw_only=True)
+class Best(PreservationPolicy):
+    """Keeps the checkpoint whose metric is best, the latest of equals.
+
+    One without this metric, or where it is not finite, is never it.
+    """
+
+    metric: str
+    is_high: bool
+
+    def value(self, metrics: dict[str, float] | None) -> float | None:
+        """Returns what is highest at the best checkpoint; None for one that cannot be it."""
+        value = (metrics or {}).get(self.metric, math.nan)
+        return (value if self.is_high else -value) if math.isfinite(value) else None
+
+    def should_preserve(
+        self, checkpoints: Sequence[PolicyCheckpointInfo], *, context
+    ) -> Sequence[bool]:
+        values = [self.value(one.metrics) for one in checkpoints]
+        known = [(value, i) for i, value in enumerate(values) if value is not None]
+        best = max(known)[1] if known else None
+        return [i == best for i in range(len(checkpoints))]
 
 
 def open_checkpoints(
@@ -26,18 +55,14 @@ def open_checkpoints(
 
     `best_is_high` says whether `best_metric` is best where it is highest.
     """
-    policies = [LatestN(checkpoint.keep_last)]
+    policies, best = [LatestN(checkpoint.keep_last)], None
     if checkpoint.best_metric:
-        policies.append(
-            BestN(
-                get_metric_fn=lambda metrics: metrics[checkpoint.best_metric],
-                reverse=not best_is_high,
-                n=1,
-                keep_checkpoints_without_metrics=False,
-            )
-        )
+        best = Best(metric=checkpoint.best_metric, is_high=best_is_high)
+        policies.append(best)
     options = ocp.CheckpointManagerOptions(
-        preservation_policy=AnyPreservationPolicy(policies), cleanup_tmp_directories=True
+        preservation_policy=AnyPreservationPolicy(policies),
+        best_fn=best and best.value,  # it decides nothing; without one the metrics are not stored
+        cleanup_tmp_directories=True,
     )
     return ocp.CheckpointManager(
         absolute(workdir / "checkpoints"),
@@ -47,20 +72,32 @@ def open_checkpoints(
 
 
 def save(manager: ocp.CheckpointManager, state, eval_metrics: dict[str, float] | None) -> None:
-    """Starts to save `state` under its step; returns once the arrays may be donated again."""
+    """Starts to save `state` under its step; returns once the arrays may be donated again.
+
+    Args:
+      eval_metrics: of an evaluation of this state, which the best is chosen by; None without one.
+    """
     manager.save(int(state.step), args=ocp.args.StandardSave(state), metrics=eval_metrics)
 
 
-def restore(manager: ocp.CheckpointManager, step: int, abstract, shardings):
+def restore(
+    manager: ocp.CheckpointManager,
+    step: int,
+    abstract,
+    shardings,
+    *,
+    dropped: Collection[str] = (),
+):
     """Returns the TrainState saved at `step`, sharded as asked whatever mesh wrote it.
 
+    Args:
+      abstract, shardings: trees of shapes and dtypes, and of where they go.
+      dropped: "/" paths of arrays that an older state had; where they are there they are not read.
     Raises:
       UserError: the checkpoint is of another model; names the arrays that differ.
     """
-    saved = manager.item_metadata(step).tree
-    _check_same_arrays(manager.directory, flatten_paths(saved), flatten_paths(abstract))
-    target = _with_shardings(abstract, shardings)
-    return manager.restore(step, args=ocp.args.StandardRestore(target))
+    path = manager.directory / str(step)
+    return _read(path, abstract, shardings, is_left=lambda array: array in dropped)
 
 
 def saved_step(workdir: AnyPath, step: int = 0) -> int:
@@ -85,19 +122,37 @@ def restore_params(workdir: AnyPath, abstract: dict, mesh, *, step: int = 0) -> 
       UserError: there is no checkpoint, or it is of another model.
     """
     folder = absolute(workdir / "checkpoints")
-    path = folder / str(saved_step(workdir, step)) / "default"
+    path = folder / str(saved_step(workdir, step))
+    shardings = {"params": param_shardings(mesh, abstract)}
+
+    def is_other(array: str) -> bool:
+        return not array.startswith("params/")
+
+    return _read(path, {"params": abstract}, shardings, is_left=is_other)["params"]
+
+
+def _read(path: AnyPath, abstract, shardings, *, is_left: Callable[[str], bool]):
+    """Returns the arrays of `abstract` out of the checkpoint in a folder.
+
+    Args:
+      is_left: whether an array of the checkpoint that `abstract` lacks may be left there, by its
+        "/" path.
+    Raises:
+      UserError: the checkpoint has other arrays; names them.
+    """
     with ocp.PyTreeCheckpointer() as checkpointer:
-        saved = checkpointer.metadata(path).item_metadata.tree["params"]
-        _check_same_arrays(path, flatten_paths(saved), flatten_paths(abstract))
-        target = {"params": _with_shardings(abstract, param_shardings(mesh, abstract))}
+        saved = flatten_paths(checkpointer.metadata(path / "default").item_metadata.tree)
+        wanted = flatten_paths(abstract)
+        saved = {name: x for name, x in saved.items() if name in wanted or not is_left(name)}
+        _check_same_arrays(path, saved, wanted)
+        target = _with_shardings(abstract, shardings)
         restore_args = ocp.checkpoint_utils.construct_restore_args(target)
-        restored = checkpointer.restore(
-            path,
+        return checkpointer.restore(
+            path / "default",
             args=ocp.args.PyTreeRestore(
                 item=target, restore_args=restore_args, partial_restore=True
             ),
         )
-    return restored["params"]
 
 
 def _check_same_arrays(where, saved: dict, wanted: dict) -> None:
@@ -123,24 +178,3 @@ def _with_shardings(abstract, shardings):
         abstract,
         shardings,
     )
-
-
-def git_commit() -> str:
-    """The commit of this code, "-dirty" if it was changed; without a checkout $NCA_JAX_COMMIT."""
-    where = Path(__file__).parent
-    try:
-        run = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=where,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("NCA_JAX_COMMIT", "unknown")
-    return run.stdout.strip()
-
-
-def write_json(path: AnyPath, content: dict) -> None:
-    """Writes a JSON file that is whole or absent."""
-    write_whole(path, (json.dumps(content, indent=2, default=str) + "\n").encode())

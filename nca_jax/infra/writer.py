@@ -1,6 +1,7 @@
 """Where metrics go: metrics.jsonl, TensorBoard, W&B, and a progress bar on a terminal."""
 
 import json
+import math
 import os
 import sys
 import tempfile
@@ -11,6 +12,7 @@ from tqdm import tqdm
 
 from nca_jax.checks import UserError
 from nca_jax.files import AnyPath, copy_into, is_remote, write_whole
+from nca_jax.infra.fingerprint import text_fingerprint
 
 METRICS = "metrics.jsonl"
 
@@ -39,9 +41,7 @@ class MetricWriter:
             if log.tensorboard
             else None
         )
-        self._wandb = (
-            _open_wandb(folder, workdir.name, log.wandb_project) if log.wandb_project else None
-        )
+        self._wandb = _open_wandb(folder, workdir, log.wandb_project) if log.wandb_project else None
         self._bar = tqdm(
             total=num_steps,
             initial=restored_step or 0,
@@ -50,7 +50,19 @@ class MetricWriter:
         )
 
     def write(self, step: int, split: str, metrics: dict[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, "split": split} | metrics) + "\n")
+        """Writes one line.
+
+        Raises:
+          UserError: a metric is not finite, which JSON has no number for; names it.
+        """
+        bad = [f"{name} is {x}" for name, x in metrics.items() if not math.isfinite(x)]
+        if bad:
+            raise UserError(
+                f"Step {step}, {split}: {', '.join(bad)}. The run stops; lower optim.lr, or look "
+                "at the data with nca_jax.inspect."
+            )
+        line = {"step": step, "split": split} | metrics
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
         if self._board:
             for name, value in metrics.items():
@@ -69,9 +81,9 @@ class MetricWriter:
     def sync(self) -> None:
         """Returns when every line is stored; a checkpoint must not be ahead of its metrics."""
         os.fsync(self._file.fileno())
+        if self._board:
+            self._board.flush()
         if self._staging:
-            if self._board:
-                self._board.flush()
             copy_into(Path(self._staging.name), self._workdir)
 
     def close(self) -> None:
@@ -111,9 +123,17 @@ def _brief(metrics: dict[str, float]) -> str:
     return "  ".join(f"{name} {metrics[name]:.4g}" for name in names if name in metrics)
 
 
-def _open_wandb(folder: Path, name: str, project: str):
+def _open_wandb(folder: Path, workdir: AnyPath, project: str):
+    """Opens the W&B run of a workdir: the same on every resume, and no other workdir's."""
     try:
         import wandb
     except ImportError:
         raise UserError("config.log.wandb_project is set: pip install nca_jax[wandb].") from None
-    return wandb.init(project=project, dir=str(folder), resume="allow", id=name)
+    place = os.fspath(workdir if is_remote(workdir) else workdir.resolve())
+    return wandb.init(
+        project=project,
+        dir=str(folder),
+        resume="allow",
+        id=text_fingerprint(place),
+        name=workdir.name,
+    )
