@@ -59,7 +59,9 @@ def abstract_batch(run: Run) -> Batch:
     """Returns the shapes of every batch of a run, which follow from the config alone."""
     data = run.config.data
     b, k, layout = data.batch_size, data.num_responses, row_layout(data)
-    one_row, _, _ = pack([], dataclasses.replace(layout, rows=1), num_slots=b * k, num_micro=1)
+    one_row, _, _ = pack(
+        [], dataclasses.replace(layout, rows=1), slots=[], num_slots=b * k, num_micro=1
+    )
     num_micro = -(-b // layout.rows)
 
     def shape(dtype, *sizes):

@@ -49,8 +49,8 @@ def main(argv: list[str]) -> int:
     if (workdir / "config.json").exists():
         check_same_run(config, workdir / "config.json")
     data = build.read_data(run)
-    for reason, count in data.skipped.items():
-        print(f"skipped {count} rows: {reason}")
+    for note in data.notes():
+        print(note)
     live = config.reference.kind == "live"
     cached = None if live else read_cached_logps(run)
     training = [example for source in data.sources for example in source]
