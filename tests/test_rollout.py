@@ -100,25 +100,25 @@ def test_train_reads_of_a_rollout_the_very_ids_that_were_sampled(run, params, tm
         assert [x.tolist() for x in example.group.responses] == [x.tolist() for x in of_prompt]
         assert example.record == prompt.record
     # Bytes at random are no text: read by their text, they would be other ids.
-    texts = [text for record in records for text in record["responses"]]
-    assert any("\N{REPLACEMENT CHARACTER}" in text for text in texts)
+    texts = [ids_of(text) for record in records for text in record["responses"]]
+    sampled = [ids for record in records for ids in record["response_ids"]]
+    assert any(ids not in (text, [*text, EOS]) for ids, text in zip(sampled, texts, strict=True))
 
 
 def test_a_prompts_samples_depend_on_its_index_and_the_seed_alone(run, params):
-    prompts = [ids_of(text) for text in ("a", "bcd", "ef", "g")]
-    alone = run_of("--config.generate.batch_size=1")  # one prompt a device at a time
+    prompts = [ids_of(text) for text in ("a", "bcd", "ef", "g")] * 3
+    few = run_of("--config.generate.batch_size=1")  # of which each device has one
+    generate, generate_few = make_generator(run), make_generator(few)
 
-    def samples(run, prompts, seed) -> list:
+    def samples(generate, prompts, seed) -> list:
         with jax.set_mesh(run.mesh):
-            drawn = make_generator(run)(params, prompts, seed)
+            drawn = generate(params, prompts, seed)
         return [[ids.tolist() for ids in of_prompt] for of_prompt in drawn]
 
-    many = samples(run, prompts * 3, seed=5)
-    assert samples(run, prompts, seed=5) == many[:4]
-    assert samples(alone, prompts * 3, seed=5) == many
-    longer = samples(run, [*prompts[:3], ids_of("h" * 40)], seed=5)  # wider rows for all
-    assert longer[:3] == many[:3]
-    assert many[:4] != many[4:8] and samples(run, prompts, seed=6) != many[:4]
+    found = samples(generate, prompts, seed=5)
+    wider = [*prompts[:-1], ids_of("h" * 20)]  # more slots for every prompt
+    assert samples(generate_few, wider, seed=5)[:-1] == found[:-1]
+    assert found[:4] != found[4:8] and samples(generate, prompts, seed=6) != found
 
 
 # Commands
@@ -144,7 +144,7 @@ def no_weights(monkeypatch):
 @pytest.mark.parametrize(
     ("record", "flags", "said"),
     [
-        ({"prompt": 7}, (), "wanted a prompt of text or messages"),
+        ({"prompt": 7}, (), "plain format wants a prompt of text, got int"),
         ({"prompt": ""}, (), "the prompt is empty"),
         ({"prompt": "a" * 9}, ("--config.data.too_long=stop",), "has 9 tokens where data.max_pro"),
         ({"prompt": "b"}, ("--config.generate.scorer=answer",), 'the scorer answer wants an "answ'),

@@ -153,7 +153,6 @@ def test_generate_score_train_is_a_loop_of_three_commands(tmp_path):
             "--config.steps=1",
             "--config.eval_every=0",
             "--config.data.eval_fraction=0",
-            "--config.data.bad_rows=skip",  # a sample of random weights may be empty
         )
     )
     assert [line["step"] for line in metric_lines(tmp_path / "run", "train")] == [1]

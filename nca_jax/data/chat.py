@@ -34,7 +34,7 @@ def encode_prompt(prompt: str | list[dict], tokenizer, format: str) -> list[int]
         return _ids(released.prompt_text(messages, eos), tokenizer)
     if not isinstance(prompt, str):
         raise RecordError(
-            f"plain format wants a prompt of text, got a {type(prompt).__name__}; messages want "
+            f"plain format wants a prompt of text, got {type(prompt).__name__}; messages want "
             "data.format=chat",
             reason="prompt",
         )

@@ -102,6 +102,9 @@ def own_record(record: dict[str, Any], left_out: Counter) -> dict[str, Any]:
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     prompt = _turns(prompt)
+    finished = record.get("finished")
+    if isinstance(finished, list) and False in finished:
+        raise RecordError("a data set has no responses that were cut off", reason="not finished")
     if "chosen" in record:
         return _pair(
             prompt, [_field(record, key, str) for key in ("chosen", "rejected")], [1.0, 0.0]
