@@ -11,9 +11,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from nca_jax.checks import UserError
+from nca_jax.data.encode import Encoder
 from nca_jax.data.load import Share
 from nca_jax.data.pipeline import Data, load_data
 from nca_jax.infra.distributed import gather
+from nca_jax.infra.fingerprint import tokenizer_fingerprint
 from nca_jax.infra.mesh import (
     check_divides,
     make_mesh,
@@ -30,7 +32,7 @@ class Run(NamedTuple):
     config: object  # ConfigDict
     mesh: Mesh
     model: Model
-    tokenizer: object | None  # None: rows are token ids
+    tokenizer: object | None  # None: records are token ids
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -39,6 +41,17 @@ class Run(NamedTuple):
         if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
             ids.add(self.tokenizer.eos_token_id)
         return tuple(sorted(ids))
+
+    @property
+    def encoder(self) -> Encoder:
+        """How records become ids."""
+        return Encoder(
+            self.tokenizer,
+            self.config.data,
+            self.model.config.vocab_size,
+            self.eos_ids,
+            digest=tokenizer_fingerprint(self.tokenizer),
+        )
 
 
 def build(config) -> Run:
@@ -153,23 +166,18 @@ def _tokenizer(config, model_config: ModelConfig):
 
 
 def read_data(run: Run) -> Data:
-    """Reads, checks and encodes all rows of the config; each process reads its share of them.
+    """Reads, checks and encodes all records of the config; each process reads its share of them.
 
     Raises:
-      UserError: a file or row is unusable, or evaluation is asked for and no row is held out.
+      UserError: a file or record is unusable, or evaluation is asked for and none is held out.
     """
     config = run.config
-    data = load_data(
-        config.data,
-        tokenizer=run.tokenizer,
-        vocab_size=run.model.config.vocab_size,
-        eos_ids=run.eos_ids,
-        share=Share(jax.process_index(), jax.process_count(), gather),
-    )
+    share = Share(jax.process_index(), jax.process_count(), gather)
+    data = load_data(run.encoder, share=share)
     if config.eval_every and not data.heldout:
         raise UserError(
             f"config.data.eval_fraction={config.data.eval_fraction} holds out none of "
-            f"{sum(map(len, data.sources))} rows; raise it, or set config.eval_every=0."
+            f"{sum(map(len, data.sources))} records; raise it, or set config.eval_every=0."
         )
     return data
 

@@ -19,11 +19,11 @@ from jax.sharding import PartitionSpec as P
 
 from nca_jax import build, programs
 from nca_jax.checks import UserError, run_main
-from nca_jax.data.encode import Example
+from nca_jax.data.encode import Example, Prompt
+from nca_jax.data.group import Group
 from nca_jax.data.pipeline import eval_batches
 from nca_jax.data.room import row_layout
 from nca_jax.evaluators import (
-    Piece,
     fill_reference,
     heldout_metrics,
     length,
@@ -32,26 +32,30 @@ from nca_jax.evaluators import (
     score_responses,
     text_perplexity,
 )
-from nca_jax.files import as_path
+from nca_jax.files import as_path, out_file
 from nca_jax.flags import parse_flags
 from nca_jax.infra import checkpoint, distributed
 from nca_jax.infra.mesh import compiler_options, rows_here
 from nca_jax.params import policy_params, reference_init_from, start_params
-from nca_jax.rewards.scorers import get_scorer
-from nca_jax.rollout import make_generator, to_text
+from nca_jax.rewards.scorers import get_scorer, score_all
+from nca_jax.rollout import check_scorable, make_generator, make_records
 
 
 def main(argv: list[str]) -> int:
     config, flags = parse_flags(
         argv, sections=("generate",), workdir="", out="", num_prompts=64, judge="", text=""
     )
-    out = as_path(flags.out or as_path(flags.workdir or ".") / "evaluation.json")
+    beside = as_path(flags.workdir or ".") / "evaluation.json"
+    out = out_file(flags.out) if flags.out else beside
     scorers = {"reward": get_scorer(config.generate.scorer), "judge": get_scorer(flags.judge)}
     run = build.build(config)
     texts = read_texts(run, flags.text) if flags.text else []
     data = build.read_data(run)
     if not data.heldout:
-        raise UserError("No rows are held out: set data.eval_fraction or data.eval_files.")
+        raise UserError("No records are held out: set data.eval_fraction or data.eval_files.")
+    heldout = data.heldout[: flags.num_prompts]
+    for scorer in scorers.values():
+        check_scorable([as_prompt(run, example) for example in heldout], scorer)
     with jax.set_mesh(run.mesh):
         policy = policy_params(run, flags.workdir)
         reference = start_params(run, reference_init_from(config))
@@ -60,7 +64,6 @@ def main(argv: list[str]) -> int:
         batches = eval_batches(data.heldout, config.data, rows_here=here)
         batches = fill_reference(step_logps, reference, batches)
         metrics = heldout_metrics(step_logps, policy, batches, config)
-        heldout = data.heldout[: flags.num_prompts]
         samples = {}
         if heldout:
             sampled, samples = sample_metrics(run, policy, reference, heldout, scorers)
@@ -88,17 +91,18 @@ def sample_metrics(
       with their rewards.
     """
     generate = make_generator(run)
-    prompts = [example.prompt for example in heldout]
+    ids = [example.group.prompt for example in heldout]
     drawn = {
-        "policy": generate(policy, prompts, run.config.seed),
-        "reference": generate(reference, prompts, run.config.seed),
+        "policy": generate(policy, ids, run.config.seed),
+        "reference": generate(reference, ids, run.config.seed),
     }
     metrics = {}
     if run.config.generate.temperature == 1 and run.config.generate.top_p == 1:
         metrics["kl"] = mean_kl(run, policy, reference, heldout, drawn["policy"])
     else:
         print("no KL: it is estimated on samples of generate.temperature=1 and top_p=1")
-    rows = [{"prompt": str(example.prompt_text)} for example in heldout]
+    prompts = [as_prompt(run, example) for example in heldout]
+    told = [{"prompt": prompt.record.get("prompt")} for prompt in prompts]
     for who, samples in drawn.items():
         suffix = "" if who == "policy" else f"_{who}"
         responses = [ids.tolist() for of_prompt in samples for ids in of_prompt]
@@ -106,16 +110,27 @@ def sample_metrics(
         metrics[f"repetition{suffix}"] = repetition(responses)
         if run.tokenizer is None or not distributed.is_first():
             continue
-        texts = [to_text(run, np.array(ids)) for ids in responses]
-        asked = [{"prompt": row["prompt"]} for row in rows for _ in range(len(samples[0]))]
-        scores = {name: scorer(asked, texts) for name, scorer in scorers.items() if scorer}
-        metrics |= {f"{name}{suffix}": float(np.mean(x)) for name, x in scores.items()}
-        for i, row in enumerate(rows):
-            of_row = slice(i * len(samples[0]), (i + 1) * len(samples[0]))
-            row[who] = texts[of_row]
-            if "reward" in scores:
-                row[f"{who}_scores"] = scores["reward"][of_row].tolist()
-    return metrics, rows if run.tokenizer is not None and distributed.is_first() else []
+        records = make_records(run, prompts, samples, None)
+        texts = [record["responses"] for record in records]
+        for one, of_prompt in zip(told, texts, strict=True):
+            one[who] = of_prompt
+        for name, scorer in scorers.items():
+            if scorer is None:
+                continue
+            scores = score_all(scorer, [prompt.record for prompt in prompts], texts)
+            metrics[f"{name}{suffix}"] = float(np.mean(scores))
+            if name == "reward":
+                for one, of_prompt in zip(told, scores, strict=True):
+                    one[f"{who}_scores"] = of_prompt
+    return metrics, told if run.tokenizer is not None and distributed.is_first() else []
+
+
+def as_prompt(run: build.Run, example: Example) -> Prompt:
+    """Returns the prompt of an example; of one that was ids the text is what they decode to."""
+    record = example.record
+    if "prompt" not in record and run.tokenizer is not None:
+        record = {"prompt": run.tokenizer.decode(example.group.prompt)} | record
+    return Prompt(example.where, example.group.prompt, record)
 
 
 def mean_kl(run: build.Run, policy: dict, reference: dict, heldout, drawn) -> float:
@@ -134,7 +149,7 @@ def mean_kl(run: build.Run, policy: dict, reference: dict, heldout, drawn) -> fl
     )
     values = score_responses(
         lambda rows: kl(policy, reference, rows),
-        [sampled_piece(*pair) for pair in zip(heldout, drawn, strict=True)],
+        [sampled_group(*pair) for pair in zip(heldout, drawn, strict=True)],
         row_layout(config.data),
         num_slots=num_slots,
         mesh=run.mesh,
@@ -166,12 +181,12 @@ def read_texts(run: build.Run, file: str) -> list[list[int]]:
 def perplexities(run: build.Run, policy: dict, reference: dict, texts: list) -> dict[str, float]:
     """Returns {"text_perplexity", "text_perplexity_reference"} of plain text."""
     logps = programs.jit_rows_logps(run, len(texts))
-    pieces = [Piece(ids[:1], [ids[1:]]) for ids in texts]
+    groups = [Group(ids[:1], [ids[1:]]) for ids in texts]
     found = {}
     for name, params in (("text_perplexity", policy), ("text_perplexity_reference", reference)):
         values = score_responses(
             lambda rows, params=params: np.asarray(logps(params, rows))[0],
-            pieces,
+            groups,
             row_layout(run.config.data),
             num_slots=len(texts),
             mesh=run.mesh,
@@ -180,10 +195,11 @@ def perplexities(run: build.Run, policy: dict, reference: dict, texts: list) -> 
     return found
 
 
-def sampled_piece(example: Example, responses: list[np.ndarray]) -> Piece:
+def sampled_group(example: Example, responses: list[np.ndarray]) -> Group:
     """Returns the example's prompt with sampled responses; an eos ends them, so all keys are on."""
-    on = example.key_on and (example.key_on[0], [np.ones(len(ids), bool) for ids in responses])
-    return Piece(example.prompt, responses, on)
+    prompt, _, key_on = example.group
+    on = key_on and (key_on[0], [np.ones(len(ids), bool) for ids in responses])
+    return Group(prompt, responses, on)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Evaluation: functions of (params, batches) that return floats by name."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,8 @@ from ml_collections import ConfigDict
 
 from nca_jax.axes import Params
 from nca_jax.batch import Batch
-from nca_jax.data.pack import Group, RowLayout, pack, segment_spans
+from nca_jax.data.group import Group
+from nca_jax.data.pack import RowLayout, pack, segment_spans
 from nca_jax.data.pipeline import HostBatch
 from nca_jax.infra.mesh import put_rows, rows_here
 from nca_jax.logprobs import sum_by_slot, token_logps
@@ -67,20 +67,12 @@ def heldout_metrics(
     return {name: float(value) for name, value in jax.device_get(metrics).items()}
 
 
-class Piece(NamedTuple):
-    """A prompt and responses to score, as token ids; `key_on` is that of `pack.Group`."""
-
-    prompt: Sequence[int]
-    responses: Sequence[Sequence[int]]
-    key_on: tuple[Sequence[bool], Sequence[Sequence[bool]]] | None = None
-
-
 def score_responses(
-    compute: Callable, pieces: Sequence[Piece], layout: RowLayout, *, num_slots: int, mesh: Mesh
+    compute: Callable, groups: Sequence[Group], layout: RowLayout, *, num_slots: int, mesh: Mesh
 ) -> np.ndarray:
     """Returns one value of `compute` a response, in order, [sum of responses] float32.
 
-    The responses of a piece may be spread over rows: without a loss they need no company.
+    The responses of a group may be spread over rows: without a loss they need no company.
 
     Args:
       compute: `compute(rows) -> [num_slots]` on one micro-batch, jitted, whole on every device.
@@ -88,35 +80,30 @@ def score_responses(
       num_slots: responses that are packed together.
       mesh: of the rows.
     """
-    groups = [group for piece in pieces for group in _split(piece, layout)]
+    left = [part for group in groups for part in _split(group, layout)]
     here = rows_here(mesh, layout.rows)
     values: list[np.ndarray] = []
-    while groups:
+    while left:
         # As many groups as have slots; each group holds one slot a response at least.
-        sizes = np.cumsum([len(group.responses) for group in groups])
-        taken = max(1, int(np.searchsorted(sizes, num_slots, side="right")))
-        now, groups = groups[:taken], groups[taken:]
-        firsts = np.concatenate([[0], sizes[:taken]])
-        now = [
-            group._replace(slots=range(first, first + len(group.responses)))
-            for group, first in zip(now, firsts[:-1].tolist(), strict=True)
-        ]
-        rows, num_micro, _ = pack(now, layout, num_slots=num_slots, rows_here=here)
+        ends = np.cumsum([len(group.responses) for group in left])
+        taken = max(1, int(np.searchsorted(ends, num_slots, side="right")))
+        now, left = left[:taken], left[taken:]
+        slots = np.split(np.arange(ends[taken - 1]), ends[: taken - 1])
+        rows, num_micro, _ = pack(now, layout, slots=slots, num_slots=num_slots, rows_here=here)
         total = np.zeros(num_slots, np.float32)
         for m in range(num_micro):
             micro = put_rows(mesh, jax.tree.map(lambda x, m=m: x[m], rows), layout.rows)
             total += np.asarray(compute(micro))
-        values.append(total[: firsts[-1]])
+        values.append(total[: ends[taken - 1]])
     return np.concatenate(values)
 
 
-def _split(piece: Piece, layout: RowLayout) -> list[Group]:
+def _split(whole: Group, layout: RowLayout) -> list[Group]:
     """Returns groups that fit a row each; together they hold all responses, in order."""
-    whole = Group(piece.prompt, piece.responses, (), piece.key_on)
     groups: list[Group] = []
     first = 0
-    for end in range(1, len(piece.responses) + 1):
-        longer = whole.take(range(first, end), ())
+    for end in range(1, len(whole.responses) + 1):
+        longer = whole.take(range(first, end))
         if (
             end - first > 1
             and segment_spans(longer.lengths(), 0, layout.align)[-1][1] <= layout.row_len
@@ -124,7 +111,7 @@ def _split(piece: Piece, layout: RowLayout) -> list[Group]:
             groups[-1] = longer
         else:
             first = end - 1
-            groups.append(whole.take([first], ()))
+            groups.append(whole.take([first]))
     return groups
 
 

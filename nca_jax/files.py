@@ -107,6 +107,24 @@ def copy_into(folder: Path, target: AnyPath) -> None:
     _copy(pairs)
 
 
+def out_file(name: str | os.PathLike) -> AnyPath:
+    """Returns the path of a file that a command will write at its end, its folder made.
+
+    Raises:
+      UserError: it cannot be written there.
+    """
+    path = as_path(name)
+    if is_remote(path):
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out={path}: its folder cannot be made ({error}).") from None
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"--out={path}: a file cannot be written there; give another one.")
+    return path
+
+
 @contextlib.contextmanager
 def whole_folder(out: AnyPath) -> Iterator[Path]:
     """Gives a local folder; what the body writes there is the new folder `out` if it ends well."""

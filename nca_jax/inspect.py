@@ -29,10 +29,11 @@ def main(argv: list[str]) -> int:
         print_prompt(host.batch, b, where, run.tokenizer, loss_of(config))
     print_packing(host.batch, host.stats)
     examples = [*dataset.examples, *data.heldout]
-    print_histogram("prompts", [len(example.prompt) for example in examples])
-    print_histogram("responses", [len(ids) for example in examples for ids in example.responses])
-    for reason, count in data.skipped.items():
-        print(f"skipped {count} rows: {reason}")
+    print_histogram("prompts", [len(example.group.prompt) for example in examples])
+    responses = [ids for example in examples for ids in example.group.responses]
+    print_histogram("responses", [len(ids) for ids in responses])
+    for note in data.notes():
+        print(note)
     print(f"{len(dataset)} prompts to train on, {len(data.heldout)} held out")
     return 0
 

@@ -3,9 +3,9 @@ r"""Write the cached reference that a sweep shares.
     python -m nca_jax.precompute --config=FILE[:args] --config.reference.kind=cached \
         --config.reference.cache=FOLDER
 
-Every response of every row, training and held out, is scored once under the frozen reference.
+Every response of every record, training and held out, is scored once under the frozen reference.
 Started again after any stop, it goes on with the parts that are missing. Several processes share
-the rows of every part, and the first of them writes it.
+the records of every part, and the first of them writes it.
 """
 
 import time
@@ -17,7 +17,7 @@ from tqdm import tqdm
 from nca_jax import build, programs, reference
 from nca_jax.checks import UserError, run_main
 from nca_jax.data.room import row_layout
-from nca_jax.evaluators import Piece, score_responses
+from nca_jax.evaluators import score_responses
 from nca_jax.files import as_path, write_json
 from nca_jax.flags import parse_flags
 from nca_jax.infra import distributed
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
             reference.check_fingerprint(folder, fingerprint)
         if distributed.is_first():
             write_json(folder / "fingerprint.json", fingerprint)
-        num_slots = PART * max(len(example.responses) for example in examples)
+        num_slots = PART * max(len(example.scores) for example in examples)
         logps = programs.jit_rows_logps(run, num_slots)
         is_made = np.array([reference.part_path(folder, i).exists() for i in range(len(parts))])
         missing = np.flatnonzero(~distributed.from_first(is_made)).tolist()
@@ -53,14 +53,14 @@ def main(argv: list[str]) -> int:
         for i in tqdm(missing, unit="part", disable=None):
             scored = score_responses(
                 lambda rows: np.asarray(logps(params, rows))[0],
-                [Piece(e.prompt, e.responses, e.key_on) for e in parts[i]],
+                [example.group for example in parts[i]],
                 row_layout(config.data),
                 num_slots=num_slots,
                 mesh=run.mesh,
             )
             if distributed.is_first():
                 reference.write_part(folder, i, parts[i], scored)
-            tokens += sum(len(ids) for example in parts[i] for ids in example.responses)
+            tokens += sum(len(ids) for example in parts[i] for ids in example.group.responses)
     if distributed.is_first():
         write_json(folder / "complete.json", {"examples": len(examples), "parts": len(parts)})
     seconds = time.perf_counter() - start

@@ -3,7 +3,7 @@ r"""Build a data set as tensorflow-datasets: python -m nca_jax.prepare --name=NA
     --name    ultrafeedback_reward, ultrafeedback_preference, ultra_interact_pair, scored_jsonl
     --raw     folder (or one file) of .parquet, .jsonl or .jsonl.gz; without it, from the hub
     --score   ultrafeedback_reward: overall, fine-grained (the mean of the aspects) or one aspect,
-              from the raw openbmb/UltraFeedback; without it, the paper's rows and their scores.
+              from the raw openbmb/UltraFeedback; without it, the paper's records and their scores.
               ultrafeedback_preference: given, the scores of the pair; without it, 1 and 0
     --out     where data sets live; without it $TFDS_DATA_DIR, or ~/tensorflow_datasets
 

@@ -57,7 +57,9 @@ def abstract_batch(run: Run, *, has_ref_logps: bool) -> Batch:
     """Returns the shapes of every batch of a run, with or without a cached reference's."""
     data = run.config.data
     b, k, layout = data.batch_size, data.num_responses, row_layout(data)
-    one_row, _, _ = pack([], dataclasses.replace(layout, rows=1), num_slots=b * k, num_micro=1)
+    one_row, _, _ = pack(
+        [], dataclasses.replace(layout, rows=1), slots=[], num_slots=b * k, num_micro=1
+    )
     num_micro = -(-b // layout.rows)
 
     def shape(dtype, *sizes):

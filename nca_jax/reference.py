@@ -93,7 +93,7 @@ def cache_fingerprint(run: Run, ref_params: Params) -> dict[str, object]:
 def example_key(example: Example) -> int:
     """A digest of the example's tokens, 64 bits."""
     digest = hashlib.blake2b(digest_size=8)
-    for ids in (example.prompt, *example.responses):
+    for ids in (example.group.prompt, *example.group.responses):
         digest.update(np.int32(len(ids)).tobytes() + ids.tobytes())
     return int.from_bytes(digest.digest(), "little")
 
@@ -108,7 +108,7 @@ def write_part(folder: AnyPath, part: int, examples: Sequence[Example], logps: n
     """Writes one part, whole or absent."""
     arrays = {
         "keys": np.array([example_key(example) for example in examples], np.uint64),
-        "sizes": np.array([len(example.responses) for example in examples], np.int32),
+        "sizes": np.array([len(example.scores) for example in examples], np.int32),
         "logps": np.asarray(logps, np.float32),
     }
     write_whole(part_path(folder, part), save(arrays))
@@ -144,8 +144,8 @@ def read_cached_logps(run: Run) -> Lookup:
         missing = [example.where for example in examples if example_key(example) not in found]
         if missing:
             raise UserError(
-                f"{folder} lacks {len(missing)} of {len(examples)} rows, first {missing[0]}; run "
-                "python -m nca_jax.precompute again, it goes on where it stopped."
+                f"{folder} lacks {len(missing)} of {len(examples)} records, first {missing[0]}; "
+                "run python -m nca_jax.precompute again, it goes on where it stopped."
             )
         return [found[example_key(example)] for example in examples]
 

@@ -1,6 +1,7 @@
 """Sampling responses from a policy: what `generate`, `evaluate` and on-policy training share."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,92 @@ from tqdm import tqdm
 
 from nca_jax.axes import ROWS
 from nca_jax.build import Run
+from nca_jax.data.encode import Prompt
+from nca_jax.infra import distributed
 from nca_jax.infra.mesh import put_whole
 from nca_jax.programs import WIDTH_MULTIPLE, jit_sampler, prompts_at_once
+from nca_jax.rewards.scorers import Scorer, score_all
+
+Samples = list[list[np.ndarray]]  # of each prompt its responses, [their length] int32
 
 
-def make_generator(run: Run) -> Callable:
+class Response(NamedTuple):
+    """What was sampled. `ids` is None where the text was cut, and they would say more than it."""
+
+    text: str
+    ids: list[int] | None  # with the end-of-turn token where there is one
+    finished: bool  # ended its turn, by that token or by `config.generate.stop`
+
+
+def rollout(
+    run: Run, params: dict, prompts: Sequence[Prompt], scorer: Scorer | None, seed: int
+) -> list[dict]:
+    """Samples `config.generate.num_samples` responses to each prompt, and scores them.
+
+    The mesh of the run is set, as for every program. Every process samples; process 0 alone makes
+    records and scores them.
+
+    Args:
+      prompts: from `load_prompts`, or of examples.
+      scorer: None: the records have no scores.
+    Returns:
+      On process 0 a record a prompt, as `nca_jax.data.record` says a rollout is: what
+      `nca_jax.generate` writes and `nca_jax.train` reads. On the others [].
+    Raises:
+      UserError: a prompt lacks what the scorer wants, or the scorer fails.
+    """
+    check_scorable(prompts, scorer)
+    samples = make_generator(run)(params, [prompt.ids for prompt in prompts], seed)
+    return make_records(run, prompts, samples, scorer) if distributed.is_first() else []
+
+
+def check_scorable(prompts: Sequence[Prompt], scorer: Scorer | None) -> None:
+    """Raises UserError, naming the place, if a prompt lacks what the scorer wants."""
+    if scorer is not None:
+        for prompt in prompts:
+            scorer.check(prompt.where, prompt.record)
+
+
+def make_records(
+    run: Run, prompts: Sequence[Prompt], samples: Samples, scorer: Scorer | None
+) -> list[dict]:
+    """Returns the records of a rollout, scored if there is a scorer."""
+    digest = run.encoder.digest
+    records = [
+        _make_record(prompt, [read_response(run, ids) for ids in of_prompt], digest)
+        for prompt, of_prompt in zip(prompts, samples, strict=True)
+    ]
+    if scorer is None:
+        return records
+    asked = [prompt.record for prompt in prompts]
+    scores = score_all(scorer, asked, [record["responses"] for record in records])
+    return [
+        record | {"scores": of_record} for record, of_record in zip(records, scores, strict=True)
+    ]
+
+
+def _make_record(prompt: Prompt, responses: Sequence[Response], digest: str) -> dict:
+    texts, ids, finished = map(list, zip(*responses, strict=True))
+    return prompt.record | {
+        "responses": texts,
+        "prompt_ids": prompt.ids.tolist(),
+        "response_ids": ids,
+        "finished": finished,
+        "tokenizer": digest,
+    }
+
+
+def read_response(run: Run, ids: np.ndarray) -> Response:
+    """Returns what a sample says: its text has no end-of-turn token, and ends before the stop."""
+    stop, sampled = run.config.generate.stop, ids.tolist()
+    whole = run.tokenizer.decode([i for i in sampled if i not in run.eos_ids])
+    text = whole.split(stop)[0] if stop else whole
+    if text != whole:
+        return Response(text, None, True)
+    return Response(text, sampled, sampled[-1] in run.eos_ids)
+
+
+def make_generator(run: Run) -> Callable[[dict, Sequence[Sequence[int]], int], Samples]:
     """Returns `generate(params, prompts, seed) -> samples` as `config.generate` says.
 
     `prompts` are token ids; samples[n] holds `num_samples` int32 arrays, each with its end-of-turn
@@ -25,9 +107,7 @@ def make_generator(run: Run) -> Callable:
     sampler = jit_sampler(run)
     batch, rows = prompts_at_once(run), NamedSharding(run.mesh, P(ROWS))
 
-    def generate(
-        params: dict, prompts: Sequence[Sequence[int]], seed: int
-    ) -> list[list[np.ndarray]]:
+    def generate(params: dict, prompts: Sequence[Sequence[int]], seed: int) -> Samples:
         width = -(-max(map(len, prompts)) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
         key = jax.random.key(seed)
         samples = []
@@ -51,10 +131,3 @@ def make_generator(run: Run) -> Callable:
         return samples
 
     return generate
-
-
-def to_text(run: Run, ids: np.ndarray) -> str:
-    """Returns a response as text: no end-of-turn token, cut at `config.generate.stop`."""
-    text = run.tokenizer.decode([i for i in ids.tolist() if i not in run.eos_ids])
-    stop = run.config.generate.stop
-    return text.split(stop)[0] if stop else text

@@ -56,8 +56,8 @@ def main(argv: list[str]) -> int:
     run = build.build(config)
     check_same_run(config, workdir / "config.json")
     data = build.read_data(run)
-    for reason, count in data.skipped.items():
-        print(f"skipped {count} rows: {reason}")
+    for note in data.notes():
+        print(note)
     training = [example for source in data.sources for example in source]
     distributed.check_same(
         config=text_fingerprint(json.dumps(flatten(config))),

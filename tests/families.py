@@ -3,7 +3,6 @@
 What PyTorch computes with them is in data/families.npz, written by make_families.py.
 """
 
-import itertools
 import json
 from pathlib import Path
 
@@ -13,7 +12,8 @@ from safetensors.numpy import save_file
 
 from nca_jax.axes import flatten_paths
 from nca_jax.batch import Rows
-from nca_jax.data.pack import Group, RowLayout, pack
+from nca_jax.data.group import Group
+from nca_jax.data.pack import RowLayout, pack
 from nca_jax.data.plan import causal_bound
 from nca_jax.models.decoder import Model
 from nca_jax.models.formats import names
@@ -56,13 +56,12 @@ NEW_TOKENS = 12
 
 
 def pieces() -> list[Group]:
-    """Returns prompts with their responses, which fill two rows; slots count the responses."""
-    rng, slots = np.random.default_rng(0), itertools.count()
+    """Returns prompts with their responses, which fill two rows."""
+    rng = np.random.default_rng(0)
     return [
         Group(
             rng.integers(3, VOCAB, length).tolist(),
             [rng.integers(3, VOCAB, n).tolist() for n in responses],
-            [next(slots) for _ in responses],
         )
         for length, responses in LENGTHS
     ]
@@ -91,8 +90,9 @@ def write_family(folder: Path, name: str) -> Path:
 def packed_logits(model: Model, params: dict) -> np.ndarray:
     """Returns the logits that predict the response tokens of `pieces`, [tokens, V], in order."""
     layout = RowLayout(row_len=32, rows=2, block=16, num_pairs=causal_bound(32, 16), align=1)
-    num_slots = sum(len(responses) for _, responses in LENGTHS)
-    packed, _, _ = pack(pieces(), layout, num_slots=num_slots, num_micro=1)
+    ends = np.cumsum([len(responses) for _, responses in LENGTHS])
+    slots = np.split(np.arange(ends[-1]), ends[:-1])  # they count the responses
+    packed, _, _ = pack(pieces(), layout, slots=slots, num_slots=int(ends[-1]), num_micro=1)
     rows = Rows(*(x[0] for x in packed))
 
     @jax.jit
@@ -101,7 +101,7 @@ def packed_logits(model: Model, params: dict) -> np.ndarray:
 
     logits = np.asarray(row_logits(params))  # [R, T, V]
     found = []
-    for slot in range(num_slots):
+    for slot in range(int(ends[-1])):
         row, place = np.nonzero(rows.logp_slot == slot)
         found.append(logits[row, rows.logp_at[row, place], :VOCAB])
     return np.concatenate(found)

@@ -1,4 +1,4 @@
-"""What several test files write and read: rows of ids, and small checkpoints."""
+"""What several test files write and read: records of ids, and small checkpoints."""
 
 import dataclasses
 import json
@@ -7,11 +7,11 @@ import numpy as np
 from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
-from nca_jax.data import encode
+from nca_jax.data.encode import Encoder
 from nca_jax.model_config import ModelConfig
 from nca_jax.models.formats import names
 
-# Rows
+# Records
 
 BASE = dict(
     files="",
@@ -58,10 +58,12 @@ def write(path, rows) -> str:
     return str(path)
 
 
-def encode_one(row, config, tokenizer=None, vocab_size=1000, eos_ids=(), where="f:1"):
-    return encode.encode_record(
-        where, row, tokenizer=tokenizer, config=config, vocab_size=vocab_size, eos_ids=eos_ids
-    )
+def make_encoder(config, tokenizer=None, vocab_size=1000, eos_ids=(), **more) -> Encoder:
+    return Encoder(tokenizer, config, vocab_size, eos_ids, **more)
+
+
+def encode_one(record, config, tokenizer=None, *, where="f:1", **more):
+    return make_encoder(config, tokenizer, **more).record(where, record)
 
 
 # Checkpoints

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from commands import command
-from helpers import data_config, write
+from helpers import data_config, make_encoder, write
 
 from nca_jax import prepare
 from nca_jax.checks import UserError
@@ -88,8 +88,8 @@ def test_the_rewards_of_the_paper_keep_their_order_and_scores(build, tmp_path):
     ):
         write_parquet(tmp_path, name, [rewards(i) for i in indices], REWARD)
     printed = build("ultrafeedback_reward")
-    assert "tfds:ultrafeedback_reward:train_prefs: 5 rows kept, 0 dropped" in printed
-    assert "tfds:ultrafeedback_reward:test_prefs: 2 rows kept, 0 dropped" in printed
+    assert "tfds:ultrafeedback_reward:train_prefs: 5 records kept, 0 dropped" in printed
+    assert "tfds:ultrafeedback_reward:test_prefs: 2 records kept, 0 dropped" in printed
     train, test = (read(f"tfds:ultrafeedback_reward:{x}_prefs") for x in ("train", "test"))
     for i, row in enumerate(train + test):
         assert row["prompt"] == f"Question {i}?"
@@ -159,10 +159,10 @@ def test_raw_ultrafeedback_is_scored_as_asked_with_the_best_first(
 def test_what_is_not_rated_is_left_out_and_counted(build, tmp_path):
     write_raw(tmp_path, "parquet")
     printed = build("ultrafeedback_reward", "--score=fine-grained")
-    assert "2 rows kept, 1 dropped (1 fewer than 2 responses)" in printed
-    assert "left out of rows that stay (6 ratings N/A, 1 responses not rated)" in printed
+    assert "2 records kept, 1 dropped (1 fewer than 2 responses)" in printed
+    assert "left out of records that stay (6 ratings N/A, 1 responses not rated)" in printed
     printed = build("ultrafeedback_reward", "--score=overall")
-    assert "1 rows kept, 2 dropped (2 fewer than 2 responses)" in printed
+    assert "1 records kept, 2 dropped (2 fewer than 2 responses)" in printed
 
 
 def pairs() -> list[dict]:
@@ -200,7 +200,7 @@ def test_a_trajectory_becomes_a_prompt_of_messages(build, tmp_path):
     rows = [trajectory(*turns), trajectory(*turns[:1])]
     rows += [trajectory(*turns[:2]), trajectory(("critic", "hm"))]
     write_parquet(tmp_path, "0000_pair.parquet", rows, INTERACT)
-    assert "2 rows kept, 2 dropped (2 role)" in build("ultra_interact_pair")
+    assert "2 records kept, 2 dropped (2 role)" in build("ultra_interact_pair")
     long, short = read("tfds:ultra_interact_pair:train")
     assert long["prompt"] == [{"role": role, "content": text} for role, text in turns]
     assert short["prompt"] == "Solve."
@@ -212,10 +212,13 @@ def test_rows_of_ones_own_may_have_any_number_of_responses(build, tmp_path):
     rows = [{"prompt": "P"} | answers, {"prompt": chat("P", "no")[:1]} | answers]
     bad = [{"prompt": "P", "responses": ["a", "\ud800"], "scores": [0, 1]}, [], "not json"]
     bad += [{"prompt": "P", "responses": ["a", "b"], "scores": [0, None]}, {"prompt": ["x"]}]
+    bad.append({"prompt": "P"} | answers | {"finished": [True, False, True]})
     write(tmp_path / "raw" / "train.jsonl", [*rows, *bad])
     write(tmp_path / "raw" / "test.jsonl", [{"prompt": "P", "chosen": "a", "rejected": "b"}])
     printed = build("scored_jsonl")
-    assert "2 rows kept, 5 dropped (1 text, 2 json, 1 scores, 1 no role)" in printed
+    assert (
+        "2 records kept, 6 dropped (1 text, 2 json, 1 scores, 1 no role, 1 not finished)" in printed
+    )
     first, second = read("tfds:scored_jsonl:train")
     assert first["responses"] == ["a", "é\0", "c"] and first["scores"] == [0.0, 0.5, -2.0]
     assert first["prompt"] == second["prompt"] == "P"  # one user turn is what a text means
@@ -226,17 +229,12 @@ def test_rows_of_ones_own_may_have_any_number_of_responses(build, tmp_path):
 
 
 def load(files: str):
-    return load_examples(
-        files,
-        tokenizer=load_tokenizer("byte"),
-        config=data_config(max_response_len=32),
-        vocab_size=259,
-        eos_ids=(),
-    )
+    config = data_config(max_response_len=32)
+    return load_examples(files, make_encoder(config, load_tokenizer("byte")))
 
 
 def same(a: Example, b: Example) -> bool:
-    arrays = [(e.prompt, *e.responses, e.scores) for e in (a, b)]
+    arrays = [(e.group.prompt, *e.group.responses, e.scores) for e in (a, b)]
     equal = all(np.array_equal(x, y) for x, y in zip(*arrays, strict=True))
     return equal and a.prompt_hash == b.prompt_hash
 
@@ -325,7 +323,9 @@ def test_prepare_names_what_is_wrong(build, tmp_path, data_dir):
     assert "train.parquet: cannot be read" in said("--name=scored_jsonl", raw)
     (tmp_path / "raw" / "train.parquet").unlink()
     write(tmp_path / "raw" / "train.jsonl", ["no json"])
-    assert "No row of split 'train' is left: 1 dropped (1 json)" in said("--name=scored_jsonl", raw)
+    assert "No record of split 'train' is left: 1 dropped (1 json)" in said(
+        "--name=scored_jsonl", raw
+    )
     write(tmp_path / "raw" / "train.jsonl", [own(0)])
     build("scored_jsonl")
     assert "is already there" in said("--name=scored_jsonl", raw)

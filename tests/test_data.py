@@ -1,11 +1,11 @@
-"""From files of rows to examples: each claim of nca_jax/data's sources, chat and encode."""
+"""From files of records to examples: each claim of nca_jax/data's sources, chat and encode."""
 
 import gzip
 import json
 
 import numpy as np
 import pytest
-from helpers import data_config, encode_one, write
+from helpers import data_config, encode_one, make_encoder, write
 from transformers import ByT5Tokenizer
 
 from nca_jax.checks import UserError
@@ -31,10 +31,8 @@ def byte_ids(text: str) -> list[int]:
     return [byte + 3 for byte in text.encode()]
 
 
-def load(files, config, tokenizer=None, vocab_size=1000, eos_ids=()):
-    return load_examples(
-        files, tokenizer=tokenizer, config=config, vocab_size=vocab_size, eos_ids=eos_ids
-    )
+def load(files, config, tokenizer=None, **more):
+    return load_examples(files, make_encoder(config, tokenizer, **more))
 
 
 # Files
@@ -53,10 +51,10 @@ def test_files_of_a_glob_are_read_in_order_with_blank_lines_left_out(tmp_path):
     ]
 
 
-def test_a_glob_without_files_and_a_file_without_rows_are_refused(tmp_path):
+def test_a_glob_without_files_and_a_file_without_records_are_refused(tmp_path):
     with pytest.raises(UserError, match="No file matches"):
         JsonlSource(str(tmp_path / "*.jsonl"))
-    with pytest.raises(UserError, match=r"a\.jsonl: has no rows"):
+    with pytest.raises(UserError, match=r"a\.jsonl: has no records"):
         JsonlSource(write(tmp_path / "a.jsonl", ["", " "]))
     (tmp_path / "b.gz").write_bytes(b"not gzip")
     with pytest.raises(UserError, match="b.gz: cannot be read"):
@@ -98,7 +96,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_row_stops_with_its_file_and_line_or_is_skipped_and_counted(
+def test_a_broken_record_stops_with_its_file_and_line_or_is_skipped_and_counted(
     name, tmp_path, tokenizer
 ):
     broken, reason = BROKEN[name]
@@ -110,18 +108,20 @@ def test_a_broken_row_stops_with_its_file_and_line_or_is_skipped_and_counted(
     assert str(error.value).startswith(f"{path}:2: ") and error.value.reason == reason
     examples = load(str(path), data_config(bad_rows="skip"), tokenizer)
     assert [len(source) for source in examples.sources] == [1]
-    assert examples.skipped == {reason: 1}
+    assert examples.counts == {f"records skipped: {reason}": 1}
 
 
-def test_a_source_of_which_no_row_is_left_is_refused(tmp_path):
+def test_a_source_of_which_no_record_is_left_is_refused(tmp_path):
     path = write(tmp_path / "a.jsonl", ["{", "["])
-    with pytest.raises(UserError, match=r"No row of .* is left.*'json': 2"):
+    with pytest.raises(UserError, match=r"No record of .* is left: 2 records skipped: json"):
         load(path, data_config(bad_rows="skip"))
 
 
 def test_text_without_a_tokenizer_is_refused(tmp_path):
     path = write(tmp_path / "a.jsonl", [TEXT])
-    with pytest.raises(UserError, match=r"the rows hold text; set data\.tokenizer"):
+    with pytest.raises(
+        UserError, match=r"no tokenizer, and the records hold text; set data\.tokenizer"
+    ):
         load(path, data_config(bad_rows="skip"))
 
 
@@ -130,12 +130,12 @@ def test_text_without_a_tokenizer_is_refused(tmp_path):
 
 def test_plain_text_is_the_prompt_and_the_response_with_its_eos(tokenizer):
     example = encode_one(TEXT, data_config(), tokenizer)
-    assert example.prompt.tolist() == byte_ids("p")
-    assert [ids.tolist() for ids in example.responses] == [
+    assert example.group.prompt.tolist() == byte_ids("p")
+    assert [ids.tolist() for ids in example.group.responses] == [
         [*byte_ids("a"), EOS],
         [*byte_ids("b"), EOS],
     ]
-    assert example.prompt.dtype == example.responses[0].dtype == np.int32
+    assert example.group.prompt.dtype == example.group.responses[0].dtype == np.int32
     assert example.scores.dtype == np.float32
 
 
@@ -150,18 +150,20 @@ class BosTokenizer:
 
 def test_a_bos_is_put_before_a_plain_prompt_where_the_tokenizer_adds_one():
     assert chat.encode_prompt("p", BosTokenizer(), "plain") == [2, ord("p")]
-    assert encode_one(TEXT | {"prompt": ""}, data_config(), BosTokenizer()).prompt.tolist() == [2]
+    assert encode_one(
+        TEXT | {"prompt": ""}, data_config(), BosTokenizer()
+    ).group.prompt.tolist() == [2]
 
 
 def test_chat_prompt_and_response_together_are_the_template_up_to_the_eos(tokenizer):
     config = data_config(format="chat", max_prompt_len=99, max_response_len=99)
     example = encode_one(TEXT, config, tokenizer)
-    for ids, response in zip(example.responses, "ab", strict=True):
+    for ids, response in zip(example.group.responses, "ab", strict=True):
         text = f"<|user|>p</s>\n<|assistant|>{response}</s>"  # without the line break at the end
         expected = tokenizer(text, add_special_tokens=False)["input_ids"]
-        assert [*example.prompt, *ids] == expected and ids[-1] == EOS
-    assert example.prompt.tolist() == chat.encode_prompt("p", tokenizer, "chat")
-    assert example.prompt_text == "p"
+        assert [*example.group.prompt, *ids] == expected and ids[-1] == EOS
+    assert example.group.prompt.tolist() == chat.encode_prompt("p", tokenizer, "chat")
+    assert example.record == {"prompt": "p"}
     _, (added, _) = chat.render("p", ["a", "b"], tokenizer, [])
     assert added == "a</s>"
 
@@ -177,9 +179,9 @@ def test_messages_and_text_make_the_same_example(tokenizer):
     expected = encode_one(TEXT, config, tokenizer)
     for row in (TEXT | {"prompt": [user]}, pair):
         example = encode_one(row, config, tokenizer)
-        np.testing.assert_array_equal(example.prompt, expected.prompt)
+        np.testing.assert_array_equal(example.group.prompt, expected.group.prompt)
         np.testing.assert_array_equal(example.scores, [1.0, 0.0])
-        for ids, wanted in zip(example.responses, expected.responses, strict=True):
+        for ids, wanted in zip(example.group.responses, expected.group.responses, strict=True):
             np.testing.assert_array_equal(ids, wanted)
 
 
@@ -209,7 +211,7 @@ def test_a_tokenizer_without_a_template_is_refused_with_a_word_about_plain(token
         chat.encode_prompt("p", tokenizer, "chat")
 
 
-def test_a_row_that_the_template_refuses_is_at_fault_itself(tokenizer):
+def test_a_record_that_the_template_refuses_is_at_fault_itself(tokenizer):
     tokenizer.chat_template = "{{ raise_exception('no system role') }}"
     with pytest.raises(RecordError, match=r"f:1: the chat template refuses it \(no system role\)"):
         encode_one(TEXT, data_config(format="chat"), tokenizer)
@@ -233,8 +235,8 @@ LONG = {"prompt_ids": [1, 2, 3, 4], "response_ids": [[5, 6, 7], [8]], "scores": 
 def test_too_long_segments_are_cut_and_counted(keep, prompt):
     config = data_config(max_prompt_len=2, max_response_len=2, prompt_keep=keep)
     example = encode_one(LONG, config)
-    assert example.prompt.tolist() == prompt
-    assert [ids.tolist() for ids in example.responses] == [[5, 6], [8]]
+    assert example.group.prompt.tolist() == prompt
+    assert [ids.tolist() for ids in example.group.responses] == [[5, 6], [8]]
     assert (example.num_tokens, example.num_cut) == (8, 3)
 
 
@@ -242,14 +244,17 @@ def test_a_cut_response_loses_its_eos(tokenizer):
     example = encode_one(
         TEXT | {"responses": ["ab", "a"]}, data_config(max_response_len=2), tokenizer
     )
-    assert [ids.tolist() for ids in example.responses] == [byte_ids("ab"), [*byte_ids("a"), EOS]]
+    assert [ids.tolist() for ids in example.group.responses] == [
+        byte_ids("ab"),
+        [*byte_ids("a"), EOS],
+    ]
 
 
 @pytest.mark.parametrize("limit", ["max_prompt_len", "max_response_len"])
-def test_a_too_long_row_stops_or_is_skipped_whatever_bad_rows_says(limit, tmp_path):
+def test_a_too_long_record_stops_or_is_skipped_whatever_bad_rows_says(limit, tmp_path):
     path = write(tmp_path / "a.jsonl", [LONG, IDS])
     limits = {limit: 2}
     with pytest.raises(UserError, match=rf":1: has \d tokens where data\.{limit} is 2"):
         load(path, data_config(too_long="stop", bad_rows="skip", **limits))
     examples = load(path, data_config(too_long="skip", **limits))
-    assert examples.skipped == {"too_long": 1} and len(examples.sources[0]) == 1
+    assert examples.counts == {"records skipped: too_long": 1} and len(examples.sources[0]) == 1

@@ -12,16 +12,17 @@ import pytest
 from commands import write_records
 
 from nca_jax import evaluate, evaluators, generate
+from nca_jax.data.group import Group
 from nca_jax.data.pack import RowLayout
 from nca_jax.data.plan import causal_bound
-from nca_jax.evaluators import Piece, make_kl, repetition, score_responses, text_perplexity
+from nca_jax.evaluators import make_kl, repetition, score_responses, text_perplexity
 from nca_jax.infra.mesh import make_mesh
 from nca_jax.logprobs import sequence_logps
 from nca_jax.model_config import MODELS
 from nca_jax.models.attention.cached import cached
 from nca_jax.models.decoder import Model
 from nca_jax.models.formats.pretrained import load_tokenizer
-from nca_jax.rollout import to_text
+from nca_jax.rollout import Response, read_response
 from nca_jax.sampling.sampler import make_sampler
 
 LENGTHS = np.array([9, 4, 1], np.int32)
@@ -152,10 +153,10 @@ def test_kl_of_equal_policies_is_zero_and_its_estimate_is_the_exact_kl():
     mesh = make_mesh({"data": -1, "fsdp": 1, "tensor": 1, "expert": 1})
 
     def estimate(reference) -> np.ndarray:
-        pieces = [Piece(prompt, [[int(t)] for t in np.asarray(tokens).reshape(-1)])]
+        groups = [Group(prompt, [[int(t)] for t in np.asarray(tokens).reshape(-1)])]
         return score_responses(
             lambda rows: kl(params, reference, rows),
-            pieces,
+            groups,
             LAYOUT,
             num_slots=1024,
             mesh=mesh,
@@ -173,23 +174,23 @@ def test_kl_of_equal_policies_is_zero_and_its_estimate_is_the_exact_kl():
 def test_scores_of_responses_come_in_order_however_they_are_packed():
     model, params = tiny()
     rng = np.random.default_rng(1)
-    pieces = [
-        Piece(rng.integers(3, 259, 5).tolist(), [rng.integers(3, 259, n).tolist() for n in sizes])
+    groups = [
+        Group(rng.integers(3, 259, 5).tolist(), [rng.integers(3, 259, n).tolist() for n in sizes])
         for sizes in ((3, 20, 25), (7,), (30, 1, 2, 9))
     ]
-    # Of the last piece, three keys in four are on.
-    sizes = [5, *map(len, pieces[-1].responses)]
+    # Of the last group, three keys in four are on.
+    sizes = [5, *map(len, groups[-1].responses)]
     on_prompt, *on_responses = (rng.random(size) < 0.75 for size in sizes)
-    pieces[-1] = pieces[-1]._replace(key_on=(on_prompt, on_responses))
+    groups[-1] = groups[-1]._replace(key_on=(on_prompt, on_responses))
     mesh = make_mesh({"data": -1, "fsdp": 1, "tensor": 1, "expert": 1})
 
     @jax.jit
     def logps(rows):
         return sequence_logps(model, params, rows, shape=(1, 4), block=16, chunk=16)[0]
 
-    got = score_responses(logps, pieces, LAYOUT, num_slots=4, mesh=mesh)
+    got = score_responses(logps, groups, LAYOUT, num_slots=4, mesh=mesh)
     want = []
-    for prompt, responses, key_on in pieces:
+    for prompt, responses, key_on in groups:
         for k, response in enumerate(responses):
             on = True if key_on is None else np.concatenate([key_on[0], key_on[1][k]])
             logits = uncached_logits(model, params, [*prompt, *response], on)
@@ -212,13 +213,21 @@ def test_perplexity_is_that_of_a_token_after_the_first_of_each_text():
     assert got == pytest.approx(math.exp((2 * math.log(8) + math.log(2)) / 3))
 
 
-def test_text_has_no_end_of_turn_token_and_stops_at_the_stop_string():
+def test_a_sample_is_finished_by_its_end_of_turn_token_or_the_stop_string_which_leaves_no_ids():
     tokenizer = load_tokenizer("byte")
-    ids = np.array([*tokenizer("one. two. three", add_special_tokens=False)["input_ids"], 1])
-    for stop, text in (("", "one. two. three"), (". ", "one"), ("four", "one. two. three")):
+    ids = tokenizer("one. two. three", add_special_tokens=False)["input_ids"]
+
+    def read(ids: list[int], stop: str) -> Response:
         config = SimpleNamespace(generate=SimpleNamespace(stop=stop))
         run = SimpleNamespace(config=config, tokenizer=tokenizer, eos_ids=(1,))
-        assert to_text(run, ids) == text
+        return read_response(run, np.array(ids))
+
+    for stop in ("", "four"):
+        assert read([*ids, 1], stop) == ("one. two. three", [*ids, 1], True)
+        assert read(ids, stop) == ("one. two. three", ids, False)
+    for sampled in (ids, [*ids, 1]):
+        assert read(sampled, ". ") == ("one", None, True)
+    assert read([1], "") == ("", [1], True)
 
 
 def test_generate_writes_rows_that_train_reads_and_evaluate_writes_its_metrics(tmp_path):

@@ -58,7 +58,7 @@ def flags(tmp_path):
         ("--config.model.remat=full", "set config.model.scan_layers=True"),
         ("--config.mesh.tensor=3", "does not fill the 8 devices"),
         ("--config.mesh.tensor=8", "does not divide"),
-        ("--config.data.num_responses=9", "no row has more than 4 responses"),
+        ("--config.data.num_responses=9", "no record has more than 4 responses"),
         ("--config.loss.logits_chunk=7", "must divide config.data.row_len"),
         ("--config.data.files=nothing-*.jsonl", "No file matches"),
         ("--config.reference.kind=cached", "config.reference.cache"),
@@ -107,14 +107,14 @@ def test_a_config_field_that_nobody_reads_is_refused(fails, tmp_path):
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ('{"prompt": "a", "responses": ["b"], "scores": [1]}', "two"),
+        ('{"prompt": "a", "responses": ["b"], "scores": [1]}', "give 2 or more"),
         ('{"prompt": "a", "responses": ["b", "c"], "scores": [1]}', "scores"),
         ('{"prompt": "a", "responses": ["b", "c"], "scores": [1, NaN]}', "score"),
         ('{"prompt": "a", "responses": ["b", ""], "scores": [1, 2]}', "response 1"),
         ('{"prompt": "", "responses": ["b", "c"], "scores": [1, 2]}', "prompt"),
         ('{"prompt": "a", "answers": ["b", "c"]}', "responses"),
         ("{", "JSON"),
-        ("", "has no rows"),
+        ("", "has no records"),
     ],
 )
 def test_a_malformed_row_stops_with_file_line_and_reason(fails, flags, tmp_path, line, said):
@@ -136,7 +136,8 @@ def test_a_workdir_of_another_model_is_refused(fails, flags, tmp_path):
     (run / "run.json").unlink()
     error = fails("train", *flags, "--config.steps=1", "--config.model.name=tiny_moe")
     assert "is of another model" in error
-    error = fails("evaluate", *flags, "--config.model.name=tiny_moe", "--out=/dev/null")
+    out = f"--out={tmp_path / 'evaluation.json'}"
+    error = fails("evaluate", *flags, "--config.model.name=tiny_moe", out)
     assert "is of another model" in error
 
 
@@ -148,7 +149,7 @@ def test_evaluate_without_a_checkpoint_and_generate_without_a_prompt_are_refused
     assert "has no checkpoint" in fails("evaluate", config, rows, workdir)
     (tmp_path / "prompts.jsonl").write_text('{"question": "a"}\n')
     prompts, out = f"--prompts={tmp_path / 'prompts.jsonl'}", f"--out={tmp_path / 'out.jsonl'}"
-    assert "wanted a 'prompt'" in fails("generate", config, rows, prompts, out)
+    assert "prompts.jsonl:1: wanted a 'prompt'" in fails("generate", config, rows, prompts, out)
 
 
 @pytest.mark.slow

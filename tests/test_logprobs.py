@@ -11,7 +11,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nca_jax import logprobs
-from nca_jax.data.pack import Group, RowLayout, pack
+from nca_jax.data.group import Group
+from nca_jax.data.pack import RowLayout, pack
 from nca_jax.data.plan import causal_bound
 from nca_jax.infra.mesh import make_mesh
 from nca_jax.logprobs import sequence_logps
@@ -25,7 +26,7 @@ LAYOUT = RowLayout(ROW_LEN, rows=2, block=BLOCK, num_pairs=causal_bound(ROW_LEN,
 RAGGED = [(5, (7, 1, 12)), (1, (3, 3)), (17, (20, 16, 30)), (32, (32, 32, 32)), (9, (2, 40))]
 
 
-def make_groups(lengths, seed: int, vocab_size: int, k: int = 3, keys_off=0.0) -> list[Group]:
+def make_groups(lengths, seed: int, vocab_size: int, keys_off=0.0) -> list[Group]:
     """Random groups; a share `keys_off` of the tokens are no keys."""
     rng = np.random.default_rng(seed)
 
@@ -36,18 +37,22 @@ def make_groups(lengths, seed: int, vocab_size: int, k: int = 3, keys_off=0.0) -
         Group(
             draw(p),
             [draw(r) for r in responses],
-            range(b * k, b * k + len(responses)),
             (rng.random(p) >= keys_off, [rng.random(r) >= keys_off for r in responses]),
         )
-        for b, (p, responses) in enumerate(lengths)
+        for p, responses in lengths
     ]
+
+
+def slots_of(groups: list[Group], k: int = 3) -> list[range]:
+    """Returns b * K + k of each response."""
+    return [range(b * k, b * k + len(group.responses)) for b, group in enumerate(groups)]
 
 
 def plain_logps(model: Model, params: dict, groups: list[Group], k: int = 3) -> jax.Array:
     """[B, K]: one row a response, dense causal attention, full logits, log_softmax, gather."""
     pairs = [(group.prompt, response) for group in groups for response in group.responses]
     pairs_on = [(group.key_on[0], on) for group in groups for on in group.key_on[1]]
-    slots = np.array([slot for group in groups for slot in group.slots])
+    slots = np.concatenate(slots_of(groups, k))
     length = max(len(prompt) + len(response) for prompt, response in pairs)
     ids, scored = np.zeros((len(pairs), length), int), np.zeros((len(pairs), length - 1), bool)
     key_on = np.ones(ids.shape, bool)
@@ -71,7 +76,7 @@ def plain_logps(model: Model, params: dict, groups: list[Group], k: int = 3) -> 
 
 def packed_logps(model: Model, params: dict, groups: list[Group], layout=LAYOUT, k: int = 3):
     shape = (len(groups), k)
-    rows, _, _ = pack(groups, layout, num_slots=len(groups) * k)
+    rows, _, _ = pack(groups, layout, slots=slots_of(groups, k), num_slots=len(groups) * k)
     rows = jax.tree.map(lambda x: jnp.asarray(x).reshape(-1, *x.shape[2:]), rows)
     return sequence_logps(model, params, rows, shape=shape, block=BLOCK, chunk=CHUNK)
 
@@ -122,7 +127,7 @@ def test_no_array_of_tokens_by_vocabulary_exists_forward_or_backward():
     params = model.init(jax.random.key(0))
     groups = make_groups(RAGGED, seed=1, vocab_size=model.config.vocab_size)
     grad = jax.grad(lambda params: packed_logps(model, params, groups).sum())
-    rows = pack(groups, LAYOUT, num_slots=15)[0].tokens.size // ROW_LEN
+    rows = pack(groups, LAYOUT, slots=slots_of(groups), num_slots=15)[0].tokens.size // ROW_LEN
     v = model.config.padded_vocab
 
     def shapes(jaxpr):

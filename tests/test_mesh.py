@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_logprobs import RAGGED, make_groups
+from test_logprobs import RAGGED, make_groups, slots_of
 
 from nca_jax.axes import MESH_AXES
 from nca_jax.checks import UserError
@@ -42,7 +42,9 @@ def logps_and_gradient(config, mesh) -> tuple[jax.Array, dict]:
     model = Model(config)
     groups = make_groups(RAGGED, seed=1, vocab_size=config.vocab_size)
     shape = (len(groups), 3)
-    rows = pack(groups, LAYOUT, num_slots=shape[0] * shape[1], num_micro=1)[0]
+    rows = pack(groups, LAYOUT, slots=slots_of(groups), num_slots=shape[0] * shape[1], num_micro=1)[
+        0
+    ]
     rows = jax.tree.map(lambda x: x[0], rows)
     weights = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
 
@@ -156,7 +158,7 @@ def test_rows_that_are_put_on_a_mesh_are_the_rows_of_the_host(sizes):
     devices = np.random.default_rng(0).permutation(np.array(jax.devices()))
     mesh = Mesh(devices.reshape([sizes[axis] for axis in MESH_AXES]), MESH_AXES)
     groups = make_groups(RAGGED, seed=1, vocab_size=256)
-    rows = pack(groups, LAYOUT, num_slots=3 * len(groups), num_micro=2)[0]
+    rows = pack(groups, LAYOUT, slots=slots_of(groups), num_slots=3 * len(groups), num_micro=2)[0]
     assert rows_here(mesh, LAYOUT.rows) == list(range(LAYOUT.rows))
     put = put_rows(mesh, rows, LAYOUT.rows)
     assert put.tokens.sharding.shard_shape(put.tokens.shape)[1] == LAYOUT.rows // row_shards(mesh)

@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nca_jax.checks import UserError
-from nca_jax.data.pack import Group, RowLayout, pack, segment_spans
+from nca_jax.data import pack as packing
+from nca_jax.data.group import Group
+from nca_jax.data.pack import RowLayout, segment_spans
 from nca_jax.data.plan import causal_bound, live_pairs, num_off_diagonal
 
 BLOCK, ROW_LEN, NUM_SLOTS = 8, 64, 99
@@ -20,15 +22,24 @@ many_groups = st.lists(group_lengths, min_size=1, max_size=9)
 
 
 def make_groups(lengths_of_groups: list[list[int]]) -> list[Group]:
-    """Returns groups in which every token has an id of its own, from 1 on, and slots count up."""
-    next_id, slot, groups = 1, 0, []
+    """Returns groups in which every token has an id of its own, from 1 on."""
+    next_id, groups = 1, []
     for prompt_len, *response_lens in lengths_of_groups:
         starts = np.cumsum([next_id + prompt_len, *response_lens])
         responses = [np.arange(s, s + n) for s, n in zip(starts, response_lens, strict=False)]
-        slots = range(slot, slot + len(response_lens))
-        groups.append(Group(np.arange(next_id, next_id + prompt_len), responses, slots))
-        next_id, slot = int(starts[-1]), slots.stop
+        groups.append(Group(np.arange(next_id, next_id + prompt_len), responses))
+        next_id = int(starts[-1])
     return groups
+
+
+def slots_of(groups: list[Group]) -> list[np.ndarray]:
+    """Returns slots that count the responses."""
+    ends = np.cumsum([len(group.responses) for group in groups])
+    return np.split(np.arange(ends[-1]), ends[:-1])
+
+
+def pack(groups: list[Group], shape: RowLayout, **how):
+    return packing.pack(groups, shape, slots=slots_of(groups), **how)
 
 
 def layout(align=1, num_pairs=ALL_PAIRS, rows=2) -> RowLayout:
@@ -112,8 +123,8 @@ def test_each_response_token_is_scored_once_from_the_state_before_it(lengths, al
     groups = make_groups(lengths)
     rows, _, _ = pack(groups, layout(align), num_slots=NUM_SLOTS)
     before = {}  # token id: (the id that it follows, its slot)
-    for group in groups:
-        for ids, slot in zip(group.responses, group.slots, strict=True):
+    for group, slots in zip(groups, slots_of(groups), strict=True):
+        for ids, slot in zip(group.responses, slots, strict=True):
             for previous, token in zip([group.prompt[-1], *ids[:-1]], ids, strict=True):
                 before[int(token)] = (int(previous), slot)
     seen = {}
@@ -183,7 +194,7 @@ def test_rows_that_are_not_needed_are_padding():
 
 
 def test_keys_are_off_where_the_group_says_so():
-    group = Group([1, 2], [[3, 4]], [0], key_on=([True, False], [[False, True]]))
+    group = Group([1, 2], [[3, 4]], key_on=([True, False], [[False, True]]))
     rows, _, _ = pack([group], layout(), num_slots=1)
     assert rows.key_on[0, 0, :5].tolist() == [True, False, False, True, False]
 

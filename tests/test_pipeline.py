@@ -4,7 +4,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from helpers import data_config, encode_one, id_record, write
+from helpers import data_config, encode_one, id_record, make_encoder, write
 
 from nca_jax.checks import UserError
 from nca_jax.data import pipeline
@@ -39,9 +39,9 @@ def test_what_is_held_out_goes_by_the_prompt_alone(tmp_path):
 
     def heldout(files):
         config = data_config(files=files, eval_fraction=0.3)
-        data = pipeline.load_data(config, tokenizer=None, vocab_size=1000, eos_ids=())
-        train = [int(e.prompt[0]) for source in data.sources for e in source]
-        held = [int(e.prompt[0]) for e in data.heldout]
+        data = pipeline.load_data(make_encoder(config))
+        train = [int(e.group.prompt[0]) for source in data.sources for e in source]
+        held = [int(e.group.prompt[0]) for e in data.heldout]
         assert sorted(train + held) == [10 * i for i in range(40)]
         return set(held)
 
@@ -53,9 +53,11 @@ def test_eval_files_are_held_out_instead_of_a_fraction(tmp_path):
     a = write(tmp_path / "a.jsonl", [id_record(0), id_record(1)])
     b = write(tmp_path / "b.jsonl", [id_record(2), "{"])
     config = data_config(files=a, eval_files=b, eval_fraction=0.9, bad_rows="skip")
-    data = pipeline.load_data(config, tokenizer=None, vocab_size=1000, eos_ids=())
+    data = pipeline.load_data(make_encoder(config))
     assert [len(source) for source in data.sources] == [2]
-    assert [e.where for e in data.heldout] == [f"{b}:1"] and data.skipped == {"json": 1}
+    assert [e.where for e in data.heldout] == [f"{b}:1"] and data.counts == {
+        "records skipped: json": 1
+    }
 
 
 # Order and choice
@@ -110,7 +112,7 @@ def test_a_mixture_keeps_its_weights_and_visits_each_source_evenly():
 def test_weights_that_are_not_one_positive_number_a_glob_are_refused(weights):
     config = data_config(files="a,b", weights=weights)
     with pytest.raises(UserError, match="wanted 2 positive numbers"):
-        pipeline.load_data(config, tokenizer=None, vocab_size=9, eos_ids=())
+        pipeline.load_data(make_encoder(config))
 
 
 SCORES = np.float32([1, 5, 0, 5, 0, 3])
@@ -186,8 +188,7 @@ def test_evaluation_covers_each_example_once_and_the_last_batch_may_be_short():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_responses": 1}, "num_responses is 1, which teaches nothing"),
-        ({"num_responses": 4}, "is 4, but no row has more than 3 responses; set it to 3"),
+        ({"num_responses": 4}, "is 4, but no record has more than 3 responses; set it to 3"),
         ({"num_responses": 2, "choose": "all"}, "f:0: has 3 responses, .*num_responses is 2"),
         ({"row_len": 8, "align": 4}, "f:0: with 3 responses needs 14 tokens .*row_len is 8"),
         ({"row_pairs": 8, "align": 8}, "f:0: with 3 responses needs 11 block pairs"),

@@ -122,24 +122,24 @@ def test_what_is_cut_goes_by_prompt_and_longest_response_together(
     prompt, response = list(range(3, 3 + prompt_len)), list(range(3, 3 + longest))
     row = {"prompt_ids": prompt, "response_ids": [[3], response], "scores": [1, 0]}
     example = encode_one(row, config, eos_ids=(2,))
-    assert example.prompt.tolist() == prompt[-kept_of_prompt:]
-    assert example.responses[1].tolist() == response[:kept_of_response]
-    assert example.responses[0].tolist() == [3]
-    on_prompt, on_responses = example.key_on
+    assert example.group.prompt.tolist() == prompt[-kept_of_prompt:]
+    assert example.group.responses[1].tolist() == response[:kept_of_response]
+    assert example.group.responses[0].tolist() == [3]
+    on_prompt, on_responses = example.group.key_on
     assert [len(on_prompt), *map(len, on_responses)] == [kept_of_prompt, 1, kept_of_response]
 
 
 def test_an_eos_is_no_key_but_at_the_end_of_a_whole_response():
     config = data_config(format="released", max_prompt_len=2, max_response_len=2)
     row = {"prompt_ids": [2, 5, 2], "response_ids": [[6, 2], [2, 2, 7]], "scores": [1, 0]}
-    on_prompt, on_responses = encode_one(row, config, eos_ids=(2,)).key_on
+    on_prompt, on_responses = encode_one(row, config, eos_ids=(2,)).group.key_on
     assert on_prompt.tolist() == [True, False]
     assert [on.tolist() for on in on_responses] == [[True, True], [False, False]]
 
 
 def test_other_formats_switch_no_key_off():
     row = {"prompt_ids": [2, 5], "response_ids": [[2, 2], [3]], "scores": [1, 0]}
-    assert encode_one(row, data_config(), eos_ids=(2,)).key_on is None
+    assert encode_one(row, data_config(), eos_ids=(2,)).group.key_on is None
 
 
 def test_a_prompt_without_a_user_and_a_tokenizer_without_an_eos_are_refused(tokenizer):

@@ -3,7 +3,7 @@
 from collections import Counter
 
 import pytest
-from helpers import data_config, encode_one, write
+from helpers import data_config, encode_one, make_encoder, write
 
 from nca_jax.checks import UserError
 from nca_jax.data import pipeline
@@ -22,32 +22,34 @@ def config_of(too_long: str, **changes):
 
 
 def test_drop_leaves_out_the_worst_until_the_rest_fits():
-    config, skipped = config_of("drop"), Counter()
-    (kept,) = fit_examples([encode_one(ROW, config)], config, skipped)
+    config, counts = config_of("drop"), Counter()
+    (kept,) = fit_examples([encode_one(ROW, config)], make_encoder(config), counts)
     # Of two that score 0.1 the later goes first, though it is the shorter one.
-    assert [ids[0] for ids in kept.responses] == [2, 4]
+    assert [ids[0] for ids in kept.group.responses] == [2, 4]
     assert kept.scores.tolist() == pytest.approx([0.5, 0.9])
-    assert skipped == {"responses that do not fit data.row_len": 2}
+    assert counts == {"responses left out: do not fit data.row_len": 2}
     assert kept.num_cut == 10
     check_examples([kept], config)
 
 
 def test_drop_leaves_out_a_row_whose_best_two_do_not_fit():
-    config, skipped = config_of("drop", row_len=16), Counter()
-    assert fit_examples([encode_one(ROW, config)], config, skipped) == []
-    assert skipped["row_len"] == 1
+    config, counts = config_of("drop", row_len=16), Counter()
+    assert fit_examples([encode_one(ROW, config)], make_encoder(config), counts) == []
+    assert counts["records skipped: row_len"] == 1
 
 
 def test_skip_leaves_out_and_counts_what_does_not_fit(tmp_path):
     short = ROW | {"response_ids": [[2], [3], [4], [5]]}
     config = config_of("skip", files=write(tmp_path / "rows.jsonl", [ROW, short]))
-    data = pipeline.load_data(config, tokenizer=None, vocab_size=10, eos_ids=())
-    assert [len(example.responses[0]) for example in data.sources[0]] == [1]
-    assert data.skipped == {"row_len": 1}
+    data = pipeline.load_data(make_encoder(config))
+    assert [len(example.group.responses[0]) for example in data.sources[0]] == [1]
+    assert data.notes() == ["1 records skipped: row_len"]
 
 
 @pytest.mark.parametrize("too_long", ["truncate", "stop"])
 def test_otherwise_the_row_is_named_with_the_length_it_needs(too_long):
     config = config_of(too_long)
     with pytest.raises(UserError, match="f:1.*needs 30 tokens of a row, but data.row_len is 24"):
-        check_examples(fit_examples([encode_one(ROW, config)], config, Counter()), config)
+        check_examples(
+            fit_examples([encode_one(ROW, config)], make_encoder(config), Counter()), config
+        )

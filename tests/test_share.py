@@ -7,10 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import numpy as np
 import pytest
-from helpers import data_config, id_record, write
+from helpers import data_config, id_record, make_encoder, write
 
 from nca_jax.checks import UserError
 from nca_jax.data import load
+from nca_jax.data.encode import Encoder
+from nca_jax.data.group import Group
 
 
 def in_processes(num_processes: int, run) -> list:
@@ -35,9 +37,7 @@ def in_processes(num_processes: int, run) -> list:
 
 
 def read(files: str, share=load.ALONE, **changes):
-    config = data_config(**changes)
-    how = dict(tokenizer=None, config=config, vocab_size=1000, eos_ids=(), share=share)
-    return load.load_examples(files, **how)
+    return load.load_examples(files, make_encoder(data_config(**changes)), share=share)
 
 
 @pytest.mark.parametrize("num_processes", [2, 3, 8])
@@ -47,19 +47,21 @@ def test_every_row_is_encoded_by_one_process_and_known_to_all_in_order(
     files = write(tmp_path / "rows.jsonl", [*map(id_record, range(7)), {"prompt": "no"}])
     alone = read(files, bad_rows="skip")
     encoded = []
-    encode_record = load.encode_record
+    encode = Encoder.record
 
-    def counting(where, row, **how):
+    def counting(self, where, record):
         encoded.append(where)
-        return encode_record(where, row, **how)
+        return encode(self, where, record)
 
-    monkeypatch.setattr(load, "encode_record", counting)
+    monkeypatch.setattr(Encoder, "record", counting)
     for found in in_processes(num_processes, lambda share: read(files, share, bad_rows="skip")):
-        assert found.skipped == alone.skipped == {"keys": 1}
+        assert found.counts == alone.counts == {"records skipped: keys": 1}
         for a, b in zip(found.sources[0], alone.sources[0], strict=True):
             assert (a.where, a.prompt_hash) == (b.where, b.prompt_hash)
-            assert a.prompt.tolist() == b.prompt.tolist()
-            assert [x.tolist() for x in a.responses] == [x.tolist() for x in b.responses]
+            assert a.group.prompt.tolist() == b.group.prompt.tolist()
+            assert [x.tolist() for x in a.group.responses] == [
+                x.tolist() for x in b.group.responses
+            ]
     assert sorted(encoded) == [f"{files}:{i}" for i in range(1, 9)]
 
 
@@ -85,18 +87,17 @@ def test_examples_come_through_bytes_as_they_are(tmp_path):
         load._read(
             write(tmp_path / "rows.jsonl", [id_record(0), {"prompt": "no"}]),
             load.ALONE,
-            None,
-            data_config(),
-            1000,
-            (),
+            make_encoder(data_config()),
         )
     )
-    keys = (items[0].prompt > 5, tuple(ids > 5 for ids in items[0].responses))
-    items.insert(0, dataclasses.replace(items[0], key_on=keys, prompt_text=[{"role": "user"}]))
-    seen, found = load._from_bytes(load._to_bytes({"rows": 2}, items))
-    assert seen == {"rows": 2}
+    prompt, responses, _ = items[0].group
+    group = Group(prompt, responses, (prompt > 5, tuple(ids > 5 for ids in responses)))
+    record = {"prompt": [{"role": "user"}], "answer": 7, "more": {"a": [None, "é", 0.5]}}
+    items.insert(0, dataclasses.replace(items[0], group=group, record=record, notes=("x", "y")))
+    seen, found = load._from_bytes(load._to_bytes({"records": 2}, items))
+    assert seen == {"records": 2}
     for got, want in zip(found[:2], items[:2], strict=True):
-        got, want = dataclasses.asdict(got), dataclasses.asdict(want)
-        jax.tree.map(np.testing.assert_array_equal, got, want)
-        assert got["prompt"].dtype == np.int32 and got["scores"].dtype == np.float32
+        assert (got.record, got.notes) == (want.record, want.notes)
+        jax.tree.map(np.testing.assert_array_equal, vars(got), vars(want))
+        assert got.group.prompt.dtype == np.int32 and got.scores.dtype == np.float32
     assert str(found[2]) == str(items[2]) and found[2].reason == "keys"

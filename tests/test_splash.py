@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_logprobs import make_groups
+from test_logprobs import make_groups, slots_of
 
 from nca_jax.batch import Rows
 from nca_jax.data.pack import RowLayout, pack
@@ -24,7 +24,7 @@ LENGTHS = [(100, (90, 50, 128)), (61, (17, 90, 41)), (1, (3, 3)), (33, (200, 7))
 def make_rows() -> Rows:
     """Two rows, several prompts in each, with keys that are off here and there; [R, ...]."""
     groups = make_groups(LENGTHS, seed=0, vocab_size=100)
-    packed, num_micro, _ = pack(groups, LAYOUT, num_slots=len(groups) * 3)
+    packed, num_micro, _ = pack(groups, LAYOUT, slots=slots_of(groups), num_slots=len(groups) * 3)
     assert num_micro == 1
     rows = Rows(*(jnp.asarray(x[0]) for x in packed))
     is_off = (np.arange(ROW_LEN) % 11 == 5)[None] & (np.asarray(rows.positions) > 0)

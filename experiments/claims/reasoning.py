@@ -65,7 +65,7 @@ def make_problems(num: int, seed: int) -> list[dict]:
 def check() -> None:
     """Scores JSON lines of "prompt" and "response" from stdin: the command of CHECK.
 
-    It is the scorer "answer", for rows that have lost their "answer", as those of evaluate have.
+    It is the scorer "answer", which knows the answer from the prompt alone.
     """
     for line in sys.stdin:
         row = json.loads(line)

@@ -17,7 +17,7 @@ import numpy as np
 
 from experiments import results, sweep
 from experiments.claims import study
-from experiments.claims.rows import DEMO, split_rows, without_empty, write_new
+from experiments.claims.rows import DEMO, split_rows, take, without_empty, write_new
 from experiments.claims.study import ALPHA, BATCH, NUM_HELDOUT
 from experiments.tasks import Task, run_tasks
 from nca_jax.checks import run_main
@@ -40,7 +40,7 @@ def with_k(row: dict, k: int, seed: int) -> dict:
     others = [i for i in range(len(scores)) if i != best]
     random.Random(f"{seed} {row['prompt']}").shuffle(others)
     kept = [best, *others[: k - 1]]
-    return row | {name: [row[name][i] for i in kept] for name in ("responses", "scores")}
+    return take(row, kept)
 
 
 def main(argv: list[str]) -> int:

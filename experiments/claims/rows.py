@@ -13,6 +13,7 @@ from nca_jax.checks import UserError
 from nca_jax.data.sources import write_records
 
 DEMO = Path(__file__).parents[1] / "demo/rows.jsonl"
+PER_RESPONSE = ("responses", "scores", "response_ids", "finished")
 
 
 def split_rows(rows: Sequence[dict], num_heldout: int, num_train: int, num_seeds: int):
@@ -53,9 +54,14 @@ def pairs(row: dict, how: str) -> list[dict]:
 
 
 def without_empty(row: dict) -> dict:
-    """Returns a scored row without its empty responses: nca_jax.train refuses them."""
+    """Returns a scored row without its empty responses, of which the claims hold none."""
     kept = [i for i, text in enumerate(row["responses"]) if text.strip()]
-    return row | {name: [row[name][i] for i in kept] for name in ("responses", "scores")}
+    return take(row, kept)
+
+
+def take(row: dict, chosen: Sequence[int]) -> dict:
+    """Returns a scored row with the chosen ones of its responses."""
+    return row | {name: [row[name][i] for i in chosen] for name in PER_RESPONSE if name in row}
 
 
 def write_new(path: Path, rows: Iterable[dict]) -> None:

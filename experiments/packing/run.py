@@ -10,6 +10,7 @@ import argparse
 
 import numpy as np
 
+from nca_jax.data.encode import Encoder
 from nca_jax.data.pipeline import Dataset, load_data
 from nca_jax.flags import parse_flags
 from nca_jax.models.formats.pretrained import load_tokenizer
@@ -26,7 +27,7 @@ def main() -> None:
     argv = ["packing", f"--config=configs/jsonl.py:files={args.data},model=smollm2_135m,k=4"]
     config, _ = parse_flags([*argv, "--config.data.eval_fraction=0", "--config.eval_every=0"])
     tokenizer = load_tokenizer(args.tokenizer)
-    data = load_data(config.data, tokenizer=tokenizer, vocab_size=len(tokenizer), eos_ids=())
+    data = load_data(Encoder(tokenizer, config.data, vocab_size=len(tokenizer)))
     print("| B | " + " | ".join(f"T = {row_len}" for row_len in ROW_LENS) + " |")
     print("|---" * (1 + len(ROW_LENS)) + "|")
     for batch_size in BATCH_SIZES:

@@ -19,7 +19,8 @@ import numpy as np
 from nca_jax import flops
 from nca_jax.axes import flatten_paths
 from nca_jax.data import chat, plan, released
-from nca_jax.data.pack import Group, RowLayout, pack
+from nca_jax.data.group import Group
+from nca_jax.data.pack import RowLayout, pack
 from nca_jax.model_config import MODELS, ModelConfig
 from nca_jax.models.decoder import Model
 from nca_jax.models.formats.hf_export import write_hf
@@ -142,14 +143,15 @@ def truncated(prompt: list[int], responses: list[list[int]]) -> tuple[list[int],
 
 def best_row_len(rows: list[dict], at_most: int) -> int:
     """Returns the length of packed rows that wastes least; of equal ones the longest."""
-    groups = [Group(row["prompt_ids"], row["response_ids"], range(8)) for row in rows]
+    groups = [Group(row["prompt_ids"], row["response_ids"]) for row in rows]
+    slots = [range(8)] * len(groups)
     longest = max(sum(group.lengths()) for group in groups)
     shortest = -(-longest // ROW_STEP) * ROW_STEP
 
     def num_slots(row_len: int) -> int:
         pairs = plan.causal_bound(row_len, BLOCK)
         layout = RowLayout(row_len=row_len, rows=1, block=BLOCK, num_pairs=pairs, align=1)
-        return row_len * pack(groups, layout, num_slots=8)[1]
+        return row_len * pack(groups, layout, slots=slots, num_slots=8)[1]
 
     candidates = range(shortest, max(shortest, at_most) + 1, ROW_STEP)
     return min(candidates, key=lambda row_len: (num_slots(row_len), -row_len))

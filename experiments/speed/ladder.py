@@ -27,7 +27,8 @@ from experiments.speed.ours_side import compile_step, config_of, time_steps, tra
 from nca_jax import build, programs
 from nca_jax.batch import Batch, Rows
 from nca_jax.data import plan
-from nca_jax.data.pack import Group, RowLayout, pack
+from nca_jax.data.group import Group
+from nca_jax.data.pack import RowLayout, pack
 from nca_jax.data.pipeline import Dataset
 from nca_jax.params import start_params
 
@@ -56,7 +57,7 @@ def lay_out(rows: list[dict], packed: Batch, rung: Rung) -> Batch:
     A micro-batch holds one prompt: K rows of a response each, or one row of all.
     """
     num_prompts, k = packed.scores.shape
-    groups = [groups_of(row, b * k, rung) for b, row in enumerate(rows)]
+    groups = [groups_of(row, rung) for row in rows]
     longest = max(sum(group.lengths()) for of_prompt in groups for group in of_prompt)
     row_len = -(-longest // BLOCK) * BLOCK
     layout = RowLayout(
@@ -66,20 +67,23 @@ def lay_out(rows: list[dict], packed: Batch, rung: Rung) -> Batch:
         num_pairs=plan.causal_bound(row_len, BLOCK),
         align=1,
     )
-    micros = [pack(of_prompt, layout, num_slots=num_prompts * k)[0] for of_prompt in groups]
+    slots = np.arange(num_prompts * k).reshape(num_prompts, len(groups[0]), -1)
+    micros = [
+        pack(of_prompt, layout, slots=of_groups, num_slots=num_prompts * k)[0]
+        for of_prompt, of_groups in zip(groups, slots, strict=True)
+    ]
     laid_out = Rows(*map(np.concatenate, zip(*micros, strict=True)))
     micro = np.arange(num_prompts, dtype=np.int32)
     batch = packed._replace(rows=laid_out, num_micro=np.int32(num_prompts), micro_of_prompt=micro)
     return score_everything(batch) if rung.whole_logits else batch
 
 
-def groups_of(row: dict, first_slot: int, rung: Rung) -> list[Group]:
+def groups_of(row: dict, rung: Rung) -> list[Group]:
     """Returns a prompt with its responses as one group, or as one group a response."""
     prompt, responses = row["prompt_ids"], row["response_ids"]
-    slots = range(first_slot, first_slot + len(responses))
     if not rung.one_response_a_row:
-        return [Group(prompt, responses, slots)]
-    return [Group(prompt, [ids], [slot]) for ids, slot in zip(responses, slots, strict=True)]
+        return [Group(prompt, responses)]
+    return [Group(prompt, [ids]) for ids in responses]
 
 
 def score_everything(batch: Batch) -> Batch:

@@ -1,6 +1,6 @@
 """tensorflow-datasets of scored responses: raw files in, array_record files out, no TensorFlow.
 
-A raw file is .parquet, .jsonl or .jsonl.gz; `layouts` knows how the rows of each data set look.
+A raw file is .parquet, .jsonl or .jsonl.gz; `layouts` knows how the records of each data set look.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from nca_jax.data.sources import JsonlSource, RecordError
 
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz")
 VERSION = "1.0.0"
-BATCH = 256  # rows of a parquet file in memory at once
+BATCH = 256  # records of a parquet file in memory at once
 
 
 class ScoredRecords(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -51,13 +51,13 @@ class ScoredRecords(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         message = {"role": tfds.features.Text(), "content": tfds.features.Text()}
         return tfds.core.DatasetInfo(
             builder=self,
-            description=f"Prompts with scored responses, from {self.origin.hub or 'own rows'}.",
+            description=f"Prompts with scored responses, from {self.origin.hub or 'own records'}.",
             features=tfds.features.FeaturesDict(
                 {
                     "prompt": tfds.features.Sequence(message),
                     "responses": tfds.features.Sequence(tfds.features.Text()),
                     "scores": tfds.features.Sequence(np.float32),
-                    "from": tfds.features.Text(),  # raw file and row, as in "name:17"
+                    "from": tfds.features.Text(),  # raw file and record, as in "name:17"
                 }
             ),
             disable_shuffling=True,
@@ -68,28 +68,28 @@ class ScoredRecords(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
         counts = self.counts[split]
-        for where, row in read_records(self.files[split]):
+        for where, record in read_records(self.files[split]):
             left_out: Counter[str] = Counter()
             try:
-                if isinstance(row, RecordError):
-                    raise row
-                example = self.origin.layout(row, left_out)
+                if isinstance(record, RecordError):
+                    raise record
+                example = self.origin.layout(record, left_out)
             except RecordError as error:
                 counts["dropped", error.reason] += 1
                 continue
             for reason, number in left_out.items():
                 counts["left out", reason] += number
-            yield counts["kept", "rows"], example | {"from": where}
-            counts["kept", "rows"] += 1
-        if not counts["kept", "rows"]:
-            raise UserError(f"No row of split {split!r} is left: {_words(counts)}.")
+            yield counts["kept", "records"], example | {"from": where}
+            counts["kept", "records"] += 1
+        if not counts["kept", "records"]:
+            raise UserError(f"No record of split {split!r} is left: {_words(counts)}.")
 
 
 def prepare(builder: ScoredRecords) -> None:
     """Writes the files of a builder, all or none.
 
     Raises:
-      UserError: the data set is already there, a file cannot be read, or a split has no rows.
+      UserError: the data set is already there, a file cannot be read, or a split has no records.
     """
     if builder.is_prepared():
         raise UserError(
@@ -102,15 +102,15 @@ def prepare(builder: ScoredRecords) -> None:
 
 
 def read_records(paths: Sequence[Path]) -> Iterator[tuple[str, dict[str, Any] | RecordError]]:
-    """Iterates over ("file name:row", the row); a row that is no JSON object is its RecordError.
+    """Iterates over ("file name:number", the record), or its RecordError if it is no JSON object.
 
     Raises:
       UserError: a file cannot be read.
     """
     for path in paths:
-        rows = _parquet_records(path) if path.suffix == ".parquet" else _json_records(path)
-        for number, row in enumerate(rows, start=1):
-            yield f"{path.name}:{number}", row
+        records = _parquet_records(path) if path.suffix == ".parquet" else _json_records(path)
+        for number, record in enumerate(records, start=1):
+            yield f"{path.name}:{number}", record
 
 
 def _parquet_records(path: Path) -> Iterator[dict[str, Any]]:
@@ -165,7 +165,9 @@ def fetch(origin: Origin) -> Path:
       UserError: the data set is on no hub, or the hub cannot be reached.
     """
     if not origin.hub:
-        raise UserError("Give --raw=FOLDER or FILE with your rows, .jsonl, .jsonl.gz or .parquet.")
+        raise UserError(
+            "Give --raw=FOLDER or FILE with your records, .jsonl, .jsonl.gz or .parquet."
+        )
     patterns = [f"*{prefix}*{end}" for prefix in origin.splits.values() for end in SUFFIXES]
     try:
         folder = huggingface_hub.snapshot_download(
@@ -181,15 +183,15 @@ def fetch(origin: Origin) -> Path:
 
 
 def report(counts: Counter) -> str:
-    """Returns what became of the rows of a split, in words."""
-    return f"{counts['kept', 'rows']} rows kept, {_words(counts)}"
+    """Returns what became of the records of a split, in words."""
+    return f"{counts['kept', 'records']} records kept, {_words(counts)}"
 
 
 def _words(counts: Counter) -> str:
     dropped = {reason: n for (what, reason), n in counts.items() if what == "dropped"}
     left_out = {reason: n for (what, reason), n in counts.items() if what == "left out"}
     words = f"{sum(dropped.values())} dropped" + _list(dropped)
-    return words + (f"; left out of rows that stay{_list(left_out)}" if left_out else "")
+    return words + (f"; left out of records that stay{_list(left_out)}" if left_out else "")
 
 
 def _list(counts: Mapping[str, int]) -> str:

@@ -34,7 +34,7 @@ def encode_prompt(prompt: str | list[dict], tokenizer, format: str) -> list[int]
         return _ids(released.prompt_text(messages, eos), tokenizer)
     if not isinstance(prompt, str):
         raise RecordError(
-            f"plain format wants a prompt of text, got a {type(prompt).__name__}; messages want "
+            f"plain format wants a prompt of text, got {type(prompt).__name__}; messages want "
             "data.format=chat",
             reason="prompt",
         )
@@ -47,32 +47,50 @@ def encode_responses(
     tokenizer,
     format: str,
     eos_ids: Sequence[int],
+    *,
+    finished: Sequence[bool] | None = None,
 ) -> list[list[int]]:
-    """Returns the ids of each response, each ended by its end-of-turn token.
+    """Returns the ids of each response, ended by its end-of-turn token if it ended its turn.
+
+    A sampled response says so in `finished`. One that was cut off goes on from the prompt as it
+    stands: its text alone is encoded, which may be no token at all, and no template rewrites it. An
+    empty one that ended is its end-of-turn token.
 
     Args:
       responses: texts, or conversations: of these the last assistant message counts, in released
         format all messages from the first assistant's on.
       eos_ids: ids that end a turn; empty: the tokenizer's eos.
+      finished: whether each response ended its turn. None: all did, and none may be empty.
     Raises:
-      RecordError: a response is empty or malformed.
+      RecordError: a response is malformed, or empty where it must not be.
       UserError: the tokenizer has no eos, or its template is not prefix-stable.
     """
     texts = [_response_content(response) for response in responses]
+    is_ended = [True] * len(texts) if finished is None else finished
+    ended = [response for response, yes in zip(responses, is_ended, strict=True) if yes]
+    with_end = iter(_encode_ended(prompt, ended, tokenizer, format, eos_ids))
+    ids = []
+    for k, text in enumerate(texts):
+        response = next(with_end) if is_ended[k] else _ids(text, tokenizer)
+        if is_ended[k] and (not text or len(response) < 2):
+            if finished is None:
+                raise RecordError(f"response {k} is empty; leave it out", reason="response")
+            response = response[-1:]
+        ids.append(response)
+    return ids
+
+
+def _encode_ended(prompt, responses: Sequence, tokenizer, format: str, eos_ids) -> list[list[int]]:
+    """Returns the ids of responses that end their turn, as the format writes it."""
+    texts = [_response_content(response) for response in responses]
     if format == "chat":
         _, rendered = render(prompt, texts, tokenizer, eos_ids)
-        ids = [_ids(text, tokenizer) for text in rendered]
-    else:
-        eos, eos_id = _eos(tokenizer, format)
-        rendered = texts
-        if format == "released":
-            turns = [_response_turns(response) for response in responses]
-            rendered = [released.response_text(messages, eos) for messages in turns]
-        ids = [[*_ids(text, tokenizer), eos_id] for text in rendered]
-    for k, (text, response) in enumerate(zip(texts, ids, strict=True)):
-        if not text or len(response) < 2:  # the end-of-turn token alone is no response
-            raise RecordError(f"response {k} is empty; leave it out", reason="response")
-    return ids
+        return [_ids(text, tokenizer) for text in rendered]
+    eos, eos_id = _eos(tokenizer, format)
+    if format == "released":
+        turns = [_response_turns(response) for response in responses]
+        texts = [released.response_text(messages, eos) for messages in turns]
+    return [[*_ids(text, tokenizer), eos_id] for text in texts]
 
 
 def render(

@@ -1,107 +1,205 @@
-"""From a row of JSON to a checked example of token ids.
-
-A row has one of these forms; other keys are ignored:
-    {"prompt": text or messages, "responses": [text or messages, ..], "scores": [number, ..]}
-    {"prompt": text or messages, "chosen": text or messages, "rejected": text or messages}
-    {"prompt_ids": [id, ..], "response_ids": [[id, ..], ..], "scores": [number, ..]}
-A pair has the scores 1 and 0. Ids are used as they are: nothing is appended.
-"""
+"""From a record to a checked example of token ids; `record` says which forms it may have."""
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from nca_jax.checks import UserError
 from nca_jax.data import chat, released
+from nca_jax.data.group import Group
+from nca_jax.data.record import Parts, question, read_parts
 from nca_jax.data.sources import RecordError
 
-FORMS = (
-    ("prompt_ids", "response_ids", "scores"),
-    ("prompt", "responses", "scores"),
-    ("prompt", "chosen", "rejected"),
-)
+NO_TOKEN = "responses left out: cut off before their first token"
+TOO_FEW_LEFT = "too few responses with a token"
 
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """A prompt and all responses of its row, encoded and cut to length."""
+    """A prompt and all responses of its record, encoded and cut to length."""
 
     where: str  # "path:line", or "tfds:NAME:SPLIT:index"
-    prompt: np.ndarray  # [P] int32
-    responses: tuple[np.ndarray, ...]  # each [its length] int32
+    group: Group  # int32 arrays, and bool ones in its key_on
     scores: np.ndarray  # [n] float32, in the data's unit, data.first_bonus added to the first
-    prompt_text: str | list[dict] | None  # as the row has it, for generation; None: it has ids
+    record: dict[str, Any]  # without its responses: its "prompt" if that is not ids, its "answer"
     prompt_hash: float  # in [0, 1), of the whole prompt: what is held out goes by it
     num_tokens: int  # of prompt and responses, before cutting
     num_cut: int  # how many of these were cut off
-    # Which tokens may be attended to, as (prompt's, each response's) bools; None: all.
-    key_on: tuple[np.ndarray, tuple[np.ndarray, ...]] | None = None
+    notes: tuple[str, ...] = ()  # what is counted and said of it: see `Parts`, `NO_TOKEN`
 
 
-def encode_record(
-    where: str,
-    row: dict[str, Any],
-    *,
-    tokenizer,
-    config,
-    vocab_size: int,
-    eos_ids: Sequence[int],
-) -> Example:
-    """Encodes, checks and cuts one row.
+class Prompt(NamedTuple):
+    """A prompt that is to be answered."""
 
-    Raises:
-      RecordError: "path:line: what is wrong; what to do", also for a row that is too long unless
-        `config.too_long` is truncate or drop.
-      UserError: what is wrong is not the row but the tokenizer.
+    where: str
+    ids: np.ndarray  # [P] int32, cut to length: what is sampled from
+    record: dict[str, Any]  # as in Example
+
+
+@dataclass(frozen=True, eq=False)
+class Encoder:
+    """How records become ids: the one road of training, evaluation and generation.
+
+    Args:
+      tokenizer: None will do where all records are ids.
+      config: the `data` section.
+      vocab_size: the model's; every id is below it.
+      eos_ids: ids that end a turn; empty: the tokenizer's eos.
+      least_responses: fewer teach the loss nothing.
+      digest: of the tokenizer: ids in a record that has another are not used.
     """
-    try:
-        return _encode(where, row, tokenizer, config, vocab_size, eos_ids)
-    except RecordError as error:
-        raise error.at(where) from None
 
+    tokenizer: Any
+    config: Any
+    vocab_size: int
+    eos_ids: tuple[int, ...] = ()
+    least_responses: int = 2
+    digest: str = "none"
 
-def _encode(where, row, tokenizer, config, vocab_size, eos_ids) -> Example:
-    prompt, responses, scores, is_ids = _normalise(row)
-    scores = _check_scores(scores, responses)
-    scores[0] += config.first_bonus
-    if is_ids:
-        prompt_ids, response_ids = prompt, responses
-    elif tokenizer is None:
-        raise UserError(f"{where}: the rows hold text; set data.tokenizer.")
-    else:
-        prompt_ids = chat.encode_prompt(prompt, tokenizer, config.format)
-        response_ids = chat.encode_responses(prompt, responses, tokenizer, config.format, eos_ids)
-    whole_prompt = _as_ids(prompt_ids, "the prompt", vocab_size)
-    whole_responses = [
-        _as_ids(ids, f"response {k}", vocab_size) for k, ids in enumerate(response_ids)
-    ]
-    of_prompt, of_response = _cuts(len(whole_prompt), [*map(len, whole_responses)], config)
-    # Copies, so that what was cut off does not stay in memory.
-    cut_prompt = whole_prompt[of_prompt].copy()
-    cut_responses = tuple(ids[of_response].copy() for ids in whole_responses)
-    key_on = None
-    if config.format == "released":
-        off_ids = released.key_off_ids(tokenizer, eos_ids)
-        key_on = (
-            released.prompt_keys(cut_prompt, off_ids),
-            tuple(released.response_keys(ids, off_ids)[of_response] for ids in whole_responses),
+    def prompt(self, prompt: str | list[dict]) -> np.ndarray:
+        """Returns the ids of a prompt, cut to length, [P] int32: what a response is sampled from.
+
+        It leaves room for the longest response that may be: in released format, where the one
+        goes by the other, it keeps at most max_prompt_len.
+
+        Raises:
+          RecordError: it is malformed, empty, or too long where `config.too_long` refuses it.
+          UserError: what is wrong is not the prompt but the tokenizer.
+        """
+        ids = self._checked(self._encode_prompt(prompt), "the prompt")
+        of_prompt, _ = _cuts(len(ids), self.config.max_response_len, self.config)
+        return ids[of_prompt].copy()
+
+    def question(self, where: str, record: dict[str, Any]) -> Prompt:
+        """Encodes the prompt of a record that is to be answered.
+
+        Raises:
+          RecordError: "path:line: what is wrong", as `prompt`, or there is no prompt.
+          UserError: as `prompt`.
+        """
+        try:
+            check_prompt(record)
+            return Prompt(where, self.prompt(record["prompt"]), question(record))
+        except RecordError as error:
+            raise error.at(where) from None
+
+    def record(self, where: str, record: dict[str, Any]) -> Example:
+        """Encodes, checks and cuts one record.
+
+        Raises:
+          RecordError: "path:line: what is wrong; what to do", also for a record that is too long
+            unless `config.too_long` is truncate or drop.
+          UserError: what is wrong is not the record but the tokenizer.
+        """
+        try:
+            return self._example(where, record)
+        except RecordError as error:
+            raise error.at(where) from None
+
+    def _example(self, where: str, record: dict[str, Any]) -> Example:
+        parts = read_parts(record, digest=self.digest, least_responses=self.least_responses)
+        prompt = self._prompt_of(parts)
+        responses, scores, notes = self._responses_of(parts)
+        group = self._cut(Group(prompt, responses))
+        num_tokens = len(prompt) + sum(map(len, responses))
+        return Example(
+            where=where,
+            group=group,
+            scores=scores,
+            record=question(record),
+            prompt_hash=hash_prompt(parts.prompt_ids if parts.prompt is None else parts.prompt),
+            num_tokens=num_tokens,
+            num_cut=num_tokens - sum(group.lengths()),
+            notes=parts.notes + notes,
         )
-    num_tokens = len(whole_prompt) + sum(map(len, whole_responses))
-    return Example(
-        where=where,
-        prompt=cut_prompt,
-        responses=cut_responses,
-        scores=scores,
-        prompt_text=None if is_ids else prompt,
-        prompt_hash=hash_prompt(prompt),
-        num_tokens=num_tokens,
-        num_cut=num_tokens - len(cut_prompt) - sum(map(len, cut_responses)),
-        key_on=key_on,
-    )
+
+    def _prompt_of(self, parts: Parts) -> np.ndarray:
+        """Returns the ids of the prompt before cutting."""
+        given = parts.prompt_ids
+        ids = self._encode_prompt(parts.prompt) if given is None else given
+        return self._checked(ids, "the prompt")
+
+    def _responses_of(self, parts: Parts) -> tuple[list[np.ndarray], np.ndarray, tuple[str, ...]]:
+        """Returns the ids of the responses before cutting, their scores, and notes.
+
+        A response that ended its turn has a token at least, its end-of-turn token. One that did not
+        may have none; there is nothing to learn from it, and it is left out.
+
+        Raises:
+          RecordError: a response is malformed, or too few are left.
+        """
+        ids = list(parts.ids)
+        encoded = [k for k, given in enumerate(ids) if given is None and parts.texts is not None]
+        if encoded:
+            found = chat.encode_responses(
+                parts.prompt,
+                [parts.texts[k] for k in encoded],
+                self._its_tokenizer(),
+                self.config.format,
+                self.eos_ids,
+                finished=parts.finished and [parts.finished[k] for k in encoded],
+            )
+            for k, of_text in zip(encoded, found, strict=True):
+                ids[k] = of_text
+        ended = parts.finished or [True] * len(ids)
+        stay = [k for k, is_ended in enumerate(ended) if is_ended or ids[k] != []]
+        if len(stay) < self.least_responses:
+            raise RecordError(
+                f"has {len(stay)} responses of one token or more, wanted {self.least_responses}",
+                reason=TOO_FEW_LEFT,
+            )
+        scores = parts.scores.copy()
+        scores[0] += self.config.first_bonus
+        arrays = [self._checked(ids[k], f"response {k}") for k in stay]
+        return arrays, scores[stay], (NO_TOKEN,) * (len(ids) - len(stay))
+
+    def _cut(self, whole: Group) -> Group:
+        """Returns the group cut to length, with its keys."""
+        longest = max(map(len, whole.responses))
+        of_prompt, of_response = _cuts(len(whole.prompt), longest, self.config)
+        # Copies, so that what was cut off does not stay in memory.
+        prompt = whole.prompt[of_prompt].copy()
+        responses = tuple(ids[of_response].copy() for ids in whole.responses)
+        if self.config.format != "released":
+            return Group(prompt, responses)
+        off_ids = released.key_off_ids(self.tokenizer, self.eos_ids)
+        keys = tuple(released.response_keys(ids, off_ids)[of_response] for ids in whole.responses)
+        return Group(prompt, responses, (released.prompt_keys(prompt, off_ids), keys))
+
+    def _encode_prompt(self, prompt: str | list[dict]) -> list[int]:
+        return chat.encode_prompt(prompt, self._its_tokenizer(), self.config.format)
+
+    def _its_tokenizer(self):
+        if self.tokenizer is None:
+            raise UserError("There is no tokenizer, and the records hold text; set data.tokenizer.")
+        return self.tokenizer
+
+    def _checked(self, ids: Any, who: str) -> np.ndarray:
+        """Returns ids as int32. RecordError unless they are one or more ints below vocab_size."""
+        if not isinstance(ids, list) or not all(type(i) is int for i in ids):
+            raise RecordError(f"{who} is not a list of token ids", reason="ids")
+        if not ids:
+            raise RecordError(
+                f"{who} has no tokens; write something or leave it out", reason="empty"
+            )
+        if not 0 <= min(ids) <= max(ids) < self.vocab_size:
+            raise RecordError(
+                f"{who} has ids from {min(ids)} to {max(ids)}, wanted [0, {self.vocab_size}); use "
+                "the model's own tokenizer",
+                reason="ids",
+            )
+        return np.asarray(ids, np.int32)
+
+
+def check_prompt(record: dict[str, Any]) -> None:
+    """Raises RecordError unless a record that is to be answered has a prompt, and no empty one."""
+    if "prompt" not in record:
+        raise RecordError(f"wanted a 'prompt', got the keys {sorted(record)}", reason="keys")
+    if record["prompt"] in ("", [], None):
+        raise RecordError("the prompt is empty; write something or leave it out", reason="empty")
 
 
 def hash_prompt(prompt: Any) -> float:
@@ -111,60 +209,7 @@ def hash_prompt(prompt: Any) -> float:
     return (int.from_bytes(digest[:8], "big") >> 11) / 2**53  # 53 bits: exact in a float64
 
 
-def _normalise(row: dict[str, Any]) -> tuple[Any, list, list, bool]:
-    """Returns (prompt, responses, scores, whether they are ids) of a row of any form."""
-    form = next((keys for keys in FORMS if all(key in row for key in keys)), None)
-    if form is None:
-        wanted = " or ".join(f"({', '.join(keys)})" for keys in FORMS)
-        raise RecordError(f"wanted keys {wanted}, got ({', '.join(row)})", reason="keys")
-    prompt, second, third = (row[key] for key in form)
-    if "chosen" in form:
-        return prompt, [second, third], [1.0, 0.0], False
-    for key, values in zip(form[1:], (second, third), strict=True):
-        if not isinstance(values, list):
-            raise RecordError(f"{key} is not a list, but {type(values).__name__}", reason=key)
-    return prompt, second, third, "prompt_ids" in form
-
-
-def _check_scores(scores: list, responses: list) -> np.ndarray:
-    """Returns the scores as [n] float32. RecordError unless n >= 2 responses have one each."""
-    if len(responses) < 2:
-        raise RecordError(
-            f"has {len(responses)} response(s), which teach nothing; give two or more, or set "
-            "data.bad_rows=skip",
-            reason="responses",
-        )
-    if len(scores) != len(responses):
-        raise RecordError(
-            f"has {len(responses)} responses but {len(scores)} scores; give each response one",
-            reason="scores",
-        )
-    largest = float(np.finfo(np.float32).max)
-    for k, score in enumerate(scores):
-        # The comparison is False for NaN, and exact for integers too large for any float.
-        if type(score) not in (int, float) or not -largest <= score <= largest:
-            raise RecordError(
-                f"score {k} is {str(score)[:40]}; give a finite number", reason="scores"
-            )
-    return np.asarray(scores, np.float32)
-
-
-def _as_ids(ids: Any, who: str, vocab_size: int) -> np.ndarray:
-    """Returns ids as int32. RecordError unless they are one or more ints in [0, vocab_size)."""
-    if not isinstance(ids, list) or not all(type(i) is int for i in ids):
-        raise RecordError(f"{who} is not a list of token ids", reason="ids")
-    if not ids:
-        raise RecordError(f"{who} has no tokens; write something or leave it out", reason="empty")
-    if not 0 <= min(ids) <= max(ids) < vocab_size:
-        raise RecordError(
-            f"{who} has ids from {min(ids)} to {max(ids)}, wanted [0, {vocab_size}); use the "
-            "model's own tokenizer",
-            reason="ids",
-        )
-    return np.asarray(ids, np.int32)
-
-
-def _cuts(prompt_len: int, response_lens: list[int], config) -> tuple[slice, slice]:
+def _cuts(prompt_len: int, longest_response: int, config) -> tuple[slice, slice]:
     """Returns what is kept of the prompt and of each response.
 
     A response keeps its first tokens, so a cut one has no end-of-turn token to learn from.
@@ -173,9 +218,9 @@ def _cuts(prompt_len: int, response_lens: list[int], config) -> tuple[slice, sli
       RecordError: something is too long, and `config.too_long` is skip or stop.
     """
     limits = dict(max_prompt_len=config.max_prompt_len, max_response_len=config.max_response_len)
-    longest = dict(max_prompt_len=prompt_len, max_response_len=max(response_lens))
+    longest = dict(max_prompt_len=prompt_len, max_response_len=longest_response)
     if config.format == "released":
-        return released.cuts(prompt_len, max(response_lens), **limits)
+        return released.cuts(prompt_len, longest_response, **limits)
     for name, limit in limits.items():
         if longest[name] > limit and config.too_long in ("skip", "stop"):
             raise RecordError(

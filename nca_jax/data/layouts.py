@@ -1,10 +1,10 @@
-"""From rows as the hub's data sets lay them out to one form, and where each data set is found.
+"""From records as the hub's data sets lay them out to one form, and where each data set is found.
 
 Every layout becomes
     {"prompt": [{"role", "content"}, ..], "responses": [text, ..], "scores": [number, ..]}
 with two responses or more; the prompt is all that comes before the response, so it may have turns.
-A row that cannot is a RecordError with the word that it is counted under; a part that is left out
-of a row that stays is counted in `left_out`.
+A record that cannot is a RecordError with the word that it is counted under; a part that is left
+out of a record that stays is counted in `left_out`.
 """
 
 import math
@@ -22,37 +22,39 @@ ROLES = {role: role for role in ("system", "user", "assistant")}
 ROLES |= {"human": "user", "gpt": "assistant"}
 NOT_RATED = ("N/A", "", None)
 
-# (the raw row, counts of what is left out) -> the row in the one form
+# (the raw record, counts of what is left out) -> the record in the one form
 Layout = Callable[[dict[str, Any], Counter], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where the raw files of a data set are, and how their rows are laid out."""
+    """Where the raw files of a data set are, and how their records are laid out."""
 
     hub: str  # repository of the Hugging Face Hub; "": the files are the user's own
     splits: dict[str, str]  # split -> how the names of its files, or their folder, begin
     layout: Layout
 
 
-def numbered_record(row: dict[str, Any], left_out: Counter) -> dict[str, Any]:
+def numbered_record(record: dict[str, Any], left_out: Counter) -> dict[str, Any]:
     """A0, A1, ..: conversations with one prompt, and score_A0, score_A1, ..: their scores."""
-    names = sorted((key for key in row if re.fullmatch(r"A\d+", key)), key=lambda key: int(key[1:]))
-    scores = [_number(_field(row, f"score_{name}", object)) for name in names]
-    prompt, responses = _split_turns([row[name] for name in names])
+    names = sorted(
+        (key for key in record if re.fullmatch(r"A\d+", key)), key=lambda key: int(key[1:])
+    )
+    scores = [_number(_field(record, f"score_{name}", object)) for name in names]
+    prompt, responses = _split_turns([record[name] for name in names])
     return _scored(prompt, responses, scores)
 
 
-def rated_record(row: dict[str, Any], left_out: Counter, *, score: str) -> dict[str, Any]:
+def rated_record(record: dict[str, Any], left_out: Counter, *, score: str) -> dict[str, Any]:
     """instruction and completions, each with a response, an overall_score and ratings by aspect.
 
     Args:
       score: "overall"; "fine-grained", the mean over the aspects that are rated; or one aspect.
     Returns:
-      The row with its best response first; responses without a score are left out.
+      The record with its best response first; responses without a score are left out.
     """
     rated = []
-    for completion in _field(row, "completions", list):
+    for completion in _field(record, "completions", list):
         text = _field(completion, "response", str)
         value = _rating(completion, score, left_out)
         if value is None:
@@ -62,22 +64,26 @@ def rated_record(row: dict[str, Any], left_out: Counter, *, score: str) -> dict[
         else:
             rated.append((value, text))
     rated.sort(key=lambda pair: -pair[0])  # stable: ties stay in the order of the data
-    prompt = [{"role": "user", "content": _field(row, "instruction", str)}]
+    prompt = [{"role": "user", "content": _field(record, "instruction", str)}]
     return _scored(prompt, [text for _, text in rated], [value for value, _ in rated])
 
 
-def pair_record(row: dict[str, Any], left_out: Counter, *, given: bool = False) -> dict[str, Any]:
+def pair_record(
+    record: dict[str, Any], left_out: Counter, *, given: bool = False
+) -> dict[str, Any]:
     """chosen and rejected: conversations with one prompt. Scores are 1 and 0, or those given."""
-    prompt, responses = _split_turns([_field(row, key, list) for key in ("chosen", "rejected")])
+    prompt, responses = _split_turns([_field(record, key, list) for key in ("chosen", "rejected")])
     scores = [1.0, 0.0]
     if given:
-        scores = [_number(_field(row, key, object)) for key in ("score_chosen", "score_rejected")]
+        scores = [
+            _number(_field(record, key, object)) for key in ("score_chosen", "score_rejected")
+        ]
     return _pair(prompt, responses, scores)
 
 
-def trajectory_record(row: dict[str, Any], left_out: Counter) -> dict[str, Any]:
+def trajectory_record(record: dict[str, Any], left_out: Counter) -> dict[str, Any]:
     """trajectory: turns of {from, value}, the last one the user's; chosen and rejected: texts."""
-    turns = _field(row, "trajectory", list)
+    turns = _field(record, "trajectory", list)
     unknown = {_field(turn, "from", str) for turn in turns} - ROLES.keys()
     if unknown:
         raise RecordError(f"has a turn from {unknown.pop()!r}", reason="role")
@@ -86,20 +92,25 @@ def trajectory_record(row: dict[str, Any], left_out: Counter) -> dict[str, Any]:
     ]
     if not prompt or prompt[-1]["role"] != "user":
         raise RecordError("the last turn is not the user's", reason="role")
-    responses = [_field(row, key, str) for key in ("chosen", "rejected")]
+    responses = [_field(record, key, str) for key in ("chosen", "rejected")]
     return _pair(prompt, responses, [1.0, 0.0])
 
 
-def own_record(row: dict[str, Any], left_out: Counter) -> dict[str, Any]:
+def own_record(record: dict[str, Any], left_out: Counter) -> dict[str, Any]:
     """prompt (text or messages), and responses with scores or chosen and rejected, all texts."""
-    prompt = _field(row, "prompt", (str, list))
+    prompt = _field(record, "prompt", (str, list))
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     prompt = _turns(prompt)
-    if "chosen" in row:
-        return _pair(prompt, [_field(row, key, str) for key in ("chosen", "rejected")], [1.0, 0.0])
-    scores = [_number(score) for score in _field(row, "scores", list)]
-    return _scored(prompt, _field(row, "responses", list), scores)
+    finished = record.get("finished")
+    if isinstance(finished, list) and False in finished:
+        raise RecordError("a data set has no responses that were cut off", reason="not finished")
+    if "chosen" in record:
+        return _pair(
+            prompt, [_field(record, key, str) for key in ("chosen", "rejected")], [1.0, 0.0]
+        )
+    scores = [_number(score) for score in _field(record, "scores", list)]
+    return _scored(prompt, _field(record, "responses", list), scores)
 
 
 PREFERENCES = {"train_prefs": "train_prefs", "test_prefs": "test_prefs"}
@@ -170,7 +181,7 @@ def _pair(prompt: list[dict], responses: list[str], scores: list[float]) -> dict
 
 
 def _scored(prompt: list[dict], responses: list[str], scores: list[float]) -> dict[str, Any]:
-    """Returns the row in the one form. Raises RecordError if it would teach nothing."""
+    """Returns the record in the one form. Raises RecordError if it would teach nothing."""
     if len(responses) < 2:
         raise RecordError(f"has {len(responses)} responses", reason="fewer than 2 responses")
     if len(responses) != len(scores):
@@ -203,8 +214,8 @@ def _number(value: Any) -> float:
     return number
 
 
-def _field(row: Any, key: str, kind: type | tuple[type, ...]) -> Any:
-    """Returns row[key]. Raises RecordError unless it is there and of its kind."""
-    if not isinstance(row, dict) or key not in row or not isinstance(row[key], kind):
+def _field(record: Any, key: str, kind: type | tuple[type, ...]) -> Any:
+    """Returns record[key]. Raises RecordError unless it is there and of its kind."""
+    if not isinstance(record, dict) or key not in record or not isinstance(record[key], kind):
         raise RecordError(f"wanted {key}", reason=f"no {key}")
-    return row[key]
+    return record[key]

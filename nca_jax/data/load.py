@@ -1,32 +1,46 @@
-"""Every row of the files as an example in memory, each process reading and encoding its share."""
+"""Every record of the files as an example in memory, each process encoding its share."""
 
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import grain
 import numpy as np
 
 from nca_jax.checks import UserError
-from nca_jax.data.encode import Example, encode_record
-from nca_jax.data.sources import RecordError, file_sizes, open_source, split_globs
+from nca_jax.data.encode import TOO_FEW_LEFT, Encoder, Example, Prompt
+from nca_jax.data.group import Group
+from nca_jax.data.sources import (
+    JsonlSource,
+    RecordError,
+    file_sizes,
+    open_source,
+    split_globs,
+)
 
-READ_THREADS, READ_AHEAD = 2, 64  # rows
+READ_THREADS, READ_AHEAD = 2, 64  # records
 # What of an Example is a JSON value.
-_SIMPLE = ("where", "prompt_text", "prompt_hash", "num_tokens", "num_cut")
+_SIMPLE = ("where", "record", "prompt_hash", "num_tokens", "num_cut", "notes")
 
 
 class Examples(NamedTuple):
-    """What files gave: one list of examples an entry, and how many rows were skipped by reason."""
+    """What files gave: one list of examples an entry, and what is to be said of the others."""
 
     sources: list[list[Example]]
-    skipped: dict[str, int]
+    counts: Counter[str]  # "records skipped: json" -> how many, see `notes_of`
+
+
+class Prompts(NamedTuple):
+    """The prompts of files, and what is to be said of the others, as in Examples."""
+
+    prompts: list[Prompt]
+    counts: Counter[str]
 
 
 class Share(NamedTuple):
-    """Which rows this process reads and encodes, and how it gets those that the others do."""
+    """Which records this process reads and encodes, and how it gets those that the others do."""
 
     process: int
     num_processes: int
@@ -36,91 +50,103 @@ class Share(NamedTuple):
 ALONE = Share(0, 1, lambda mine: [mine])
 
 
-def load_examples(
-    files: str,
-    *,
-    tokenizer,
-    config,
-    vocab_size: int,
-    eos_ids: Sequence[int],
-    share: Share = ALONE,
-) -> Examples:
-    """Reads and encodes every row of comma-separated entries, all of it into memory.
+def load_examples(files: str, encoder: Encoder, *, share: Share = ALONE) -> Examples:
+    """Reads and encodes every record of comma-separated entries, all of it into memory.
 
-    Process p of n reads the rows p, p + n, p + 2 n, ... and all of them get every example, in the
-    order of the rows.
+    Process p of n reads the records p, p + n, p + 2 n, ... and all of them get every example, in
+    the order of the records. The encoder's config says which of them stop and which are skipped.
 
-    Args:
-      tokenizer: None will do where all rows are ids.
-      config: the `data` section; `bad_rows` and `too_long` say which rows stop or are skipped.
-      eos_ids: ids that end a turn; empty: the tokenizer's eos.
     Raises:
-      UserError: no glob is named, a file or a row is unusable, no row of an entry is left, or the
-        processes do not see the same files.
+      UserError: no glob is named, a file or a record is unusable, no record of an entry is left, or
+        the processes do not see the same files.
     """
     patterns = split_globs(files)
     if not patterns:
         raise UserError("No data is named; set data.files to one or more globs or tfds: entries.")
-    skipped: Counter[str] = Counter()
-    sources = []
-    for pattern in patterns:
-        examples = []
-        for item in _read(pattern, share, tokenizer, config, vocab_size, eos_ids):
-            if isinstance(item, Example):
-                examples.append(item)
-                continue
-            if (config.too_long if item.reason == "too_long" else config.bad_rows) == "stop":
-                raise item
-            skipped[item.reason] += 1
-        if not examples:
-            raise UserError(f"No row of {pattern!r} is left; skipped so far: {dict(skipped)}.")
-        sources.append(examples)
-    return Examples(sources, dict(skipped))
+    counts: Counter[str] = Counter()
+    sources = [
+        _usable(_read(pattern, share, encoder), repr(pattern), encoder.config, counts)
+        for pattern in patterns
+    ]
+    for source in sources:
+        for example in source:
+            counts.update(example.notes)
+    return Examples(sources, counts)
 
 
-def _read(
-    pattern: str, share: Share, tokenizer, config, vocab_size: int, eos_ids: Sequence[int]
-) -> Iterable[Example | RecordError]:
-    """Returns one entry in order: an Example or, for a row that is at fault, its RecordError."""
+def load_prompts(pattern: str, encoder: Encoder) -> Prompts:
+    """Reads and encodes the prompts of the JSON lines that match a glob, in order.
+
+    Raises:
+      UserError: a file or a prompt is unusable, or none is left.
+    """
+    source, counts = JsonlSource(pattern), Counter()
+    items = (_attempt(encoder.question, source, i) for i in range(len(source)))
+    return Prompts(_usable(items, repr(pattern), encoder.config, counts), counts)
+
+
+def notes_of(counts: Counter[str]) -> list[str]:
+    """Returns what is said of records that were not read as they are, a line for each kind."""
+    return [f"{number} {what}" for what, number in counts.items()]
+
+
+def _usable(items: Iterable, who: str, config, counts: Counter[str]) -> list:
+    """Returns the items that are no RecordError; raises such an error, or counts it as skipped.
+
+    What is wrong with a record stops by `config.bad_rows`, its length by `config.too_long`; a
+    record of samples that hold nothing is no one's mistake.
+    """
+    usable = []
+    for item in items:
+        if not isinstance(item, RecordError):
+            usable.append(item)
+            continue
+        rules = {"too_long": config.too_long, TOO_FEW_LEFT: "skip"}
+        if rules.get(item.reason, config.bad_rows) == "stop":
+            raise item
+        counts[f"records skipped: {item.reason}"] += 1
+    if not usable:
+        raise UserError(f"No record of {who} is left: {', '.join(notes_of(counts))}.")
+    return usable
+
+
+def _attempt(encode: Callable, source, index: int):
+    """Returns `encode` of a record of a source or, where it is at fault, its RecordError."""
+    try:
+        return encode(*source[index])
+    except RecordError as error:
+        return error
+
+
+def _read(pattern: str, share: Share, encoder: Encoder) -> Iterable[Example | RecordError]:
+    """Returns one entry in order: an Example or, for a record at fault, its RecordError."""
     source = open_source(pattern)
-
-    def read(index: int) -> Example | RecordError:
-        try:
-            return encode_record(
-                *source[index],
-                tokenizer=tokenizer,
-                config=config,
-                vocab_size=vocab_size,
-                eos_ids=eos_ids,
-            )
-        except RecordError as error:
-            return error
-
     options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=READ_AHEAD)
     mine = grain.MapDataset.range(share.process, len(source), share.num_processes)
-    items = mine.map(read).to_iter_dataset(options)
+    read = mine.map(lambda index: _attempt(encoder.record, source, index))
+    items = read.to_iter_dataset(options)
     return items if share.num_processes == 1 else _gathered(pattern, len(source), items, share)
 
 
 def _gathered(
-    pattern: str, num_rows: int, items: Iterable[Example | RecordError], share: Share
+    pattern: str, num_records: int, items: Iterable[Example | RecordError], share: Share
 ) -> list[Example | RecordError]:
-    """Returns the items of all processes in the order of the rows.
+    """Returns the items of all processes in the order of the records.
 
     Raises:
       UserError: a process has other files than the first.
     """
-    seen = {"rows": num_rows, "sizes": file_sizes(pattern)}
+    seen = {"records": num_records, "sizes": file_sizes(pattern)}
     parts = [_from_bytes(part) for part in share.gather(_to_bytes(seen, items))]
     for process, (theirs, _) in enumerate(parts):
         if theirs != parts[0][0]:
             raise UserError(
                 f"Process {process} sees other files of {pattern!r} than process 0: "
-                f"{theirs['rows']} rows there, {parts[0][0]['rows']} here; give all of them the "
-                "same files."
+                f"{theirs['records']} records there, {parts[0][0]['records']} here; give all of "
+                "them the same files."
             )
     n = share.num_processes
-    return [parts[i % n][1][i // n] for i in range(num_rows)]
+    return [parts[i % n][1][i // n] for i in range(num_records)]
 
 
 def _to_bytes(seen: dict, items: Iterable[Example | RecordError]) -> bytes:
@@ -130,12 +156,13 @@ def _to_bytes(seen: dict, items: Iterable[Example | RecordError]) -> bytes:
         if isinstance(item, RecordError):
             told.append({"message": item.message, "reason": item.reason, "where": item.where})
             continue
-        ids += [item.prompt, *item.responses]
-        if item.key_on:
-            keys += [item.key_on[0], *item.key_on[1]]
+        prompt, responses, key_on = item.group
+        ids += [prompt, *responses]
+        if key_on:
+            keys += [key_on[0], *key_on[1]]
         simple = {name: getattr(item, name) for name in _SIMPLE}
-        lengths = [len(item.prompt), *map(len, item.responses)]
-        more = {"lengths": lengths, "scores": item.scores.tolist(), "keys": bool(item.key_on)}
+        lengths, scores = item.group.lengths(), item.scores.tolist()
+        more = {"lengths": lengths, "scores": scores, "keys": bool(key_on)}
         told.append(simple | more)
     file = io.BytesIO()
     text = np.frombuffer(json.dumps([seen, told]).encode(), np.uint8)
@@ -160,7 +187,7 @@ def _from_bytes(content: bytes) -> tuple[dict, list[Example | RecordError]]:
             first, *rest = np.split(keys[num_keys : num_keys + ends[-1]], ends[:-1])
             key_on, num_keys = (first, tuple(rest)), num_keys + ends[-1]
         scores = np.array(item["scores"], np.float32)
-        simple = {name: item[name] for name in _SIMPLE}
-        arrays = dict(prompt=prompt, responses=tuple(responses), scores=scores, key_on=key_on)
-        items.append(Example(**arrays, **simple))
+        simple = {name: item[name] for name in _SIMPLE} | {"notes": tuple(item["notes"])}
+        group = Group(prompt, tuple(responses), key_on)
+        items.append(Example(group=group, scores=scores, **simple))
     return seen, items

@@ -5,32 +5,13 @@ Axes: G groups, M micro-batches, R rows in each, T tokens in a row, P block pair
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 
 from nca_jax.batch import PROMPT_SEGMENT, Rows
 from nca_jax.checks import UserError
 from nca_jax.data import plan
-
-
-class Group(NamedTuple):
-    """A prompt with its responses. None may be empty: the first response token needs a query."""
-
-    prompt: Sequence[int]  # token ids
-    responses: Sequence[Sequence[int]]  # token ids
-    slots: Sequence[int]  # which log-probability each response is: b * K + k
-    # Which tokens may be attended to, as (prompt's, each response's) bools; None: all.
-    key_on: tuple[Sequence[bool], Sequence[Sequence[bool]]] | None = None
-
-    def take(self, chosen: Sequence[int], slots: Sequence[int]) -> "Group":
-        """Returns the prompt with the chosen ones of its responses, in these slots."""
-        key_on = self.key_on and (self.key_on[0], [self.key_on[1][i] for i in chosen])
-        return Group(self.prompt, [self.responses[i] for i in chosen], slots, key_on)
-
-    def lengths(self) -> list[int]:
-        """Returns the tokens of the prompt and of each response."""
-        return [len(self.prompt), *map(len, self.responses)]
+from nca_jax.data.group import Group
 
 
 @dataclass(frozen=True)
@@ -58,6 +39,7 @@ def pack(
     groups: Sequence[Group],
     layout: RowLayout,
     *,
+    slots: Sequence[Sequence[int]],
     num_slots: int,
     num_micro: int | None = None,
     rows_here: Sequence[int] | None = None,
@@ -65,6 +47,7 @@ def pack(
     """Packs groups by best-fit decreasing; the same input gives the same rows everywhere.
 
     Args:
+      slots: of each group, which log-probability each of its responses is: b * K + k.
       num_slots: B * K, the slot that stands for none.
       num_micro: M; empty rows fill up. None: as many as are needed.
       rows_here: which of the R rows of a micro-batch are written, ascending: this process's share
@@ -89,7 +72,8 @@ def pack(
         micro_of_group[row.groups] = micro
         if place in here:
             into = Rows(*(x[micro, here.index(place)] for x in rows))
-            _write(into, [groups[g] for g in row.groups], row.spans, layout)
+            members = [(groups[g], slots[g]) for g in row.groups]
+            _write(into, members, row.spans, layout)
     return rows, used, micro_of_group
 
 
@@ -167,11 +151,19 @@ def _empty_rows(num_rows: int, layout: RowLayout, num_slots: int) -> Rows:
     )
 
 
-def _write(row: Rows, groups: list[Group], spans: list[list[plan.Span]], layout: RowLayout) -> None:
-    """Writes groups at their spans into one row of padding, arrays [T] and [P, 2], in place."""
+def _write(
+    row: Rows,
+    members: list[tuple[Group, Sequence[int]]],
+    spans: list[list[plan.Span]],
+    layout: RowLayout,
+) -> None:
+    """Writes groups with their slots at their spans into one row of padding, in place.
+
+    Arrays are [T] and, of pairs, [P, 2].
+    """
     num_scored = 0
-    for prompt_id, (group, (prompt_span, *response_spans)) in enumerate(
-        zip(groups, spans, strict=True), start=1
+    for prompt_id, ((group, slots), (prompt_span, *response_spans)) in enumerate(
+        zip(members, spans, strict=True), start=1
     ):
         prompt_on, responses_on = group.key_on or (True, [True] * len(group.responses))
         prompt_len = len(group.prompt)
@@ -182,7 +174,7 @@ def _write(row: Rows, groups: list[Group], spans: list[list[plan.Span]], layout:
             scored = slice(num_scored, num_scored + end - start)
             row.logp_at[scored] = [prompt_span[1] - 1, *range(start, end - 1)]
             row.logp_token[scored] = ids
-            row.logp_slot[scored] = group.slots[k]
+            row.logp_slot[scored] = slots[k]
             num_scored = scored.stop
     live = plan.live_pairs(spans, row_len=layout.row_len, block=layout.block)
     row.pairs[: len(live)] = live

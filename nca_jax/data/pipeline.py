@@ -16,9 +16,10 @@ import numpy as np
 
 from nca_jax.batch import Batch
 from nca_jax.checks import UserError
-from nca_jax.data.encode import Example
-from nca_jax.data.load import ALONE, Examples, Share, load_examples
-from nca_jax.data.pack import Group, pack
+from nca_jax.data.encode import Encoder, Example
+from nca_jax.data.group import Group
+from nca_jax.data.load import ALONE, Examples, Share, load_examples, notes_of
+from nca_jax.data.pack import pack
 from nca_jax.data.room import check_examples, fit_examples, row_layout
 from nca_jax.data.sources import split_globs
 
@@ -36,11 +37,15 @@ class HostBatch(NamedTuple):
 
 
 class Data(NamedTuple):
-    """Training examples, one list a source; held-out ones; rows skipped by reason."""
+    """Training examples, one list a source; held-out ones; what is to be said of the others."""
 
     sources: list[list[Example]]
     heldout: list[Example]
-    skipped: dict[str, int]
+    counts: Counter[str]  # as in `Examples`
+
+    def notes(self) -> list[str]:
+        """Returns lines such as "3 records skipped: json"; none where all were read as they are."""
+        return notes_of(self.counts)
 
 
 class _Pick(NamedTuple):
@@ -124,39 +129,34 @@ def eval_batches(
     return [_make_batch(picks[i : i + config.batch_size], config, rows_here) for i in starts]
 
 
-def load_data(
-    config, *, tokenizer, vocab_size: int, eos_ids: Sequence[int], share: Share = ALONE
-) -> Data:
-    """Reads `config.files`, and the held-out rows from `config.eval_files` or out of them.
+def load_data(encoder: Encoder, *, share: Share = ALONE) -> Data:
+    """Reads the encoder's `config.files`, and what is held out from `eval_files` or out of them.
 
-    Each process reads its `share` of the rows, and all get all of them.
+    Each process reads its `share` of the records, and all get all of them.
 
     Raises:
-      UserError: a file, a row, or the number of weights is wrong.
+      UserError: a file, a record, or the number of weights or of responses is wrong.
     """
-    _weights(config)  # wrong ones should not wait for the reading
-    how = dict(
-        tokenizer=tokenizer, config=config, vocab_size=vocab_size, eos_ids=eos_ids, share=share
-    )
-    sources, skipped = _load_fitting(config.files, **how)
+    config = encoder.config
+    _weights(config)  # what is wrong should not wait for the reading
+    _check_k(config, encoder.least_responses)
+    sources, counts = _load_fitting(config.files, encoder, share)
     if not split_globs(config.eval_files):
-        return Data(*split_heldout(sources, config.eval_fraction), skipped)
-    heldout, skipped_heldout = _load_fitting(config.eval_files, **how)
-    for reason, count in skipped_heldout.items():
-        skipped[reason] = skipped.get(reason, 0) + count
-    return Data(sources, [example for source in heldout for example in source], skipped)
+        return Data(*split_heldout(sources, config.eval_fraction), counts)
+    heldout, more = _load_fitting(config.eval_files, encoder, share)
+    return Data(sources, [example for source in heldout for example in source], counts + more)
 
 
-def _load_fitting(files: str, *, config, **how) -> Examples:
+def _load_fitting(files: str, encoder: Encoder, share: Share) -> Examples:
     """`load_examples`, without what does not fit a row and may be left out."""
-    sources, skipped = load_examples(files, config=config, **how)
-    skipped = Counter(skipped)
-    fitting = [fit_examples(examples, config, skipped) for examples in sources]
+    sources, counts = load_examples(files, encoder, share=share)
+    fitting = [fit_examples(examples, encoder, counts) for examples in sources]
     if not all(fitting):
         raise UserError(
-            f"No row of a source of {files!r} fits config.data.row_len={config.row_len}; raise it."
+            f"No record of a source of {files!r} fits "
+            f"config.data.row_len={encoder.config.row_len}; raise it."
         )
-    return Examples(fitting, dict(skipped))
+    return Examples(fitting, counts)
 
 
 def split_heldout(
@@ -165,7 +165,9 @@ def split_heldout(
     """Returns (training sources, held-out examples), by the hash of the prompt alone."""
     train = [[e for e in source if e.prompt_hash >= fraction] for source in sources]
     if not all(train):
-        raise UserError(f"data.eval_fraction={fraction} leaves a source without rows to train on.")
+        raise UserError(
+            f"data.eval_fraction={fraction} leaves a source without records to train on."
+        )
     return train, [e for source in sources for e in source if e.prompt_hash < fraction]
 
 
@@ -188,13 +190,25 @@ def choose(scores: np.ndarray, k: int, how: str, rng: np.random.Generator) -> np
     raise ValueError(f"{n} responses, but {how!r} takes all and K is {k}.")
 
 
+def _check_k(config, least: int) -> None:
+    """Raises UserError unless K is what the loss learns from and the choice can be made of."""
+    k = config.num_responses
+    if k < least:
+        raise UserError(
+            f"data.num_responses is {k}, which teaches nothing; set it to {least} or more."
+        )
+    if k < 2 and config.choose == "best_worst_random":
+        raise UserError(
+            f"data.choose=best_worst_random takes 2 responses at least, but data.num_responses is "
+            f"{k}; set it to 2 or more, or data.choose to first or random."
+        )
+
+
 def _check_num_responses(examples: Sequence[Example], k: int) -> None:
-    most = max(len(example.responses) for example in examples)
-    if k < 2:
-        raise UserError(f"data.num_responses is {k}, which teaches nothing; set it to 2 or more.")
+    most = max(len(example.scores) for example in examples)
     if most < k:
         raise UserError(
-            f"data.num_responses is {k}, but no row has more than {most} responses; "
+            f"data.num_responses is {k}, but no record has more than {most} responses; "
             f"set it to {most}."
         )
 
@@ -234,18 +248,23 @@ def _make_batch(picks: Sequence[_Pick], config, rows_here: Sequence[int] | None)
     b, k, layout = config.batch_size, config.num_responses, row_layout(config)
     scores, lengths = np.zeros((b, k), np.float32), np.zeros((b, k), np.int32)
     mask, ref_logps = np.zeros((b, k), bool), np.zeros((b, k), np.float32)
-    groups = []
+    groups, slots = [], []
     for i, (example, chosen, ref) in enumerate(picks):
         n = len(chosen)
-        whole = Group(example.prompt, example.responses, (), example.key_on)
-        groups.append(whole.take(chosen, range(i * k, i * k + n)))
+        groups.append(example.group.take(chosen))
+        slots.append(range(i * k, i * k + n))
         scores[i, :n], mask[i, :n] = example.scores[chosen], True
         lengths[i, :n] = groups[-1].lengths()[1:]
         if ref is not None:
             ref_logps[i, :n] = ref[chosen]
     # A group is never more than a row, so that B rows always do: one shape for all steps.
     rows, num_micro, micro = pack(
-        groups, layout, num_slots=b * k, num_micro=-(-b // layout.rows), rows_here=rows_here
+        groups,
+        layout,
+        slots=slots,
+        num_slots=b * k,
+        num_micro=-(-b // layout.rows),
+        rows_here=rows_here,
     )
     micro_of_prompt = np.full(b, -1, np.int32)
     micro_of_prompt[: len(picks)] = micro

@@ -1,7 +1,7 @@
 """The format of the released PyTorch trainer: its text, its key masks and its truncation.
 
 Facts:  read in thu-ml/Noise-Contrastive-Alignment, the code of arXiv:2402.05369.
-Text:   Zephyr turns. A prompt is a system turn, empty where the row has none, then the first user
+Text:   Zephyr turns. A prompt is a system turn, empty where there is none, then the first user
         turn, and no later one; a response is "A</s>\\n", where </s> is the tokenizer's eos.
 Ids:    prompt and response are tokenised apart, without BOS, and one more eos id is appended.
 Keys:   an eos that the text holds is an input and a label, but no later token attends to it; the
@@ -38,7 +38,7 @@ def response_text(messages: Sequence[dict], eos: str) -> str:
 def key_off_ids(tokenizer, eos_ids: Sequence[int]) -> tuple[int, ...]:
     """Returns the ids that are switched off as keys: the tokenizer's eos.
 
-    `eos_ids` of the model serve where rows are ids and there is no tokenizer.
+    `eos_ids` of the model serve where records are ids and there is no tokenizer.
     """
     return tuple(eos_ids) if tokenizer is None else (tokenizer.eos_token_id,)
 
@@ -66,7 +66,7 @@ def cuts(
     than max_prompt_len where responses are short, and the reverse.
 
     Args:
-      prompt_len, longest_response: in tokens, of all responses of the row, with the appended eos.
+      prompt_len, longest_response: in tokens, the response's with the appended eos.
     """
     max_len = max_prompt_len + max_response_len
     whole = slice(None)

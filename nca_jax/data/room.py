@@ -12,7 +12,7 @@ import numpy as np
 
 from nca_jax.checks import UserError
 from nca_jax.data import plan
-from nca_jax.data.encode import Example
+from nca_jax.data.encode import Encoder, Example
 from nca_jax.data.pack import RowLayout, check_fits, segment_spans
 
 
@@ -27,20 +27,23 @@ def row_layout(config) -> RowLayout:
     )
 
 
-def fit_examples(examples: Sequence[Example], config, skipped: Counter[str]) -> list[Example]:
-    """Returns the examples that fit, by the rule of `config.too_long`; counts what is left out."""
+def fit_examples(
+    examples: Sequence[Example], encoder: Encoder, counts: Counter[str]
+) -> list[Example]:
+    """Returns the examples that fit, by the rule of `too_long`; counts what is left out."""
+    config, least = encoder.config, encoder.least_responses
     if config.too_long not in ("skip", "drop"):
         return list(examples)  # `check_examples` refuses what does not fit
     fitting = []
     for example in examples:
         kept = example
-        while not _fits(kept, config) and config.too_long == "drop" and len(kept.responses) > 2:
+        while not _fits(kept, config) and config.too_long == "drop" and len(kept.scores) > least:
             kept = _without_worst(kept)
-            skipped["responses that do not fit data.row_len"] += 1
+            counts["responses left out: do not fit data.row_len"] += 1
         if _fits(kept, config):
             fitting.append(kept)
         else:
-            skipped["row_len"] += 1
+            counts["records skipped: row_len"] += 1
     return fitting
 
 
@@ -53,9 +56,9 @@ def check_examples(examples: Sequence[Example], config) -> None:
     for lengths, where in sized if config.row_pairs else sized[:1]:
         check_fits(lengths, layout, f"{where}: with {len(lengths) - 1} responses")
     for example in examples if config.choose == "all" else ():
-        if len(example.responses) > k:
+        if len(example.scores) > k:
             raise UserError(
-                f"{example.where}: has {len(example.responses)} responses, but "
+                f"{example.where}: has {len(example.scores)} responses, but "
                 f"data.num_responses is {k}; raise it, or set data.choose to another than all."
             )
 
@@ -70,22 +73,18 @@ def _fits(example: Example, config) -> bool:
 
 def _longest(example: Example, k: int) -> list[int]:
     """Returns the lengths of the prompt and of its k longest responses, in data order."""
-    sizes = [len(ids) for ids in example.responses]
+    prompt, *sizes = example.group.lengths()
     chosen = sorted(sorted(range(len(sizes)), key=lambda i: -sizes[i])[:k])
-    return [len(example.prompt), *(sizes[i] for i in chosen)]
+    return [prompt, *(sizes[i] for i in chosen)]
 
 
 def _without_worst(example: Example) -> Example:
     """Returns the example without its response of the lowest score, the last of equal ones."""
     worst = len(example.scores) - 1 - int(np.argmin(example.scores[::-1]))
     stay = [i for i in range(len(example.scores)) if i != worst]
-    key_on = example.key_on and (example.key_on[0], tuple(example.key_on[1][i] for i in stay))
-    responses = tuple(example.responses[i] for i in stay)
-    lost = len(example.responses[worst])
     return dataclasses.replace(
         example,
-        responses=responses,
+        group=example.group.take(stay),
         scores=example.scores[stay],
-        num_cut=example.num_cut + lost,
-        key_on=key_on,
+        num_cut=example.num_cut + len(example.group.responses[worst]),
     )

@@ -1,10 +1,11 @@
-"""Sources of rows as grain reads them, and the error that says which row is at fault.
+"""Sources of records as grain reads them, and the error that says which record is at fault.
 
 An entry of data.files is a glob of JSON lines, or tfds:NAME[/BUILDER_CONFIG]:SPLIT.
 """
 
 import gzip
 import json
+import os
 import zlib
 from collections.abc import Iterable
 from typing import Any
@@ -15,7 +16,7 @@ from nca_jax.files import as_path, find_files, num_bytes, write_whole
 
 
 class RecordError(UserError):
-    """One row cannot be used; `reason` is the word that it is counted under where it is skipped."""
+    """One record cannot be used; `reason` is the word that it is counted under if skipped."""
 
     def __init__(self, message: str, *, reason: str, where: str = ""):
         super().__init__(f"{where}: {message}" if where else message)
@@ -27,13 +28,13 @@ class RecordError(UserError):
 
 
 class JsonlSource:
-    """The rows of all files that match one glob, as grain reads them: `len` and `[i]`.
+    """The records of all files that match one glob, as grain reads them: `len` and `[i]`.
 
-    Files are sorted by name, rows keep their order, blank lines are no rows. The lines are held as
+    Files are sorted by name, records keep their order, blank lines are none. The lines are held as
     bytes and parsed when asked for: a .gz file has no other random access.
 
     Raises:
-      UserError: no file matches, a file cannot be read, or a file has no rows.
+      UserError: no file matches, a file cannot be read, or a file has no records.
     """
 
     def __init__(self, pattern: str):
@@ -46,22 +47,22 @@ class JsonlSource:
         return len(self._lines)
 
     def __getitem__(self, index: int) -> tuple[str, dict[str, Any]]:
-        """Returns ("path:line", the row). Raises RecordError if the line is not a JSON object."""
+        """Returns ("path:line", the record). Raises RecordError if it is not a JSON object."""
         path, number, line = self._lines[index]
         where = f"{path}:{number}"
         try:
-            row = json.loads(line)
+            record = json.loads(line)
         except ValueError as error:  # bad JSON or bad UTF-8
             raise RecordError(f"not JSON ({error})", reason="json", where=where) from None
-        if not isinstance(row, dict):
+        if not isinstance(record, dict):
             raise RecordError(
-                f"wanted a JSON object, got {type(row).__name__}", reason="json", where=where
+                f"wanted a JSON object, got {type(record).__name__}", reason="json", where=where
             )
-        return where, row
+        return where, record
 
 
 def open_source(entry: str) -> JsonlSource | TfdsSource:
-    """Returns the rows of one entry of data.files: `len`, and `[i]` -> (where, row).
+    """Returns the records of one entry of data.files: `len`, and `[i]` -> (where, record).
 
     Raises:
       UserError: it names nothing that can be read.
@@ -69,9 +70,9 @@ def open_source(entry: str) -> JsonlSource | TfdsSource:
     return TfdsSource(entry) if entry.startswith(PREFIX) else JsonlSource(entry)
 
 
-def write_records(path: str, rows: Iterable[dict[str, Any]]) -> None:
+def write_records(path: str | os.PathLike, records: Iterable[dict[str, Any]]) -> None:
     """Writes a .jsonl file that is whole or absent."""
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
     write_whole(as_path(path), "".join(lines).encode())
 
 
@@ -108,5 +109,5 @@ def _read_lines(path: str) -> list[tuple[int, bytes]]:
             f"{path}: cannot be read ({error}); write it anew or leave it out."
         ) from None
     if not lines:
-        raise UserError(f"{path}: has no rows; write it anew or leave it out.")
+        raise UserError(f"{path}: has no records; write it anew or leave it out.")
     return lines

@@ -1,4 +1,4 @@
-"""A prepared tensorflow-dataset as a random-access source of rows, without TensorFlow.
+"""A prepared tensorflow-dataset as a random-access source of records, without TensorFlow.
 
 An entry of data.files is `tfds:NAME[/BUILDER_CONFIG]:SPLIT`; it is found under $TFDS_DATA_DIR, or
 ~/tensorflow_datasets, in its newest version. SPLIT may be a slice: train[:100]. Records are read
@@ -28,7 +28,7 @@ def record_files(entry: str) -> list[str]:
 
 
 class TfdsSource:
-    """The rows of one entry, as grain reads them: `len` and `[i]`.
+    """The records of one entry, as grain reads them: `len` and `[i]`.
 
     Raises:
       UserError: the data set or split is not there, or not in array_record files.
@@ -42,7 +42,7 @@ class TfdsSource:
         builder = tfds.builder_from_directory(folder)
         self._features = builder.info.features
         try:
-            self._rows = builder.as_data_source(split)
+            self._records = builder.as_data_source(split)
         except (ValueError, NotImplementedError, AttributeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(
@@ -51,15 +51,17 @@ class TfdsSource:
             ) from None
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._records)
 
     def __getitem__(self, index: int) -> tuple[str, dict[str, Any]]:
-        """Returns ("tfds:NAME:SPLIT:index", the row), a prompt of one user turn as its text."""
-        row = _plain(self._rows[index], self._features)
-        match row:
+        """Returns ("tfds:NAME:SPLIT:index", the record), a prompt of one user turn as its text."""
+        record = _plain(self._records[index], self._features)
+        match record:
             case {"prompt": [{"role": "user", "content": text}]}:
-                row["prompt"] = text  # the same to a chat template, and plain format has no turns
-        return f"{self._entry}:{index}", row
+                record["prompt"] = (
+                    text  # the same to a chat template, and plain format has no turns
+                )
+        return f"{self._entry}:{index}", record
 
 
 def _find(entry: str) -> tuple[Path, str]:

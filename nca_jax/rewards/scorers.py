@@ -1,7 +1,7 @@
 """Rewards for generated text, by name in `SCORERS`, or a command of one's own.
 
-A scorer takes N rows and N responses, rows[i] being what response i answers: a dict that has the
-"prompt" and what else the data gives, such as an "answer". It returns N float32 scores.
+A scorer takes N records and N responses, records[i] being what response i answers: a dict that has
+the "prompt" and what else the data gives, such as an "answer". It returns N float32 scores.
 """
 
 import functools
@@ -10,17 +10,32 @@ import re
 import shlex
 import subprocess
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from nca_jax.checks import UserError
 
-Scorer = Callable[[Sequence[dict], Sequence[str]], np.ndarray]
 COMMAND = "command:"
 NUMBER = re.compile(r"(?:(?<!\d)-)?\d[\d,]*(?:\.\d+)?")  # 12, -0.5, 1,000; in 7-5 a 7 and a 5
 
 
-def vader(rows: Sequence[dict], responses: Sequence[str]) -> np.ndarray:
+class Scorer(NamedTuple):
+    """How responses are scored, and what is wanted of their records."""
+
+    score: Callable[[Sequence[dict], Sequence[str]], np.ndarray]  # N records, N responses -> [N]
+    lacks: Callable[[dict], str] = lambda record: ""  # what a record lacks to be scored, or ""
+
+    def __call__(self, records: Sequence[dict], responses: Sequence[str]) -> np.ndarray:
+        return self.score(records, responses)
+
+    def check(self, where: str, record: dict) -> None:
+        """Raises UserError, naming its place, if the responses to a record cannot be scored."""
+        if lack := self.lacks(record):
+            raise UserError(f"{where}: {lack}.")
+
+
+def vader(records: Sequence[dict], responses: Sequence[str]) -> np.ndarray:
     """How positive a text is, in [-1, 1]: VADER's compound score, averaged over its sentences.
 
     One compound score of a whole text saturates after a few positive words; the mean over
@@ -40,29 +55,32 @@ def vader(rows: Sequence[dict], responses: Sequence[str]) -> np.ndarray:
     return np.array([score(text) for text in responses], np.float32)
 
 
-def length(rows: Sequence[dict], responses: Sequence[str]) -> np.ndarray:
+def length(records: Sequence[dict], responses: Sequence[str]) -> np.ndarray:
     """How many words a text has, as white space parts them."""
     return np.array([len(text.split()) for text in responses], np.float32)
 
 
-def answer(rows: Sequence[dict], responses: Sequence[str]) -> np.ndarray:
-    """1 where a response ends in the row's "answer", else 0: a reward that can be verified.
+def answer(records: Sequence[dict], responses: Sequence[str]) -> np.ndarray:
+    """1 where a response ends in the record's "answer", else 0: a reward that can be verified.
 
     An answer that is a number is compared, as a number, with the last number of the response;
     any other with its last line, without outer white space, quotes and full stop, in lower case.
-
-    Raises:
-      UserError: a row has no "answer" that is a text or a number.
     """
-    wanted = [row.get("answer") for row in rows]
-    for row, want in zip(rows, wanted, strict=True):
-        if type(want) not in (str, int, float):
-            raise UserError(
-                f"The scorer 'answer' compares with an \"answer\" (text or number) in each row; "
-                f"the row of prompt {str(row['prompt'])[:60]!r} has {want!r}."
-            )
-    scores = [_ends_in(text, str(want)) for text, want in zip(responses, wanted, strict=True)]
+    scores = [
+        _ends_in(text, str(record["answer"]))
+        for record, text in zip(records, responses, strict=True)
+    ]
     return np.array(scores, np.float32)
+
+
+def lacks_answer(record: dict) -> str:
+    """Returns what the scorer "answer" misses in a record: an "answer", a text or a number."""
+    if type(record.get("answer")) in (str, int, float):
+        return ""
+    return (
+        'the scorer answer wants an "answer" of text or a number, got '
+        f"{record.get('answer')!r:.40} in the keys {sorted(record)}"
+    )
 
 
 def _ends_in(text: str, want: str) -> bool:
@@ -80,18 +98,18 @@ def _plain(line: str) -> str:
     return line.strip().strip("\"'`*").rstrip(".").strip("\"'`* ").lower()
 
 
-def by_command(command: str, rows: Sequence[dict], responses: Sequence[str]) -> np.ndarray:
+def by_command(command: str, records: Sequence[dict], responses: Sequence[str]) -> np.ndarray:
     """Scores by a command of one's own, started once for all responses, without a shell.
 
-    It reads one JSON object a response from stdin, the row with its "response", and writes one JSON
-    object with a "score" a line to stdout, in the same order.
+    It reads one JSON object a response from stdin, the record with its "response", and writes one
+    JSON object with a "score" a line to stdout, in the same order.
 
     Raises:
       UserError: it cannot be started or fails, or what it writes is not that.
     """
     lines = [
-        json.dumps(row | {"response": text}, ensure_ascii=False) + "\n"
-        for row, text in zip(rows, responses, strict=True)
+        json.dumps(record | {"response": text}, ensure_ascii=False) + "\n"
+        for record, text in zip(records, responses, strict=True)
     ]
     who = f"The scorer {COMMAND}{command}"
     try:
@@ -122,7 +140,7 @@ def _read_score(who: str, number: int, line: str) -> float:
     return float(score)
 
 
-SCORERS: dict[str, Scorer] = {"vader": vader, "length": length, "answer": answer}
+SCORERS = {"vader": Scorer(vader), "length": Scorer(length), "answer": Scorer(answer, lacks_answer)}
 
 
 def get_scorer(name: str) -> Scorer | None:
@@ -132,18 +150,16 @@ def get_scorer(name: str) -> Scorer | None:
       UserError: no scorer has that name.
     """
     if name.startswith(COMMAND):
-        return functools.partial(by_command, name.removeprefix(COMMAND))
+        return Scorer(functools.partial(by_command, name.removeprefix(COMMAND)))
     if name and name not in SCORERS:
         raise UserError(f"The scorer {name!r} is not one of {', '.join(SCORERS)}, {COMMAND}CMD.")
     return SCORERS.get(name)
 
 
-def score_records(rows: Sequence[dict], scorer: Scorer) -> list[dict]:
-    """Returns rows of "responses" with the "scores" of all of them, rounded to 6 decimals."""
-    asked = [
-        {key: x for key, x in row.items() if key != "responses"}
-        for row in rows
-        for _ in row["responses"]
-    ]
-    scores = iter(scorer(asked, [text for row in rows for text in row["responses"]]).tolist())
-    return [row | {"scores": [round(next(scores), 6) for _ in row["responses"]]} for row in rows]
+def score_all(
+    scorer: Scorer, records: Sequence[dict], responses: Sequence[Sequence[str]]
+) -> list[list[float]]:
+    """Returns the scores of each record's responses, rounded to 6 decimals."""
+    asked = [record for record, texts in zip(records, responses, strict=True) for _ in texts]
+    scores = iter(scorer(asked, [text for texts in responses for text in texts]).tolist())
+    return [[round(next(scores), 6) for _ in texts] for texts in responses]

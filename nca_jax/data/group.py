@@ -1,0 +1,22 @@
+"""A prompt with its responses as token ids: what is cut, packed, scored and sampled for."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Group(NamedTuple):
+    """A prompt with its responses. None may be empty: the first response token needs a query."""
+
+    prompt: Sequence[int]  # token ids
+    responses: Sequence[Sequence[int]]  # token ids
+    # Which tokens may be attended to, as (prompt's, each response's) bools; None: all.
+    key_on: tuple[Sequence[bool], Sequence[Sequence[bool]]] | None = None
+
+    def take(self, chosen: Sequence[int]) -> "Group":
+        """Returns the prompt with the chosen ones of its responses, in that order."""
+        key_on = self.key_on and (self.key_on[0], tuple(self.key_on[1][i] for i in chosen))
+        return Group(self.prompt, tuple(self.responses[i] for i in chosen), key_on)
+
+    def lengths(self) -> list[int]:
+        """Returns the tokens of the prompt and of each response."""
+        return [len(self.prompt), *map(len, self.responses)]
