@@ -20,6 +20,7 @@ from nca_jax.infra.mesh import (
     check_divides,
     make_mesh,
 )
+from nca_jax.losses import LOSSES
 from nca_jax.model_config import MODELS, ModelConfig
 from nca_jax.models.attention import splash
 from nca_jax.models.decoder import Model
@@ -50,6 +51,7 @@ class Run(NamedTuple):
             self.config.data,
             self.model.config.vocab_size,
             self.eos_ids,
+            least_responses=LOSSES[self.config.loss.name].k[0],
             digest=tokenizer_fingerprint(self.tokenizer),
         )
 

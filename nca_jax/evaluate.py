@@ -11,6 +11,7 @@ Without --workdir it evaluates the model of init_from.
 """
 
 import re
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nca_jax import build, programs
+from nca_jax.axes import Params
 from nca_jax.checks import UserError, run_main
 from nca_jax.data.encode import Example, Prompt
 from nca_jax.data.group import Group
@@ -32,13 +34,14 @@ from nca_jax.evaluators import (
     score_responses,
     text_perplexity,
 )
-from nca_jax.files import as_path, out_file
+from nca_jax.files import as_path, out_file, write_json
 from nca_jax.flags import parse_flags
-from nca_jax.infra import checkpoint, distributed
+from nca_jax.infra import distributed
 from nca_jax.infra.mesh import compiler_options, rows_here
-from nca_jax.params import policy_params, reference_init_from, start_params
-from nca_jax.rewards.scorers import get_scorer, score_all
-from nca_jax.rollout import check_scorable, make_generator, make_records
+from nca_jax.params import policy_params
+from nca_jax.reference import reference_params
+from nca_jax.rewards.scorers import Scorer, get_scorer, score_all
+from nca_jax.rollout import Samples, check_scorable, make_generator, make_records
 
 
 def main(argv: list[str]) -> int:
@@ -58,7 +61,7 @@ def main(argv: list[str]) -> int:
         check_scorable([as_prompt(run, example) for example in heldout], scorer)
     with jax.set_mesh(run.mesh):
         policy = policy_params(run, flags.workdir)
-        reference = start_params(run, reference_init_from(config))
+        reference = reference_params(run)
         step_logps = programs.jit_step_logps(run)
         here = rows_here(run.mesh, config.data.rows)
         batches = eval_batches(data.heldout, config.data, rows_here=here)
@@ -71,7 +74,7 @@ def main(argv: list[str]) -> int:
         if texts:
             metrics |= perplexities(run, policy, reference, texts)
     if distributed.is_first():
-        checkpoint.write_json(out, {"metrics": metrics, "samples": samples})
+        write_json(out, {"metrics": metrics, "samples": samples})
     for name, value in metrics.items():
         print(f"{name:20s} {value:.4f}")
     print(f"written to {out}")
@@ -79,8 +82,12 @@ def main(argv: list[str]) -> int:
 
 
 def sample_metrics(
-    run: build.Run, policy: dict, reference: dict, heldout, scorers: dict
-) -> tuple[dict, list]:
+    run: build.Run,
+    policy: Params,
+    reference: Params | None,
+    heldout: Sequence[Example],
+    scorers: dict[str, Scorer | None],
+) -> tuple[dict[str, float], list[dict]]:
     """Samples responses of policy and reference to held-out prompts, with the same random keys.
 
     Args:
@@ -92,12 +99,13 @@ def sample_metrics(
     """
     generate = make_generator(run)
     ids = [example.group.prompt for example in heldout]
-    drawn = {
-        "policy": generate(policy, ids, run.config.seed),
-        "reference": generate(reference, ids, run.config.seed),
-    }
-    metrics = {}
-    if run.config.generate.temperature == 1 and run.config.generate.top_p == 1:
+    drawn = {"policy": generate(policy, ids, run.config.seed)}
+    if reference is not None:
+        drawn["reference"] = generate(reference, ids, run.config.seed)
+    metrics, how = {}, run.config.generate
+    if reference is None:
+        print("no KL: config.reference.kind='none'")
+    elif how.temperature == 1 and how.top_p == 1:
         metrics["kl"] = mean_kl(run, policy, reference, heldout, drawn["policy"])
     else:
         print("no KL: it is estimated on samples of generate.temperature=1 and top_p=1")
@@ -133,7 +141,13 @@ def as_prompt(run: build.Run, example: Example) -> Prompt:
     return Prompt(example.where, example.group.prompt, record)
 
 
-def mean_kl(run: build.Run, policy: dict, reference: dict, heldout, drawn) -> float:
+def mean_kl(
+    run: build.Run,
+    policy: Params,
+    reference: Params,
+    heldout: Sequence[Example],
+    drawn: Samples,
+) -> float:
     """Returns KL(policy || reference), nats a response, on the policy's own samples."""
     config = run.config
     num_slots = len(heldout) * config.generate.num_samples
@@ -178,12 +192,17 @@ def read_texts(run: build.Run, file: str) -> list[list[int]]:
     return texts
 
 
-def perplexities(run: build.Run, policy: dict, reference: dict, texts: list) -> dict[str, float]:
+def perplexities(
+    run: build.Run, policy: Params, reference: Params | None, texts: list[list[int]]
+) -> dict[str, float]:
     """Returns {"text_perplexity", "text_perplexity_reference"} of plain text."""
     logps = programs.jit_rows_logps(run, len(texts))
     groups = [Group(ids[:1], [ids[1:]]) for ids in texts]
     found = {}
-    for name, params in (("text_perplexity", policy), ("text_perplexity_reference", reference)):
+    of_whom = {"text_perplexity": policy, "text_perplexity_reference": reference}
+    for name, params in of_whom.items():
+        if params is None:
+            continue
         values = score_responses(
             lambda rows, params=params: np.asarray(logps(params, rows))[0],
             groups,

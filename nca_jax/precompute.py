@@ -21,7 +21,6 @@ from nca_jax.evaluators import score_responses
 from nca_jax.files import as_path, write_json
 from nca_jax.flags import parse_flags
 from nca_jax.infra import distributed
-from nca_jax.params import reference_init_from, start_params
 
 PART = 64  # examples in a part: what a stop can lose
 
@@ -39,7 +38,7 @@ def main(argv: list[str]) -> int:
     parts = [examples[i : i + PART] for i in range(0, len(examples), PART)]
 
     with jax.set_mesh(run.mesh):
-        params = start_params(run, reference_init_from(config))
+        params = reference.reference_params(run)
         fingerprint = reference.cache_fingerprint(run, params)
         if (folder / "fingerprint.json").exists():
             reference.check_fingerprint(folder, fingerprint)

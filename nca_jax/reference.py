@@ -64,8 +64,19 @@ def make_reference(run: Run) -> Reference:
         return Reference(None, None, "none")
     if kind == "cached":
         return Reference(None, read_cached_logps(run), "cached")
-    params = start_params(run, reference_init_from(run.config), keep_dtype=True)
+    params = reference_params(run)
     return Reference(params, None, params_fingerprint(params))
+
+
+def reference_params(run: Run) -> Params | None:
+    """Returns the reference's parameters, in the dtype of their file, also of a cached one.
+
+    What makes a cache, and what is measured on samples that no cache has seen, needs them. None
+    where there is no reference.
+    """
+    if run.config.reference.kind == "none":
+        return None
+    return start_params(run, reference_init_from(run.config), keep_dtype=True)
 
 
 def abstract_reference(run: Run, dtype: jax.typing.DTypeLike) -> tuple[Params | None, bool]:
@@ -132,8 +143,7 @@ def read_cached_logps(run: Run) -> Lookup:
             f"{folder} holds no cached reference; make it with python -m nca_jax.precompute and "
             "the same --config."
         )
-    ref_params = start_params(run, reference_init_from(run.config))
-    check_fingerprint(folder, cache_fingerprint(run, ref_params))
+    check_fingerprint(folder, cache_fingerprint(run, reference_params(run)))
     found: dict[int, np.ndarray] = {}
     for part in sorted(folder.glob("part-*.safetensors")):
         arrays = load(part.read_bytes())

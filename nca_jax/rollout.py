@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from nca_jax.axes import ROWS
 from nca_jax.build import Run
+from nca_jax.callable import make_callable
 from nca_jax.data.encode import Prompt
 from nca_jax.infra import distributed
 from nca_jax.infra.mesh import put_whole
@@ -131,3 +132,6 @@ def make_generator(run: Run) -> Callable[[dict, Sequence[Sequence[int]], int], S
         return samples
 
     return generate
+
+
+make_callable(__name__)

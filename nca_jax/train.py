@@ -19,7 +19,7 @@ from nca_jax.checks import run_main
 from nca_jax.config import flatten
 from nca_jax.data.pipeline import Dataset, eval_batches
 from nca_jax.evaluators import fill_reference, heldout_metrics
-from nca_jax.files import as_path
+from nca_jax.files import as_path, write_json
 from nca_jax.fit import Evaluator, fit
 from nca_jax.flags import parse_flags
 from nca_jax.infra import checkpoint, distributed, profile
@@ -29,7 +29,7 @@ from nca_jax.infra.preemption import catch_sigterm
 from nca_jax.infra.records import record_run
 from nca_jax.infra.writer import MetricWriter, SilentWriter
 from nca_jax.metrics import IS_BETTER_HIGH
-from nca_jax.params import start_params
+from nca_jax.params import reference_init_from, start_params
 from nca_jax.programs import (
     abstract_state,
     build_optimizer,
@@ -105,9 +105,14 @@ def main(argv: list[str]) -> int:
                 checkpoints, restored_step, abstract, shardings, dropped=DROPPED
             )
             print(f"resumed after step {restored_step} from {workdir}")
-        record_run(workdir, reference=reference.fingerprint, steps=steps)
+        record_run(
+            workdir,
+            reference=reference.fingerprint,
+            origin=reference_init_from(config) or "this seed",
+            steps=steps,
+        )
         if distributed.is_first():
-            checkpoint.write_json(workdir / "config.json", config_json(config))
+            write_json(workdir / "config.json", config_json(config))
 
         # ---- Compile -------------------------------------------------------------------------
         frozen = Frozen(reference=reference.params)

@@ -9,10 +9,10 @@ from commands import write_records
 
 from nca_jax import build, evaluate, generate, score
 from nca_jax.checks import UserError
-from nca_jax.flags import parse_flags
 from nca_jax.data.encode import Prompt
 from nca_jax.data.load import load_examples, load_prompts
 from nca_jax.data.sources import write_records as write_lines
+from nca_jax.flags import parse_flags
 from nca_jax.infra.fingerprint import tokenizer_fingerprint
 from nca_jax.params import start_params
 from nca_jax.rewards.scorers import Scorer, get_scorer

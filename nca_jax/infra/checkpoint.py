@@ -19,9 +19,8 @@ from orbax.checkpoint.checkpoint_managers import (
 
 from nca_jax.axes import flatten_paths
 from nca_jax.checks import UserError
-from nca_jax.files import AnyPath, absolute, write_json  # noqa: F401  until train and evaluate follow
+from nca_jax.files import AnyPath, absolute
 from nca_jax.infra.mesh import param_shardings
-from nca_jax.infra.records import git_commit  # noqa: F401
 
 
 @dataclasses.dataclass(kw_only=True)
