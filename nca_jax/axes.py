@@ -11,7 +11,9 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec as P
 
-Params = dict[str, Any]  # parameters: a nested dict of arrays, layers stacked on a leading axis
+# Parameters: arrays in nested dicts, {"layers": {"attn": {"q": {"kernel": ...}}}}; a path is
+# "layers/attn/q/kernel". Layers are stacked on a leading axis.
+Params = dict[str, Any]
 
 MESH_AXES = ("data", "fsdp", "tensor", "expert")
 ROWS = ("data", "fsdp", "expert")  # rows of a micro-batch are split over all three
@@ -65,7 +67,7 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     )
 
 
-def flatten_paths(tree: dict) -> dict[str, object]:
+def flatten_paths(tree: object) -> dict[str, object]:
     """Returns {"a/b/c": leaf} of any pytree, in the order of its leaves."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}

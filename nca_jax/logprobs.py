@@ -12,12 +12,12 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from nca_jax.axes import constrain
+from nca_jax.axes import Params, constrain
 from nca_jax.batch import Rows
 
 
 def sequence_logps(
-    model, params: dict, rows: Rows, *, shape: tuple[int, int], block: int, chunk: int
+    model, params: Params, rows: Rows, *, shape: tuple[int, int], block: int, chunk: int
 ) -> jax.Array:
     """log pi(y|x) of every response in the rows, summed over its tokens.
 
@@ -43,7 +43,7 @@ def sum_by_slot(values: jax.Array, rows: Rows, num_slots: int) -> jax.Array:
 
 
 def token_logps(
-    model, params: dict, rows: Rows, *, num_slots: int, block: int, chunk: int
+    model, params: Params, rows: Rows, *, num_slots: int, block: int, chunk: int
 ) -> jax.Array:
     """The log-probability of each `rows.logp_token`, [R, T] float32; 0 for filler."""
     hidden = model.rows(params, rows, block=block)

@@ -2,6 +2,7 @@
 
 import jax
 
+from nca_jax.axes import Params
 from nca_jax.build import Run
 from nca_jax.checks import UserError
 from nca_jax.files import as_path
@@ -10,8 +11,18 @@ from nca_jax.infra.mesh import param_shardings, place
 from nca_jax.models.formats.pretrained import open_pretrained
 
 
-def start_params(run: Run, init_from: str) -> dict:
-    """Returns sharded float32 parameters: of `init_from`, or random ones from the seed for ""."""
+def start_params(run: Run, init_from: str, *, keep_dtype: bool = False) -> Params:
+    """Returns sharded parameters: of `init_from`, or random float32 ones from the seed for "".
+
+    Args:
+      run: the model and the mesh.
+      init_from: as `open_pretrained` takes it.
+      keep_dtype: each parameter in the dtype that it has in its file, for what is frozen: half the
+        memory of a bfloat16 model, and the same numbers, as kernels are cast where they are used.
+        Else float32, for what is trained.
+    Raises:
+      UserError: there is no such model, or one of another architecture.
+    """
     abstract = run.model.abstract_params()
     shardings = param_shardings(run.mesh, abstract)
     if not init_from:
@@ -23,10 +34,11 @@ def start_params(run: Run, init_from: str) -> dict:
             f"{init_from!r} is not of the policy's architecture: {found} there, "
             f"{run.model.config} here."
         )
-    return place(abstract, shardings, {path: weight.read for path, weight in weights.items()})
+    read = {path: w.read_stored if keep_dtype else w.read for path, w in weights.items()}
+    return place(abstract, shardings, read)
 
 
-def policy_params(run: Run, workdir: str) -> dict:
+def policy_params(run: Run, workdir: str) -> Params:
     """Returns the params of the latest checkpoint of a run, or of `config.model.init_from` for "".
 
     Raises:

@@ -17,7 +17,7 @@ from nca_jax.data.pack import RowLayout, pack
 from nca_jax.data.plan import causal_bound
 from nca_jax.models.decoder import Model
 from nca_jax.models.formats import names
-from nca_jax.models.formats.hf import open_hf, read_config
+from nca_jax.models.formats.hf import open_hf, read_config, tensor_names
 from nca_jax.sampling.sampler import make_sampler
 
 GOLDEN = Path(__file__).parent / "data" / "families.npz"
@@ -72,7 +72,8 @@ def write_family(folder: Path, name: str) -> Path:
     (folder / "config.json").write_text(json.dumps(SIZES | FAMILIES[name]))
     rng = np.random.default_rng(sorted(FAMILIES).index(name))
     tensors = {}
-    for tensor, shape in names.tensor_shapes(read_config(folder), "hf").items():
+    naming = tensor_names(FAMILIES[name]["model_type"])
+    for tensor, shape in names.tensor_shapes(read_config(folder), naming).items():
         value = rng.normal(size=shape)
         if "norm" in tensor:
             value = 1 + 0.2 * value

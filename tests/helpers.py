@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 from nca_jax.data.encode import Encoder
 from nca_jax.model_config import ModelConfig
 from nca_jax.models.formats import names
+from nca_jax.models.formats.hf import tensor_names
 
 # Records
 
@@ -95,12 +96,12 @@ def hf_json(model_type: str, config: ModelConfig) -> dict:
     }  # fmt: skip
 
 
-def random_tensors(config: ModelConfig, file_format: str, dtype=np.float32) -> dict:
+def random_tensors(config: ModelConfig, naming: names.Naming, dtype=np.float32) -> dict:
     """Every tensor of a checkpoint, each value exact in bfloat16."""
     rng = np.random.default_rng(0)
     return {
         name: rng.integers(-127, 128, shape).astype(dtype)
-        for name, shape in names.tensor_shapes(config, file_format).items()
+        for name, shape in names.tensor_shapes(config, naming).items()
     }
 
 
@@ -108,7 +109,7 @@ def write_hf(folder, model_type="mistral", *, dtype=np.float32, change=None, ext
     """Writes a folder and returns its tensors; `change` goes to config.json, `extra` to weights."""
     config = CONFIGS[model_type]
     (folder / "config.json").write_text(json.dumps(hf_json(model_type, config) | (change or {})))
-    tensors = random_tensors(config, "hf", dtype) | (extra or {})
+    tensors = random_tensors(config, tensor_names(model_type), dtype) | (extra or {})
     tensors = {name: tensor for name, tensor in tensors.items() if name not in drop}
     save_file(tensors, folder / "model.safetensors")
     return tensors

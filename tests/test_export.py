@@ -67,7 +67,9 @@ def test_export_then_load_is_the_identity(tmp_path, name, shard_bytes):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_named_model_has_a_config_json(tmp_path, name):
-    (tmp_path / "config.json").write_text(json.dumps(hf_export.config_json(MODELS[name])))
+    (tmp_path / "config.json").write_text(
+        json.dumps(hf_export.config_json(MODELS[name], hf_export.family_of(MODELS[name])))
+    )
     assert hf.read_config(tmp_path) == MODELS[name]
 
 
@@ -96,12 +98,13 @@ def test_what_is_read_at_a_time_is_one_layer():
         return np.zeros([len(range(n)[s]) for n, s in zip(shape, index, strict=True)], np.float32)
 
     config = CONFIGS["mixtral"]
-    for place in names.places(config, "hf").values():
-        shape = place.row.shape(config)
-        param = names.Param(shape, lambda index, p=place.row.path, s=shape: read(p, s, index))
-        names.read_tensor(config, {place.row.path: param}, place)
+    for held in names.places(config, hf.tensor_names("mixtral")).values():
+        (entry, _), shape = held[0], held[0].entry.shape(config)
+        param = names.Param(shape, lambda index, p=entry.path, s=shape: read(p, s, index))
+        names.read_tensor(config, {entry.path: param}, held)
     for path, index in asked:
-        stacked = len(next(row for row in names.rows(config) if row.path == path).stacked)
+        entry = next(entry for entry in names.entries(config) if entry.path == path)
+        stacked = len(entry.stacked)
         assert all(s.stop - s.start == 1 for s in index[:stacked]), path
 
 
@@ -163,7 +166,7 @@ def test_an_origin_of_another_config_is_refused(tmp_path):
 def test_a_config_that_no_architecture_computes_is_refused(changes):
     config = dataclasses.replace(CONFIGS["qwen2"], **changes)
     with pytest.raises(UserError, match="cannot be exported"):
-        hf_export.model_type(config)
+        hf_export.family_of(config)
 
 
 # The command

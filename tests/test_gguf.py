@@ -42,7 +42,7 @@ def write_gguf(path, arch="llama", *, change=None, extra=None, drop=(), pre="smo
     writer.add_token_merges(["a b", "Ġ a"])
     writer.add_chat_template(CHAT)
 
-    tensors = random_tensors(config, "gguf") | (extra or {})
+    tensors = random_tensors(config, names.GGUF) | (extra or {})
     tensors = {name: tensor for name, tensor in tensors.items() if name not in drop}
     for name, tensor in tensors.items():
         if arch == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
@@ -69,13 +69,23 @@ def test_a_gguf_file_reads_back_through_the_inverse_of_the_table(tmp_path, arch)
     config, params = open_gguf(path)
     assert config == dataclasses.replace(CONFIGS[arch], bos_id=10, eos_ids=(11, 12))
     values = read_all(params)
-    for row in names.rows(config):
-        for place in np.ndindex(values[row.path].shape[: len(row.stacked)]):
-            name = row.gguf.format(**dict(zip(row.stacked, place, strict=True)))
-            tensor = names.to_tensor(row, config, values[row.path][place])
+    for entry in names.entries(config):
+        for place in np.ndindex(values[entry.path].shape[: len(entry.stacked)]):
+            name = entry.gguf.format(**dict(zip(entry.stacked, place, strict=True)))
+            tensor = names.to_tensor(entry, config, values[entry.path][place])
             atol = 0.5 if name == "blk.1.attn_v.weight" else 0  # half a step of Q8_0 at 127
             np.testing.assert_allclose(tensor, tensors[name], rtol=0, atol=atol, err_msg=name)
     assert_parts_equal_the_whole(params)
+
+
+def test_what_is_not_quantised_keeps_its_dtype(tmp_path):
+    write_gguf(tmp_path / "model.gguf")
+    params = open_gguf(tmp_path / "model.gguf")[1]
+    half = params.pop("layers/attn/o/kernel")
+    whole = (slice(None),) * len(half.shape)
+    assert half.dtype == half.read_stored(whole).dtype == np.float16
+    np.testing.assert_array_equal(half.read_stored(whole).astype(np.float32), half.read(whole))
+    assert {param.dtype for param in params.values()} == {np.dtype(np.float32)}
 
 
 @pytest.mark.parametrize(

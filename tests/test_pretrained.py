@@ -9,11 +9,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 from helpers import CONFIGS, DENSE, assert_parts_equal_the_whole, hf_json, read_all, write_hf
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from nca_jax.checks import UserError
 from nca_jax.model_config import MODELS, ModelConfig, RopeScaling
-from nca_jax.models.formats import hf, names, pretrained
+from nca_jax.models.families import FAMILIES
+from nca_jax.models.formats import hf, hf_export, names, pretrained
 
 
 @pytest.mark.parametrize("model_type", CONFIGS)
@@ -24,14 +25,14 @@ def test_a_folder_reads_back_through_the_inverse_of_the_table(tmp_path, model_ty
     assert found == config
     assert {k: p.shape for k, p in params.items()} == names.param_shapes(config)
     values = read_all(params)
-    seen = set()
-    for row in names.rows(config):
-        value = values[row.path]
+    seen, naming = set(), hf.tensor_names(model_type)
+    for entry in names.entries(config):
+        value = values[entry.path]
         assert value.dtype == np.float32
-        for place in np.ndindex(value.shape[: len(row.stacked)]):
-            name = row.hf.format(**dict(zip(row.stacked, place, strict=True)))
+        for place in np.ndindex(value.shape[: len(entry.stacked)]):
+            name = naming[entry.path].format(**dict(zip(entry.stacked, place, strict=True)))
             np.testing.assert_array_equal(
-                names.to_tensor(row, config, value[place]), tensors[name], err_msg=name
+                names.to_tensor(entry, config, value[place]), tensors[name], err_msg=name
             )
             seen.add(name)
     assert seen == set(tensors)
@@ -85,12 +86,38 @@ def test_only_the_layers_asked_for_are_fetched():
         fetched.append((name, index))
         return np.ones([s.stop - s.start for s in index], np.float32)
 
-    params = names.open_params(DENSE, "hf", fetch)
+    dtypes = dict.fromkeys(names.tensor_shapes(DENSE, names.HF), np.dtype(np.float32))
+    params = names.open_params(DENSE, names.HF, fetch, dtypes)
     assert not fetched
     one_layer = (slice(1, 2), slice(8, 16), slice(2, 4), slice(None))
     assert params["layers/attn/q/kernel"].read(one_layer).shape == (1, 8, 2, 6)
     name = "model.layers.1.self_attn.q_proj.weight"
     assert fetched == [(name, (slice(12, 24), slice(8, 16)))]
+
+
+def test_tensors_of_one_name_lie_one_below_the_other(tmp_path, monkeypatch):
+    """As families store them that fuse q, k and v, or gate and up."""
+    qkv = "model.layers.{L}.self_attn.qkv_proj.weight"
+    gate_up = "model.layers.{L}.mlp.gate_up_proj.weight"
+    fused = {f"layers/attn/{x}/kernel": qkv for x in "qkv"}
+    fused |= {f"layers/mlp/{x}/kernel": gate_up for x in ("gate", "up")}
+    apart = write_hf(tmp_path)
+    expected = read_all(hf.open_hf(tmp_path)[1])
+    monkeypatch.setitem(FAMILIES, "mistral", FAMILIES["mistral"]._replace(tensors=fused))
+
+    config, out = CONFIGS["mistral"], tmp_path / "fused"
+    whole = {path: names.Param(x.shape, x.__getitem__) for path, x in expected.items()}
+    hf_export.write_hf(out, config, whole)
+    tensors = load_file(out / "model.safetensors")
+    for name, parts in (("self_attn.qkv", ("q", "k", "v")), ("mlp.gate_up", ("gate", "up"))):
+        of_parts = [f"model.layers.1.{name.split('.')[0]}.{part}_proj.weight" for part in parts]
+        stacked = np.concatenate([apart[part] for part in of_parts])
+        np.testing.assert_array_equal(tensors[f"model.layers.1.{name}_proj.weight"], stacked)
+        assert not set(of_parts) & set(tensors)
+    found = hf.open_hf(out)[1]
+    for path, value in read_all(found).items():
+        np.testing.assert_array_equal(value, expected[path], err_msg=path)
+    assert_parts_equal_the_whole(found)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
@@ -290,7 +317,7 @@ def test_head_dim_and_kv_heads_have_defaults(tmp_path):
     assert (config.head_dim, config.num_kv_heads) == (8, 4)
 
 
-@pytest.mark.parametrize("model_type", CONFIGS)
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_absent_keys_mean_what_transformers_means(tmp_path, model_type):
     from transformers import CONFIG_MAPPING
 
@@ -310,6 +337,26 @@ def test_absent_keys_mean_what_transformers_means(tmp_path, model_type):
     if model_type == "mixtral":
         assert ours.num_experts == theirs.num_local_experts
         assert ours.experts_per_token == theirs.num_experts_per_tok
+
+
+@pytest.mark.parametrize("shape_differs", [False, True])
+def test_a_folder_that_was_written_again_is_opened_again(tmp_path, shape_differs):
+    """Its config, its shapes and its values are the new ones; else it is opened once."""
+    write_hf(tmp_path, "mistral")
+    before, params = pretrained.open_pretrained(str(tmp_path))
+    assert pretrained.open_pretrained(str(tmp_path))[1] is params
+    old = read_all(params)["norm/scale"]
+
+    change = {"intermediate_size": 12} if shape_differs else {"rope_theta": 5e5}
+    wider = {f"model.layers.{i}.mlp.{name}_proj.weight": np.ones((12, 32), np.float32)
+             for i in range(3) for name in ("gate", "up")}  # fmt: skip
+    wider |= {f"model.layers.{i}.mlp.down_proj.weight": np.ones((32, 12), np.float32)
+              for i in range(3)}  # fmt: skip
+    new = {"model.norm.weight": old + 1} | (wider if shape_differs else {})
+    write_hf(tmp_path, "mistral", change=change, extra=new)
+    after, params = pretrained.open_pretrained(str(tmp_path))
+    assert after != before and params["layers/mlp/up/kernel"].shape[2] == after.mlp_width
+    np.testing.assert_array_equal(read_all(params)["norm/scale"], old + 1)
 
 
 def test_the_hub_that_cannot_be_reached_is_one_line(monkeypatch):

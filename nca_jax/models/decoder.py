@@ -1,10 +1,11 @@
-"""One decoder for Mistral, Llama, SmolLM2, Qwen2, Qwen3 and Mixtral: they differ in `ModelConfig`.
+"""One decoder for every family: what tells them apart are the features of `ModelConfig`.
 
 Axes: R rows, T tokens, V padded vocabulary, D width, L layers.
 
 flax.nnx stays inside this folder. At the border a model is split once into a graph and `params`, a
-plain nested dict of float32 arrays with layers stacked on a leading L axis; policy and reference
-are the same graph with other params.
+plain nested dict of arrays with layers stacked on a leading L axis; policy and reference are the
+same graph with other params. Those that are trained are float32; frozen ones may be bfloat16 or
+float16 and give what their float32 copies give, as each is cast where it is used.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from nca_jax.axes import constrain
+from nca_jax.axes import Params, constrain
 from nca_jax.batch import Rows
 from nca_jax.model_config import ModelConfig
 from nca_jax.models import grouped
@@ -76,7 +77,7 @@ class Model:
 
     Attributes:
       config: sizes.
-      dtype: of the activations; parameters stay float32.
+      dtype: of the activations, whatever the parameters'.
       remat: a key of REMAT; other than "none" wants scanned layers.
       scan_layers: one compiled layer run L times, or L layers unrolled over the same params.
       attention_kernel: of packed rows: "pairs" (XLA, any platform) or "splash" (Pallas, for TPU).
@@ -104,19 +105,19 @@ class Model:
     def _graphdef(self):
         return nnx.split(nnx.eval_shape(lambda: Decoder(self.config, self._mix, nnx.Rngs(0))))[0]
 
-    def init(self, key: jax.Array) -> dict:
-        """Random parameters; a pure function of the key, whatever the sharding."""
+    def init(self, key: jax.Array) -> Params:
+        """Random float32 parameters; a pure function of the key, whatever the sharding."""
         return nnx.to_pure_dict(
             nnx.state(Decoder(self.config, self._mix, nnx.Rngs(key)), nnx.Param)
         )
 
-    def abstract_params(self) -> dict:
+    def abstract_params(self) -> Params:
         """The shapes and dtypes of `init`, without computing it."""
         return jax.eval_shape(self.init, jax.random.key(0))
 
     def hidden(
         self,
-        params: dict,
+        params: Params,
         tokens: jax.Array,
         positions: jax.Array,
         attend: Attend,
@@ -148,13 +149,13 @@ class Model:
             cache = tuple(caches)
         return decoder.norm(x), cache
 
-    def head(self, params: dict) -> jax.Array:
-        """[D, V] float32: of its V columns only the first `config.vocab_size` are tokens."""
+    def head(self, params: Params) -> jax.Array:
+        """[D, V] as it is kept: of its V columns only the first `config.vocab_size` are tokens."""
         if self.config.tied_head:
             return params["embed"]["table"].T
         return params["head"]["kernel"]
 
-    def rows(self, params: dict, rows: Rows, *, block: int) -> jax.Array:
+    def rows(self, params: Params, rows: Rows, *, block: int) -> jax.Array:
         """[R, T, D]: the hidden states of packed rows, attention in blocks of `block` tokens."""
         num_blocks = rows.tokens.shape[1] // block
         if self.attention_kernel == "splash":
@@ -178,7 +179,7 @@ class Model:
             return jax.tree.map(lambda x: jnp.zeros((c.num_layers, *x.shape), x.dtype), one)
         return tuple(jax.tree.map(jnp.zeros_like, one) for _ in range(c.num_layers))
 
-    def logits(self, params: dict, hidden: jax.Array) -> jax.Array:
+    def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
         """[..., D] -> [..., V] float32, padded columns at -inf: for decoding, a token at a time."""
         head = self.head(params).astype(self.dtype)
         logits = jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=jnp.float32)

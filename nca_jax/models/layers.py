@@ -1,7 +1,7 @@
 """The layers of a decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
 Axes: R rows, T tokens, V padded vocabulary, D width, N query heads, G kv heads, H head width,
-      F MLP width. Parameters are float32 and are cast to the activations' dtype where used.
+      F MLP width. Parameters are cast to the activations' dtype where used.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""GGUF files: sizes, tensors (dequantised to float32) and tokenizer out of one file.
+"""GGUF files: sizes, tensors (dequantised to float32 where quantised) and tokenizer of one file.
 
 The dequantised weights are what is trained and what the reference is; nothing is requantised.
 """
@@ -7,22 +7,29 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import ml_dtypes
 import numpy as np
-from gguf import GGUFReader, QuantError, TokenType, dequantize
+from gguf import GGMLQuantizationType, GGUFReader, QuantError, TokenType, dequantize
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 
 from nca_jax.checks import UserError
 from nca_jax.model_config import ModelConfig
+from nca_jax.models.families import FAMILIES
 from nca_jax.models.formats import names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")  # Mistral and SmolLM2 files say llama
+ARCHITECTURES = [name for name, family in FAMILIES.items() if family.in_gguf]
 _TURN_IDS = ("bos", "eos", "eot")  # eos and eot both end a turn
-_PERMUTED = re.compile(r"blk\.\d+\.attn_[qk]\.weight")
+_NOT_QUANTISED = {
+    GGMLQuantizationType.F32: np.dtype(np.float32),
+    GGMLQuantizationType.F16: np.dtype(np.float16),
+    GGMLQuantizationType.BF16: np.dtype(ml_dtypes.bfloat16),
+}
+_INTERLEAVED = re.compile(r"blk\.\d+\.attn_[qk]\.weight")
 
 
 class File(NamedTuple):
@@ -54,20 +61,22 @@ def open_gguf(path: str | Path) -> tuple[ModelConfig, dict[str, names.Param]]:
     tensors = {tensor.name: tensor for tensor in file.reader.tensors}
     shapes = {name: tuple(map(int, tensor.shape[::-1])) for name, tensor in tensors.items()}
     config = _read_config(file, shapes)
-    names.check_tensors(str(path), shapes, names.tensor_shapes(config, "gguf"))
+    names.check_tensors(str(path), shapes, names.tensor_shapes(config, names.GGUF))
     _check_quantisation(file)
-    permuted = file.get("general.architecture") == "llama"
+    interleaves = FAMILIES[file.get("general.architecture")].gguf_interleaves
 
     def fetch(name: str, index: tuple[slice, ...]) -> np.ndarray:
         data, kind = tensors[name].data, tensors[name].tensor_type
         if data.ndim == 1:
-            return dequantize(data, kind)[index]
-        part = dequantize(data[index[0]], kind)
-        if permuted and _PERMUTED.fullmatch(name):
+            return _values(data, kind)[index]
+        part = _values(data[index[0]], kind)
+        if interleaves and _INTERLEAVED.fullmatch(name):
             part = _unpermute(part, config.head_dim)
         return part[:, *index[1:]]
 
-    return config, names.open_params(config, "gguf", fetch)
+    kinds = {name: tensor.tensor_type for name, tensor in tensors.items()}
+    dtypes = {name: _NOT_QUANTISED.get(kind, names.FLOAT32) for name, kind in kinds.items()}
+    return config, names.open_params(config, names.GGUF, fetch, dtypes)
 
 
 def _open_file(path: str | Path) -> File:
@@ -118,11 +127,10 @@ def _read_config(file: File, shapes: dict[str, tuple[int, ...]]) -> ModelConfig:
         rope_theta=get("rope.freq_base", default=10_000.0),
         norm_eps=_shortest(get("attention.layer_norm_rms_epsilon")),
         tied_head="output.weight" not in shapes,
-        qkv_bias=arch == "qwen2",
-        qk_norm=arch == "qwen3",
         max_position=get("context_length"),
         bos_id=ids.pop("bos"),
         eos_ids=tuple(dict.fromkeys(i for i in ids.values() if i is not None)),
+        **FAMILIES[arch].has,
     )
 
 
@@ -142,6 +150,11 @@ def _check_quantisation(file: File) -> None:
                 f"{file.path}: {tensor.name} is stored as {kind.name}, which the gguf package "
                 "cannot dequantise."
             ) from error
+
+
+def _values(data: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
+    """Rows of a tensor in the dtype that it is stored in, float32 if it is quantised."""
+    return data.view(_NOT_QUANTISED[kind]) if kind in _NOT_QUANTISED else dequantize(data, kind)
 
 
 def _unpermute(rows: np.ndarray, head_dim: int) -> np.ndarray:

@@ -4,70 +4,16 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-import ml_dtypes  # noqa: F401  safetensors asks numpy for "bfloat16" by name
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from nca_jax.checks import UserError
 from nca_jax.model_config import ModelConfig, RopeScaling
+from nca_jax.models.families import FAMILIES
+from nca_jax.models.families.family import Family
 from nca_jax.models.formats import names
 
-# A config.json leaves out what equals the default of its class in transformers; a test compares.
-_EVERY_MODEL = {
-    "architectures": None,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10_000.0,
-    "rope_parameters": None,
-    "rope_scaling": None,
-    "tie_word_embeddings": False,
-    "head_dim": None,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "layer_types": None,
-    "quantization_config": None,
-}
-_LLAMA = _EVERY_MODEL | {
-    "num_key_value_heads": None,
-    "max_position_embeddings": 2048,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-_MISTRAL = _LLAMA | {
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "sliding_window": 4096,
-}
-_MIXTRAL = _MISTRAL | {
-    "sliding_window": None,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 1_000_000.0,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-}
-_QWEN2 = _EVERY_MODEL | {
-    "num_key_value_heads": 32,
-    "max_position_embeddings": 32768,
-    "use_sliding_window": False,
-    "sliding_window": 4096,
-    "max_window_layers": 28,
-}
-DEFAULTS = {
-    "llama": _LLAMA,
-    "mistral": _MISTRAL,
-    "mixtral": _MIXTRAL,
-    "qwen2": _QWEN2,
-    "qwen3": _QWEN2 | {"head_dim": 128},
-}
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "mixtral": "MixtralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
 SIZES = (
     "vocab_size",
     "hidden_size",
@@ -75,7 +21,11 @@ SIZES = (
     "num_hidden_layers",
     "num_attention_heads",
 )
-DTYPES = ("F32", "F16", "BF16")
+DTYPES = {  # by safetensors' names
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
 
 
 def open_hf(folder: str | Path) -> tuple[ModelConfig, dict[str, names.Param]]:
@@ -87,12 +37,12 @@ def open_hf(folder: str | Path) -> tuple[ModelConfig, dict[str, names.Param]]:
       UserError: no safetensors, tensors that do not fit the config, or what `read_config` refuses.
     """
     folder = Path(folder)
-    config = read_config(folder)
+    config, naming = _read_config(folder)
     tensors = _list_tensors(folder)
     if config.tied_head:  # some writers store the tied head all the same
-        tensors.pop("lm_head.weight", None)
+        tensors.pop(naming["head/kernel"], None)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    names.check_tensors(str(folder), shapes, names.tensor_shapes(config, "hf"))
+    names.check_tensors(str(folder), shapes, names.tensor_shapes(config, naming))
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
             raise UserError(
@@ -104,7 +54,13 @@ def open_hf(folder: str | Path) -> tuple[ModelConfig, dict[str, names.Param]]:
         with safe_open(tensors[name].file, framework="np") as handle:
             return handle.get_slice(name)[index]
 
-    return config, names.open_params(config, "hf", fetch)
+    dtypes = {name: DTYPES[tensor.dtype] for name, tensor in tensors.items()}
+    return config, names.open_params(config, naming, fetch, dtypes)
+
+
+def tensor_names(model_type: str) -> dict[str, str]:
+    """Returns {parameter path: tensor name, with {L} and {E}} of a family, a key of FAMILIES."""
+    return names.HF | FAMILIES[model_type].tensors
 
 
 def read_config(folder: str | Path) -> ModelConfig:
@@ -113,67 +69,74 @@ def read_config(folder: str | Path) -> ModelConfig:
     Raises:
       UserError: a file that is missing or broken, or a model this decoder would compute wrongly.
     """
-    file = Path(folder) / "config.json"
-    raw = _read_json(file)
-    model_type = raw.get("model_type")
-    if model_type not in DEFAULTS:
-        raise UserError(f"{file}: model_type {model_type!r} is not one of {', '.join(DEFAULTS)}.")
-    raw = DEFAULTS[model_type] | raw
-    _refuse(file, raw)
+    return _read_config(Path(folder))[0]
+
+
+def parse_config(raw: dict, generation: dict) -> ModelConfig:
+    """Returns what the contents of config.json and generation_config.json say.
+
+    Raises:
+      UserError: a model this decoder would compute wrongly, without the name of the file.
+    """
+    if raw.get("model_type") not in FAMILIES:
+        raise UserError(
+            f"model_type {raw.get('model_type')!r} is not one of {', '.join(FAMILIES)}."
+        )
+    family = FAMILIES[raw["model_type"]]
+    raw = {**family.defaults, **raw}
+    _refuse(family, raw)
 
     num_heads, width = raw["num_attention_heads"], raw["hidden_size"]
     num_kv_heads = raw["num_key_value_heads"] or num_heads
     if num_heads % num_kv_heads or (not raw["head_dim"] and width % num_heads):
         raise UserError(
-            f"{file}: num_attention_heads {num_heads} must divide hidden_size {width} and be a "
-            f"multiple of num_key_value_heads {num_kv_heads}."
+            f"num_attention_heads {num_heads} must divide hidden_size {width} and be a multiple "
+            f"of num_key_value_heads {num_kv_heads}."
         )
-    rope_theta, rope_scaling = _rope(file, raw)
-    is_moe = model_type == "mixtral"
-    return ModelConfig(
-        vocab_size=raw["vocab_size"],
-        num_layers=raw["num_hidden_layers"],
-        width=width,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=raw["head_dim"] or width // num_heads,
-        mlp_width=raw["intermediate_size"],
-        rope_theta=rope_theta,
-        rope_scaling=rope_scaling,
-        norm_eps=raw["rms_norm_eps"],
-        tied_head=raw["tie_word_embeddings"],
-        qkv_bias=model_type == "qwen2",
-        qk_norm=model_type == "qwen3",
-        sliding_window=_sliding_window(file, raw),
-        num_experts=raw["num_local_experts"] if is_moe else 0,
-        experts_per_token=raw["num_experts_per_tok"] if is_moe else 0,
-        max_position=raw["max_position_embeddings"],
-        bos_id=raw["bos_token_id"],
-        eos_ids=_eos_ids(raw, file.with_name("generation_config.json")),
-    )
+    rope_theta, rope_scaling = _rope(raw)
+    common = {
+        "vocab_size": raw["vocab_size"],
+        "num_layers": raw["num_hidden_layers"],
+        "width": width,
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": raw["head_dim"] or width // num_heads,
+        "mlp_width": raw["intermediate_size"],
+        "rope_theta": rope_theta,
+        "rope_scaling": rope_scaling,
+        "norm_eps": raw["rms_norm_eps"],
+        "tied_head": raw["tie_word_embeddings"],
+        "max_position": raw["max_position_embeddings"],
+        "bos_id": raw["bos_token_id"],
+        "eos_ids": _eos_ids(raw, generation),
+    }
+    return ModelConfig(**{**common, **family.has, **family.read(raw)})
 
 
-def _refuse(file: Path, raw: dict) -> None:
+def _read_config(folder: Path) -> tuple[ModelConfig, dict[str, str]]:
+    """Returns the config of a folder, and the names of its tensors."""
+    file, generation = folder / "config.json", folder / "generation_config.json"
+    raw, more = _read_json(file), _read_json(generation) if generation.exists() else {}
+    try:
+        return parse_config(raw, more), tensor_names(raw["model_type"])
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+
+
+def _refuse(family: Family, raw: dict) -> None:
     for key in SIZES:
         if not isinstance(raw.get(key), int) or raw[key] < 1:
-            raise UserError(f"{file}: {key} must be a positive integer, not {raw.get(key)!r}.")
-    architecture = ARCHITECTURES[raw["model_type"]]
-    if raw["architectures"] not in (None, [architecture]):
+            raise UserError(f"{key} must be a positive integer, not {raw.get(key)!r}.")
+    if raw["architectures"] not in (None, [family.architecture]):
         raise UserError(
-            f"{file}: architectures {raw['architectures']} is not supported; wanted {architecture}."
+            f"architectures {raw['architectures']} is not supported; wanted {family.architecture}."
         )
-    wanted = {
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "quantization_config": None,
-    }
-    for key, value in wanted.items():
+    for key, value in family.wanted.items():
         if raw[key] != value:
-            raise UserError(f"{file}: {key} {raw[key]!r} is not supported; wanted {value!r}.")
+            raise UserError(f"{key} {raw[key]!r} is not supported; wanted {value!r}.")
 
 
-def _rope(file: Path, raw: dict) -> tuple[float, RopeScaling | None]:
+def _rope(raw: dict) -> tuple[float, RopeScaling | None]:
     """Returns (theta, scaling) of the old fields or the new one, by transformers' precedence."""
     rope = raw["rope_scaling"] or raw["rope_parameters"] or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -181,9 +144,9 @@ def _rope(file: Path, raw: dict) -> tuple[float, RopeScaling | None]:
     if any(isinstance(value, dict) for value in rope.values()):
         kind = "one for each kind of layer"
     if kind not in ("default", "llama3"):
-        raise UserError(f"{file}: rope_type {kind!r} is not one of default, llama3.")
+        raise UserError(f"rope_type {kind!r} is not one of default, llama3.")
     if partial not in (None, 1):
-        raise UserError(f"{file}: partial_rotary_factor {partial} is not supported; wanted 1.")
+        raise UserError(f"partial_rotary_factor {partial} is not supported; wanted 1.")
 
     theta = float(rope.get("rope_theta", raw["rope_theta"]))
     if kind == "default":
@@ -193,32 +156,12 @@ def _rope(file: Path, raw: dict) -> tuple[float, RopeScaling | None]:
     try:
         factors = [float(rope[f]) for f in ("factor", "low_freq_factor", "high_freq_factor")]
     except KeyError as error:
-        raise UserError(f"{file}: rope_type llama3 needs {error}.") from None
+        raise UserError(f"rope_type llama3 needs {error}.") from None
     return theta, RopeScaling(*factors, original_max_position=original)
 
 
-def _sliding_window(file: Path, raw: dict) -> int:
-    """Returns the window of every layer, 0 for none."""
-    is_qwen = raw["model_type"] in ("qwen2", "qwen3")
-    kinds = raw["layer_types"]
-    if is_qwen and raw["use_sliding_window"] and not kinds:
-        full, layers = raw["max_window_layers"], range(raw["num_hidden_layers"])
-        kinds = ["sliding_attention" if i >= full else "full_attention" for i in layers]
-    if len(set(kinds or ())) > 1:
-        raise UserError(
-            f"{file}: a sliding window in some layers only (layer_types, max_window_layers) is not "
-            "supported; wanted all or none."
-        )
-    if raw["model_type"] == "llama" or raw["sliding_window"] is None:
-        return 0
-    if is_qwen and not (raw["use_sliding_window"] and kinds[0] == "sliding_attention"):
-        return 0
-    return raw["sliding_window"]
-
-
-def _eos_ids(raw: dict, generation_file: Path) -> tuple[int, ...]:
+def _eos_ids(raw: dict, generation: dict) -> tuple[int, ...]:
     """Returns every id that ends a turn, those of config.json first."""
-    generation = _read_json(generation_file) if generation_file.exists() else {}
     ids = []
     for value in (raw["eos_token_id"], generation.get("eos_token_id")):
         ids += value if isinstance(value, list) else [] if value is None else [value]

@@ -3,6 +3,7 @@
 Files are written tensor by tensor, so nothing beside the parameters is ever whole in memory.
 """
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -13,6 +14,8 @@ import numpy as np
 
 from nca_jax.checks import UserError
 from nca_jax.model_config import ModelConfig
+from nca_jax.models.families import FAMILIES
+from nca_jax.models.families.family import Family
 from nca_jax.models.formats import hf, names
 
 SHARD_BYTES = 5 * 10**9  # of one .safetensors file; Hugging Face's own habit
@@ -20,6 +23,8 @@ DTYPES = {
     "float32": (np.dtype(np.float32), "F32"),
     "bfloat16": (np.dtype(ml_dtypes.bfloat16), "BF16"),
 }
+
+Places = Mapping[str, tuple[names.Place, ...]]  # of each tensor by its name
 
 
 def write_hf(
@@ -55,41 +60,38 @@ def write_hf(
     _write_json(folder / "generation_config.json", generation)
     if hf.read_config(folder) != config:
         raise UserError(f"{origin} holds a model of another config than the one to be written.")
-    _write_weights(folder, config, params, dtype, shard_bytes)
+    places = names.places(config, hf.tensor_names(content["model_type"]))
+    _write_weights(folder, config, params, places, dtype, shard_bytes)
 
 
-def model_type(config: ModelConfig) -> str:
-    """Returns the Hugging Face model_type that computes what this config says.
+def family_of(config: ModelConfig) -> Family:
+    """Returns the first family whose config.json says all that this config says.
 
     Raises:
       UserError: there is none.
     """
-    features = {
-        "mixtral": config.num_experts > 0,
-        "qwen3": config.qk_norm,
-        "qwen2": config.qkv_bias,
-        "mistral": config.sliding_window > 0,
-    }
-    found = [name for name, is_there in features.items() if is_there] or ["llama"]
-    # All but llama know a window.
-    others = [name for name in found[1:] if name != "mistral"]
-    if others:
-        raise UserError(
-            f"No Hugging Face model has what tells {found[0]} and {' and '.join(others)} from the "
-            "rest at once; this config cannot be exported."
-        )
-    return found[0]
+    wanted, differs = dataclasses.asdict(config), {}
+    for name, family in FAMILIES.items():
+        found = dataclasses.asdict(hf.parse_config(config_json(config, family), {}))
+        differs[name] = [field for field in wanted if found[field] != wanted[field]]
+        if not differs[name]:
+            return family
+    nearest = min(differs, key=lambda name: len(differs[name]))
+    raise UserError(
+        f"No Hugging Face model computes this config, so it cannot be exported; the nearest is "
+        f"{nearest}, which is without its {', '.join(differs[nearest])}."
+    )
 
 
-def config_json(config: ModelConfig) -> dict:
-    """Returns config.json of a config, complete but for the dtype.
+def config_json(config: ModelConfig, family: Family) -> dict:
+    """Returns config.json as this family writes it, complete but for the dtype.
 
     RoPE is in the fields that every version of transformers and vLLM reads.
     """
-    kind, c = model_type(config), config
+    c = config
     content = {
-        "architectures": [hf.ARCHITECTURES[kind]],
-        "model_type": kind,
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
         "vocab_size": c.vocab_size,
         "hidden_size": c.width,
         "intermediate_size": c.mlp_width,
@@ -97,13 +99,14 @@ def config_json(config: ModelConfig) -> dict:
         "num_attention_heads": c.num_heads,
         "num_key_value_heads": c.num_kv_heads,
         "head_dim": c.head_dim,
-        "hidden_act": "silu",
+        "hidden_act": family.wanted["hidden_act"],
         "rms_norm_eps": c.norm_eps,
         "rope_theta": c.rope_theta,
         "rope_scaling": None,
         "max_position_embeddings": c.max_position,
         "tie_word_embeddings": c.tied_head,
-    } | _token_ids(config)
+        **_token_ids(config),
+    }
     if c.rope_scaling is not None:
         content["rope_scaling"] = {
             "rope_type": "llama3",
@@ -112,14 +115,7 @@ def config_json(config: ModelConfig) -> dict:
             "high_freq_factor": c.rope_scaling.high_freq_factor,
             "original_max_position_embeddings": c.rope_scaling.original_max_position,
         }
-    if kind != "llama":
-        content["sliding_window"] = c.sliding_window or None
-    if kind in ("qwen2", "qwen3"):
-        content["use_sliding_window"] = c.sliding_window > 0
-        content["max_window_layers"] = 0 if c.sliding_window else c.num_layers
-    if kind == "mixtral":
-        content |= {"num_local_experts": c.num_experts, "num_experts_per_tok": c.experts_per_token}
-    return content
+    return {**content, **family.write(config)}
 
 
 def _token_ids(config: ModelConfig) -> dict:
@@ -133,7 +129,7 @@ def _token_ids(config: ModelConfig) -> dict:
 def _json_files(config: ModelConfig, origin: Path | None) -> tuple[dict, dict]:
     """Returns config.json without a dtype, and generation_config.json."""
     if origin is None:
-        return config_json(config), _token_ids(config)
+        return config_json(config, family_of(config)), _token_ids(config)
     content = json.loads((origin / "config.json").read_text(encoding="utf-8"))
     content.pop("auto_map", None)  # names code in files that are not copied
     generation = origin / "generation_config.json"
@@ -146,19 +142,20 @@ def _write_weights(
     folder: Path,
     config: ModelConfig,
     params: Mapping[str, names.Param],
+    places: Places,
     dtype: str,
     shard_bytes: int,
 ) -> None:
     """Writes model.safetensors, or numbered shards and their index."""
-    by_layer = sorted(names.places(config, "hf").items(), key=lambda item: item[1].index[:1])
+    by_layer = sorted(places.items(), key=lambda item: item[1][0].index[:1])
     itemsize = DTYPES[dtype][0].itemsize
     shards, filled, total = [{}], 0, 0
-    for name, place in by_layer:
-        size = itemsize * math.prod(place.row.tensor_shape(config))
+    for name, held in by_layer:
+        size = itemsize * math.prod(names.tensor_shape(config, held))
         if shards[-1] and filled + size > shard_bytes:
             shards.append({})
             filled = 0
-        shards[-1][name] = place
+        shards[-1][name] = held
         filled, total = filled + size, total + size
 
     if len(shards) == 1:
@@ -177,7 +174,7 @@ def _write_safetensors(
     file: Path,
     config: ModelConfig,
     params: Mapping[str, names.Param],
-    places: dict[str, names.Place],
+    places: Places,
     dtype: str,
 ) -> None:
     """Writes one file: the header's length, the header, and the tensors in its order.
@@ -186,16 +183,16 @@ def _write_safetensors(
     """
     numpy_dtype, stored_as = DTYPES[dtype]
     header, end = {"__metadata__": {"format": "pt"}}, 0  # transformers asks for the format
-    for name, place in places.items():
-        shape = place.row.tensor_shape(config)
+    for name, held in places.items():
+        shape = names.tensor_shape(config, held)
         start, end = end, end + numpy_dtype.itemsize * math.prod(shape)
         header[name] = {"dtype": stored_as, "shape": shape, "data_offsets": (start, end)}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors start aligned
     with open(file, "wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
-        for place in places.values():
-            out.write(names.read_tensor(config, params, place).astype(numpy_dtype).tobytes())
+        for held in places.values():
+            out.write(names.read_tensor(config, params, held).astype(numpy_dtype).tobytes())
 
 
 def _write_json(file: Path, content: dict) -> None:

@@ -3,13 +3,15 @@
 Axes: V vocabulary, D width, N query heads, G kv heads, H head width, F MLP width, L layers,
       E experts. Parameters pad V to `config.padded_vocab` with zeros; tensors do not.
 
-Reading and writing take the same rows, so a name or a transpose is stated once.
+Reading and writing take the same entries, so a name or a transpose is stated once. A family that
+names some tensors otherwise says so in its record; whoever opens or writes a checkpoint brings a
+naming, {parameter path: tensor name}: HF with the family's own names over it, or GGUF.
 """
 
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,19 +24,31 @@ Fetch = Callable[[str, tuple[slice, ...]], np.ndarray]
 SHOWN = 5  # names of each kind that an error lists
 
 
+Naming = Mapping[str, str]  # {parameter path: tensor name, with {L} and {E} to be filled in}
+FLOAT32 = np.dtype(np.float32)
+
+
 class Param(NamedTuple):
     """A parameter that is still on disk; `jax.make_array_from_callback(shape, sharding, read)`.
 
     Attributes:
       shape: of the whole stacked parameter.
-      read: one slice an axis -> that part, float32; touches only the tensors it needs.
+      read: one slice an axis -> that part in float32; a dtype as second argument, which is passed
+        where `dtype` is another one, gives it in that. Touches only the tensors it needs.
+      dtype: of its tensors in the file: float32, float16 or bfloat16; float32 where they are
+        quantised or of several dtypes, as it holds the values of all.
     """
 
     shape: tuple[int, ...]
-    read: Callable[[tuple[slice, ...]], np.ndarray]
+    read: Callable[..., np.ndarray]
+    dtype: np.dtype = FLOAT32
+
+    def read_stored(self, index: tuple[slice, ...]) -> np.ndarray:
+        """The same part in `dtype`, without a float32 copy of it in between."""
+        return self.read(index) if self.dtype == FLOAT32 else self.read(index, self.dtype)
 
 
-class Row(NamedTuple):
+class Entry(NamedTuple):
     """How one parameter is stored.
 
     A tensor's axes are words: "NH D" is a matrix of N * H rows and D columns. Leading axes of the
@@ -44,8 +58,8 @@ class Row(NamedTuple):
     path: str
     axes: str  # of the parameter
     tensor_axes: str  # of each tensor, in both formats
-    hf: str
-    gguf: str
+    hf: str  # name, in most families
+    gguf: str  # name
 
     @property
     def stacked(self) -> str:
@@ -54,10 +68,6 @@ class Row(NamedTuple):
     @property
     def inner(self) -> str:
         return self.axes[len(self.stacked) :]
-
-    def template(self, file_format: str) -> str:
-        """The tensor name with its {L} and {E}; `file_format` is "hf" or "gguf"."""
-        return {"hf": self.hf, "gguf": self.gguf}[file_format]
 
     def shape(self, config: ModelConfig) -> tuple[int, ...]:
         sizes = axis_sizes(config) | {"V": config.padded_vocab}
@@ -69,56 +79,58 @@ class Row(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Which part of a parameter one tensor is."""
+    """A part of a parameter that is a tensor, or some rows of one."""
 
-    row: Row
+    entry: Entry
     index: tuple[int, ...]  # along the stacked axes: (), (layer,) or (layer, expert)
 
 
 _HF, _GGUF = "model.layers.{L}.", "blk.{L}."
-_HF_EXPERT = _HF + "block_sparse_moe.experts.{E}."
-# GGUF merges the experts of a layer; `models.gguf` refuses Mixtral, so these rows name no tensor.
+_HF_EXPERT = _HF + "mlp.experts.{E}."
+# GGUF merges the experts of a layer; no family with experts is `in_gguf`.
 _NO_GGUF = ""
 
 # fmt: off
 TABLE = (
-    Row("embed/table", "VD", "V D", "model.embed_tokens.weight", "token_embd.weight"),
-    Row("head/kernel", "DV", "V D", "lm_head.weight", "output.weight"),
-    Row("norm/scale", "D", "D", "model.norm.weight", "output_norm.weight"),
-    Row("layers/attn_norm/scale", "LD", "D",
+    Entry("embed/table", "VD", "V D", "model.embed_tokens.weight", "token_embd.weight"),
+    Entry("head/kernel", "DV", "V D", "lm_head.weight", "output.weight"),
+    Entry("norm/scale", "D", "D", "model.norm.weight", "output_norm.weight"),
+    Entry("layers/attn_norm/scale", "LD", "D",
         _HF + "input_layernorm.weight", _GGUF + "attn_norm.weight"),
-    Row("layers/mlp_norm/scale", "LD", "D",
+    Entry("layers/mlp_norm/scale", "LD", "D",
         _HF + "post_attention_layernorm.weight", _GGUF + "ffn_norm.weight"),
-    Row("layers/attn/q/kernel", "LDNH", "NH D",
+    Entry("layers/attn/q/kernel", "LDNH", "NH D",
         _HF + "self_attn.q_proj.weight", _GGUF + "attn_q.weight"),
-    Row("layers/attn/k/kernel", "LDGH", "GH D",
+    Entry("layers/attn/k/kernel", "LDGH", "GH D",
         _HF + "self_attn.k_proj.weight", _GGUF + "attn_k.weight"),
-    Row("layers/attn/v/kernel", "LDGH", "GH D",
+    Entry("layers/attn/v/kernel", "LDGH", "GH D",
         _HF + "self_attn.v_proj.weight", _GGUF + "attn_v.weight"),
-    Row("layers/attn/o/kernel", "LNHD", "D NH",
+    Entry("layers/attn/o/kernel", "LNHD", "D NH",
         _HF + "self_attn.o_proj.weight", _GGUF + "attn_output.weight"),
-    Row("layers/attn/q/bias", "LNH", "NH",
+    Entry("layers/attn/q/bias", "LNH", "NH",
         _HF + "self_attn.q_proj.bias", _GGUF + "attn_q.bias"),
-    Row("layers/attn/k/bias", "LGH", "GH",
+    Entry("layers/attn/k/bias", "LGH", "GH",
         _HF + "self_attn.k_proj.bias", _GGUF + "attn_k.bias"),
-    Row("layers/attn/v/bias", "LGH", "GH",
+    Entry("layers/attn/v/bias", "LGH", "GH",
         _HF + "self_attn.v_proj.bias", _GGUF + "attn_v.bias"),
-    Row("layers/attn/q_norm/scale", "LH", "H",
+    Entry("layers/attn/q_norm/scale", "LH", "H",
         _HF + "self_attn.q_norm.weight", _GGUF + "attn_q_norm.weight"),
-    Row("layers/attn/k_norm/scale", "LH", "H",
+    Entry("layers/attn/k_norm/scale", "LH", "H",
         _HF + "self_attn.k_norm.weight", _GGUF + "attn_k_norm.weight"),
-    Row("layers/mlp/gate/kernel", "LDF", "F D",
+    Entry("layers/mlp/gate/kernel", "LDF", "F D",
         _HF + "mlp.gate_proj.weight", _GGUF + "ffn_gate.weight"),
-    Row("layers/mlp/up/kernel", "LDF", "F D",
+    Entry("layers/mlp/up/kernel", "LDF", "F D",
         _HF + "mlp.up_proj.weight", _GGUF + "ffn_up.weight"),
-    Row("layers/mlp/down/kernel", "LFD", "D F",
+    Entry("layers/mlp/down/kernel", "LFD", "D F",
         _HF + "mlp.down_proj.weight", _GGUF + "ffn_down.weight"),
-    Row("layers/moe/router/kernel", "LDE", "E D", _HF + "block_sparse_moe.gate.weight", _NO_GGUF),
-    Row("layers/moe/gate/kernel", "LEDF", "F D", _HF_EXPERT + "w1.weight", _NO_GGUF),
-    Row("layers/moe/up/kernel", "LEDF", "F D", _HF_EXPERT + "w3.weight", _NO_GGUF),
-    Row("layers/moe/down/kernel", "LEFD", "D F", _HF_EXPERT + "w2.weight", _NO_GGUF),
+    Entry("layers/moe/router/kernel", "LDE", "E D", _HF + "mlp.gate.weight", _NO_GGUF),
+    Entry("layers/moe/gate/kernel", "LEDF", "F D", _HF_EXPERT + "gate_proj.weight", _NO_GGUF),
+    Entry("layers/moe/up/kernel", "LEDF", "F D", _HF_EXPERT + "up_proj.weight", _NO_GGUF),
+    Entry("layers/moe/down/kernel", "LEFD", "D F", _HF_EXPERT + "down_proj.weight", _NO_GGUF),
 )
 # fmt: on
+HF = {entry.path: entry.hf for entry in TABLE}
+GGUF = {entry.path: entry.gguf for entry in TABLE}
 
 
 def axis_sizes(config: ModelConfig) -> dict[str, int]:
@@ -130,8 +142,8 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
     }  # fmt: skip
 
 
-def rows(config: ModelConfig) -> tuple[Row, ...]:
-    """Returns the rows of the table that this model has."""
+def entries(config: ModelConfig) -> tuple[Entry, ...]:
+    """Returns the entries of the table that this model has."""
     absent = {
         "head/": config.tied_head,
         "/bias": not config.qkv_bias,
@@ -141,30 +153,37 @@ def rows(config: ModelConfig) -> tuple[Row, ...]:
         "/moe/": config.num_experts == 0,
     }
     parts = [part for part, is_absent in absent.items() if is_absent]
-    return tuple(row for row in TABLE if not any(part in row.path for part in parts))
+    return tuple(entry for entry in TABLE if not any(part in entry.path for part in parts))
 
 
 def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Returns {"a/b/c": shape} of the stacked, padded parameters."""
-    return {row.path: row.shape(config) for row in rows(config)}
+    return {entry.path: entry.shape(config) for entry in entries(config)}
 
 
-def places(config: ModelConfig, file_format: str) -> dict[str, Place]:
-    """Returns {tensor name: Place} of a complete checkpoint; `file_format` is "hf" or "gguf"."""
-    sizes = axis_sizes(config)
-    return {
-        row.template(file_format).format(**dict(zip(row.stacked, index, strict=True))): (
-            Place(row, index)
-        )
-        for row in rows(config)
-        for index in itertools.product(*(range(sizes[a]) for a in row.stacked))
-    }
+def places(config: ModelConfig, naming: Naming) -> dict[str, tuple[Place, ...]]:
+    """Returns {tensor name: the places it holds, one below the other} of a complete checkpoint."""
+    sizes, found = axis_sizes(config), {}
+    for entry in entries(config):
+        for index in itertools.product(*(range(sizes[a]) for a in entry.stacked)):
+            name = _name(entry, naming, index)
+            found[name] = (*found.get(name, ()), Place(entry, index))
+    return found
 
 
-def tensor_shapes(config: ModelConfig, file_format: str) -> dict[str, tuple[int, ...]]:
-    """Returns {tensor name: shape} of a complete checkpoint; `file_format` is "hf" or "gguf"."""
-    found = places(config, file_format)
-    return {name: place.row.tensor_shape(config) for name, place in found.items()}
+def _name(entry: Entry, naming: Naming, index: tuple[int, ...]) -> str:
+    return naming[entry.path].format(**dict(zip(entry.stacked, index, strict=True)))
+
+
+def tensor_shape(config: ModelConfig, held: Sequence[Place]) -> tuple[int, ...]:
+    """Returns the shape of the tensor that holds these places."""
+    shapes = [place.entry.tensor_shape(config) for place in held]
+    return sum(shape[0] for shape in shapes), *shapes[0][1:]
+
+
+def tensor_shapes(config: ModelConfig, naming: Naming) -> dict[str, tuple[int, ...]]:
+    """Returns {tensor name: shape} of a complete checkpoint."""
+    return {name: tensor_shape(config, held) for name, held in places(config, naming).items()}
 
 
 def check_tensors(
@@ -189,46 +208,75 @@ def check_tensors(
         raise UserError(f"The tensors in {where} do not fit its config. {'; '.join(said)}.")
 
 
-def open_params(config: ModelConfig, file_format: str, fetch: Fetch) -> dict[str, Param]:
-    """Returns {path: Param}; nothing is fetched before a `read`."""
-    return {
-        row.path: Param(
-            row.shape(config), functools.partial(_read, row, config, file_format, fetch)
-        )
-        for row in rows(config)
-    }
+def open_params(
+    config: ModelConfig, naming: Naming, fetch: Fetch, dtypes: Mapping[str, np.dtype]
+) -> dict[str, Param]:
+    """Returns {path: Param}; nothing is fetched before a `read`.
+
+    Args:
+      config: sizes.
+      naming: of the checkpoint.
+      fetch: reads a part of a tensor.
+      dtypes: {tensor name: float32, float16 or bfloat16} of all its tensors.
+    """
+    found, rows_above, stored = {}, {}, {}
+    for name, held in places(config, naming).items():
+        for place in held:
+            stored.setdefault(place.entry.path, set()).add(dtypes[name])
+    for entry in entries(config):
+        name = naming[entry.path]
+        above = rows_above.get(name, 0)
+        rows_above[name] = above + entry.tensor_shape(config)[0]
+        read = functools.partial(_read, entry, config, naming, fetch, above)
+        kinds = stored[entry.path]
+        # Of several, float32: neither half precision holds the values of the other.
+        dtype = kinds.pop() if len(kinds) == 1 else FLOAT32
+        found[entry.path] = Param(entry.shape(config), read, dtype)
+    return found
 
 
-def to_tensor(row: Row, config: ModelConfig, value: np.ndarray) -> np.ndarray:
+def to_tensor(entry: Entry, config: ModelConfig, value: np.ndarray) -> np.ndarray:
     """Turns one layer (and expert) of a parameter into its tensor: the inverse of reading.
 
     Args:
-      row: of the parameter.
+      entry: of the parameter.
       config: sizes.
-      value: the parameter at one place of its stacked axes, [*row.inner], V padded.
+      value: the parameter at one place of its stacked axes, [*entry.inner], V padded.
     Returns:
-      [*row.tensor_axes], without the padding; same dtype, contiguous.
+      [*entry.tensor_axes], without the padding; same dtype, contiguous.
     """
-    sizes, letters = axis_sizes(config), row.tensor_axes.replace(" ", "")
-    value = value[tuple(slice(sizes[a]) for a in row.inner)]
-    value = value.transpose([row.inner.index(a) for a in letters])
-    return np.ascontiguousarray(value.reshape(row.tensor_shape(config)))
+    sizes, letters = axis_sizes(config), entry.tensor_axes.replace(" ", "")
+    value = value[tuple(slice(sizes[a]) for a in entry.inner)]
+    value = value.transpose([entry.inner.index(a) for a in letters])
+    return np.ascontiguousarray(value.reshape(entry.tensor_shape(config)))
 
 
-def read_tensor(config: ModelConfig, params: Mapping[str, Param], place: Place) -> np.ndarray:
-    """Returns one tensor of a checkpoint, float32; reads no more of its parameter than that."""
-    row, index = place
-    part = (*(slice(i, i + 1) for i in index), *(slice(None) for _ in row.inner))
-    return to_tensor(row, config, params[row.path].read(part)[(0,) * len(index)])
+def read_tensor(
+    config: ModelConfig, params: Mapping[str, Param], held: Sequence[Place]
+) -> np.ndarray:
+    """Returns the tensor that holds these places, float32; reads no more of their parameters."""
+
+    def one(entry: Entry, index: tuple[int, ...]) -> np.ndarray:
+        part = (*(slice(i, i + 1) for i in index), *(slice(None) for _ in entry.inner))
+        return to_tensor(entry, config, params[entry.path].read(part)[(0,) * len(index)])
+
+    parts = [one(*place) for place in held]
+    return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
 
 def _read(
-    row: Row, config: ModelConfig, file_format: str, fetch: Fetch, index: tuple[slice, ...]
+    entry: Entry,
+    config: ModelConfig,
+    naming: Naming,
+    fetch: Fetch,
+    above: int,
+    index: tuple[slice, ...],
+    dtype: np.dtype = FLOAT32,
 ) -> np.ndarray:
-    """Returns `index` of the stacked parameter in float32, tensor by tensor."""
-    shape = row.shape(config)
-    spans = {a: range(n)[s] for a, n, s in zip(row.axes, shape, index, strict=True)}
-    out = np.zeros([len(span) for span in spans.values()], np.float32)
+    """Returns `index` of the stacked parameter, tensor by tensor, each from its row `above` on."""
+    shape = entry.shape(config)
+    spans = {a: range(n)[s] for a, n, s in zip(entry.axes, shape, index, strict=True)}
+    out = np.zeros([len(span) for span in spans.values()], dtype)
 
     # What lies beyond the true V stays zero; a shard may be nothing but padding.
     sizes = axis_sizes(config)
@@ -237,18 +285,19 @@ def _read(
         return out
 
     # A tensor is cut along the first letter of each word; the other letters are cut afterwards.
-    words = row.tensor_axes.split()
+    words = entry.tensor_axes.split()
     parts, split, cut = [], [], []
     for first, *rest in words:
         width = math.prod(sizes[a] for a in rest)
         parts.append(slice(real[first].start * width, real[first].stop * width))
         split += [len(real[first])] + [sizes[a] for a in rest]
         cut += [slice(None)] + [slice(real[a].start, real[a].stop) for a in rest]
-    order = ["".join(words).index(a) for a in row.inner]
-    fill = tuple(slice(len(real[a])) for a in row.inner)
+    parts[0] = slice(parts[0].start + above, parts[0].stop + above)
+    order = ["".join(words).index(a) for a in entry.inner]
+    fill = tuple(slice(len(real[a])) for a in entry.inner)
 
-    for place in itertools.product(*(range(len(spans[a])) for a in row.stacked)):
-        at = {a: spans[a][i] for a, i in zip(row.stacked, place, strict=True)}
-        tensor = fetch(row.template(file_format).format(**at), tuple(parts))
+    for place in itertools.product(*(range(len(spans[a])) for a in entry.stacked)):
+        at = tuple(spans[a][i] for a, i in zip(entry.stacked, place, strict=True))
+        tensor = fetch(_name(entry, naming, at), tuple(parts))
         out[place + fill] = tensor.reshape(split)[tuple(cut)].transpose(order)
     return out

@@ -61,14 +61,27 @@ def resolve(where: str) -> Path:
         ) from error
 
 
-@functools.lru_cache(maxsize=4)  # parsing the header of a .gguf takes seconds
 def open_pretrained(where: str) -> tuple[ModelConfig, dict[str, Param]]:
     """Opens a model; its parameters are read only when asked, see `names.Param`.
+
+    The same object as before if none of its files was written since.
 
     Raises:
       UserError: what `resolve`, `open_hf` and `open_gguf` raise.
     """
     path = resolve(where)
+    return _open(path, _versions(path))
+
+
+def _versions(path: Path) -> tuple[tuple, ...]:
+    """What tells a file, or the files of a folder, from what was there by their names before."""
+    files = sorted(file for file in path.iterdir() if file.exists()) if path.is_dir() else [path]
+    stats = [(file.name, file.stat()) for file in files]
+    return tuple((name, s.st_size, s.st_mtime_ns, s.st_ino) for name, s in stats)
+
+
+@functools.lru_cache(maxsize=4)  # parsing the header of a .gguf takes seconds
+def _open(path: Path, versions: tuple[tuple, ...]) -> tuple[ModelConfig, dict[str, Param]]:
     return open_hf(path) if path.is_dir() else open_gguf(path)
 
 

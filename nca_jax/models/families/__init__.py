@@ -1,0 +1,15 @@
+"""The families of decoders: one file each, and this dict of them by the model_type of config.json.
+
+Export takes the first that computes a config, so the plainer ones come first.
+"""
+
+from nca_jax.models.families.family import Family
+from nca_jax.models.families.llama import LLAMA
+from nca_jax.models.families.mistral import MISTRAL
+from nca_jax.models.families.mixtral import MIXTRAL
+from nca_jax.models.families.qwen2 import QWEN2
+from nca_jax.models.families.qwen3 import QWEN3
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family for family in (LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3)
+}
