@@ -1,6 +1,7 @@
 """Where the parameters of a run come from: a checkpoint, a pretrained model, or a seed."""
 
 import jax
+from ml_collections import ConfigDict
 
 from nca_jax.axes import Params
 from nca_jax.build import Run
@@ -49,11 +50,11 @@ def policy_params(run: Run, workdir: str) -> Params:
     return restore_params(as_path(workdir), run.model.abstract_params(), run.mesh)
 
 
-def reference_init_from(config) -> str:
+def reference_init_from(config: ConfigDict) -> str:
     """Where the frozen reference first came from; the policy's start unless the config says."""
     return config.reference.init_from or config.model.init_from
 
 
-def starts_at_reference(config) -> bool:
+def starts_at_reference(config: ConfigDict) -> bool:
     """Whether the untrained policy is the reference."""
     return reference_init_from(config) == config.model.init_from

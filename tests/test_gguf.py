@@ -3,6 +3,7 @@
 import dataclasses
 
 import gguf
+import ml_dtypes
 import numpy as np
 import pytest
 from helpers import CONFIGS, assert_parts_equal_the_whole, random_tensors, read_all, write_hf
@@ -53,6 +54,9 @@ def write_gguf(path, arch="llama", *, change=None, extra=None, drop=(), pre="smo
         if name == "blk.1.attn_v.weight":  # 32 columns are one block
             kind = gguf.GGMLQuantizationType.Q8_0
             writer.add_tensor(name, gguf.quantize(tensor, kind), raw_dtype=kind)
+        elif name.endswith("ffn_up.weight"):
+            kind = gguf.GGMLQuantizationType.BF16
+            writer.add_tensor(name, gguf.quantize(tensor, kind), raw_dtype=kind)
         else:
             writer.add_tensor(name, tensor)
     writer.write_header_to_file()
@@ -81,10 +85,13 @@ def test_a_gguf_file_reads_back_through_the_inverse_of_the_table(tmp_path, arch)
 def test_what_is_not_quantised_keeps_its_dtype(tmp_path):
     write_gguf(tmp_path / "model.gguf")
     params = open_gguf(tmp_path / "model.gguf")[1]
-    half = params.pop("layers/attn/o/kernel")
-    whole = (slice(None),) * len(half.shape)
-    assert half.dtype == half.read_stored(whole).dtype == np.float16
-    np.testing.assert_array_equal(half.read_stored(whole).astype(np.float32), half.read(whole))
+    halves = {"layers/attn/o/kernel": np.float16, "layers/mlp/up/kernel": ml_dtypes.bfloat16}
+    for path, dtype in halves.items():
+        param = params.pop(path)
+        whole = (slice(None),) * len(param.shape)
+        stored = param.read_stored(whole)
+        assert param.dtype == stored.dtype == dtype
+        np.testing.assert_array_equal(stored.astype(np.float32), param.read(whole))
     assert {param.dtype for param in params.values()} == {np.dtype(np.float32)}
 
 

@@ -20,7 +20,7 @@ from nca_jax.batch import Rows
 from nca_jax.model_config import ModelConfig
 from nca_jax.models import grouped
 from nca_jax.models.attention import cached, pairs, splash
-from nca_jax.models.attention.attend import KEPT, Attend
+from nca_jax.models.attention.attend import KEPT, Attend, Cache
 from nca_jax.models.layers import Attention, Kernel, Mlp, RMSNorm
 from nca_jax.models.moe import Mix, Moe, dense
 
@@ -45,7 +45,10 @@ class Layer(nnx.Module):
             self.mlp = Mlp(config, rngs)
         self.sparse = bool(config.num_experts)
 
-    def __call__(self, x: jax.Array, positions: jax.Array, attend: Attend, cache):
+    def __call__(
+        self, x: jax.Array, positions: jax.Array, attend: Attend, cache: Cache | None
+    ) -> tuple[jax.Array, Cache | None]:
+        """[R, T, D] and positions [R, T] -> [R, T, D]."""
         y, cache = self.attn(self.attn_norm(x), positions, attend, cache)
         x = constrain(x + y, "rows", None, None)
         feed_forward = self.moe if self.sparse else self.mlp
@@ -102,7 +105,7 @@ class Model:
         return dense
 
     @functools.cached_property
-    def _graphdef(self):
+    def _graphdef(self) -> nnx.GraphDef:
         return nnx.split(nnx.eval_shape(lambda: Decoder(self.config, self._mix, nnx.Rngs(0))))[0]
 
     def init(self, key: jax.Array) -> Params:
@@ -121,8 +124,8 @@ class Model:
         tokens: jax.Array,
         positions: jax.Array,
         attend: Attend,
-        cache: dict | None = None,
-    ) -> tuple[jax.Array, dict | None]:
+        cache: Cache | tuple[Cache, ...] | None = None,
+    ) -> tuple[jax.Array, Cache | tuple[Cache, ...] | None]:
         """[R, T] int32 tokens and positions -> ([R, T, D] in `dtype`, the cache with [L, ...])."""
         decoder = nnx.merge(self._graphdef, params)
         # Cast after the look-up, so that its gradient is summed in float32.
@@ -167,7 +170,7 @@ class Model:
             attend = pairs.packed(rows, sliding_window=window, num_blocks=num_blocks)
         return self.hidden(params, rows.tokens, rows.positions, attend)[0]
 
-    def make_cache(self, num_rows: int, num_slots: int) -> dict | tuple[dict, ...]:
+    def make_cache(self, num_rows: int, num_slots: int) -> Cache | tuple[Cache, ...]:
         """An empty key-value cache: one of `cached.empty_cache` a layer.
 
         Scanned layers have theirs stacked on a leading L axis. Unrolled layers have their own

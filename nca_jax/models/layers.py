@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from nca_jax.axes import constrain
 from nca_jax.model_config import ModelConfig
-from nca_jax.models.attention.attend import KEPT, Attend
+from nca_jax.models.attention.attend import KEPT, Attend, Cache
 
 
 @jax.custom_vjp
@@ -136,7 +136,10 @@ class Attention(nnx.Module):
         self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
 
-    def __call__(self, x: jax.Array, positions: jax.Array, attend: Attend, cache):
+    def __call__(
+        self, x: jax.Array, positions: jax.Array, attend: Attend, cache: Cache | None
+    ) -> tuple[jax.Array, Cache | None]:
+        """[R, T, D] and positions [R, T] -> [R, T, D]."""
         q, k, v = self.q(x), self.k(x), self.v(x)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)

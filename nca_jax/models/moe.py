@@ -41,7 +41,14 @@ class Moe(nnx.Module):
         return self.mix(x, shares, chosen, *kernels)
 
 
-def dense(x, shares, chosen, gate, up, down) -> jax.Array:
+def dense(
+    x: jax.Array,
+    shares: jax.Array,
+    chosen: jax.Array,
+    gate: jax.Array,
+    up: jax.Array,
+    down: jax.Array,
+) -> jax.Array:
     """A `Mix` of plain einsums: every expert computes every token, the shares choose."""
     weights = jnp.einsum("rtc,rtce->rte", shares, jax.nn.one_hot(chosen, gate.shape[0]))
     gated, hidden = (

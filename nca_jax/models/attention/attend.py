@@ -7,5 +7,7 @@ import jax
 NEVER = -1e30  # finite: a query without a key gives exp(NEVER - NEVER), never nan
 KEPT = "kept"  # the name of what the backward pass keeps of a layer where config.model.remat="dots"
 
+Cache = dict[str, jax.Array]  # keys and values of one layer; only decoding has one
+
 # attend(q [R, T, N, H], k [R, T, G, H], v [R, T, G, H], cache) -> (out [R, T, N, H], cache)
-Attend = Callable[..., tuple[jax.Array, object]]
+Attend = Callable[[jax.Array, jax.Array, jax.Array, Cache | None], tuple[jax.Array, Cache | None]]

@@ -7,7 +7,7 @@ Axes: R rows, T tokens, N query heads, G kv heads (J = N / G queries share one),
 import jax
 import jax.numpy as jnp
 
-from nca_jax.models.attention.attend import NEVER, Attend
+from nca_jax.models.attention.attend import NEVER, Attend, Cache
 
 
 def cached(mask: jax.Array, write_at: jax.Array) -> Attend:
@@ -38,7 +38,7 @@ def cached(mask: jax.Array, write_at: jax.Array) -> Attend:
 
 def empty_cache(
     num_rows: int, num_slots: int, num_kv_heads: int, head_dim: int, dtype: jnp.dtype
-) -> dict[str, jax.Array]:
+) -> Cache:
     """One layer's cache: k [R, G, H, S] and v [R, G, S, H], so that neither product transposes."""
     return {
         "k": jnp.zeros((num_rows, num_kv_heads, head_dim, num_slots), dtype),

@@ -21,10 +21,8 @@ from nca_jax.model_config import ModelConfig
 
 # fetch(tensor name, one slice an axis) -> that part of the tensor, any float dtype
 Fetch = Callable[[str, tuple[slice, ...]], np.ndarray]
-SHOWN = 5  # names of each kind that an error lists
-
-
 Naming = Mapping[str, str]  # {parameter path: tensor name, with {L} and {E} to be filled in}
+SHOWN = 5  # names of each kind that an error lists
 FLOAT32 = np.dtype(np.float32)
 
 
@@ -58,8 +56,8 @@ class Entry(NamedTuple):
     path: str
     axes: str  # of the parameter
     tensor_axes: str  # of each tensor, in both formats
-    hf: str  # name, in most families
-    gguf: str  # name
+    hf: str  # the tensor's name, in most families
+    gguf: str  # the tensor's name
 
     @property
     def stacked(self) -> str:
