@@ -1,4 +1,4 @@
-"""The commands by one name: `nca-jax COMMAND ...` is `python -m nca_jax.COMMAND ...`."""
+"""The commands by one name: `nca-jax train ...` is `python -m nca_jax.train ...`."""
 
 import ast
 import runpy
@@ -25,7 +25,7 @@ def main() -> None:
         sys.argv = [f"nca-jax {name}", *sys.argv[2:]]
         runpy.run_module(f"nca_jax.{name}", run_name="__main__")
         return
-    print("nca-jax COMMAND --flag=value ..., or python -m nca_jax.COMMAND:\n")
+    print("nca-jax COMMAND --flag=value ...; each is a module, nca_jax.COMMAND:\n")
     for command in COMMANDS:
         print(f"  {command:11s} {_first_line(command)}")
     if name not in ("", "__help", "_h", "help"):
