@@ -221,6 +221,13 @@ def test_the_evaluations_of_a_claim_are_gathered_a_line_a_run(tmp_path, capsys):
         list(collect.evaluations([tmp_path / "other"]))
 
 
+def test_what_a_rollout_says_of_each_response_goes_where_the_response_goes():
+    row = {"prompt": "x", "responses": ["a", " ", "c"], "scores": [1, 2, 3], "prompt_ids": [7]}
+    row |= {"response_ids": [[8], [9], None], "finished": [True, False, False]}
+    kept = {"responses": ["a", "c"], "scores": [1, 3], "response_ids": [[8], None]}
+    assert rows.without_empty(row) == row | kept | {"finished": [True, False]}
+
+
 # The second judge
 
 
