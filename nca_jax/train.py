@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
     training = [example for source in data.sources for example in source]
     distributed.check_same(
         config=text_fingerprint(json.dumps(flatten(config))),
-        rows=examples_fingerprint([*training, *data.heldout]),
+        records=examples_fingerprint([*training, *data.heldout]),
     )
 
     # The context waits for a save that is under way, also when the run stops with an error.
