@@ -39,7 +39,7 @@ COMMANDS = (
     "aot",
 )
 LAYERS = (  # from the bottom
-    ("axes", "batch", "checks", "config_arg", "files", "flops", "model_config"),
+    ("axes", "batch", "checks", "compat", "config_arg", "files", "flops", "model_config"),
     GROUPS,
     ("evaluators", "logprobs", "losses", "metrics", "sampling", "train_step"),
     ("config",),

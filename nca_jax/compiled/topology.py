@@ -11,8 +11,7 @@ import jax
 from jax.experimental import topologies
 
 from nca_jax.checks import UserError
-
-LIBTPU = "0.0.42.*"  # another release compiles another program, with another need of memory
+from nca_jax.compat import wanted_libtpu
 
 # Memory that a program may use, GiB a device of JAX (a v4 or v5p device is a chip with two cores),
 # as the compiler of that libtpu says when it refuses one.
@@ -26,7 +25,7 @@ def topology_devices(name: str, num_slices: int) -> Sequence[jax.Device]:
       UserError: libtpu is not installed, or knows no such topology.
     """
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError(f"Compiling for TPUs wants libtpu: pip install 'libtpu=={LIBTPU}'.")
+        raise UserError(f"Compiling for TPUs wants libtpu: pip install '{wanted_libtpu()}'.")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no machine to ask about itself
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no device is held
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "none")
