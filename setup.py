@@ -1,4 +1,4 @@
-"""Packaging of nca_jax; `make lock` resolves what is asked for here into requirements.lock."""
+"""Packaging of nca_jax; `make lock` resolves what is asked for here, for each Python."""
 
 import re
 from pathlib import Path
@@ -9,6 +9,14 @@ ROOT = Path(__file__).parent
 INIT = (ROOT / "nca_jax" / "__init__.py").read_text()
 README = ROOT / "README.md"
 
+# Extras that the tests want too; `nca_jax.checks.EXTRAS` says which library is in which.
+TFDS = [  # what builds and reads tensorflow-datasets
+    "tensorflow-datasets>=4.9.9",
+    "importlib_resources>=6",  # tensorflow-datasets imports it without asking for it
+    "pyarrow>=20",  # raw data sets in parquet
+]
+GGUF = ["gguf>=0.17"]
+
 setup(
     name="nca_jax",
     version=re.search(r'^__version__ = "(.+)"$', INIT, re.MULTILINE)[1],
@@ -18,25 +26,27 @@ setup(
     author="The nca_jax authors",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    packages=find_packages(include=["nca_jax", "nca_jax.*"]),
+    # The configs stay at the top level; installed, they are found as --config=nca_jax:NAME.
+    packages=[*find_packages(include=["nca_jax", "nca_jax.*"]), "nca_jax.configs"],
+    package_dir={"nca_jax.configs": "configs"},
+    package_data={"nca_jax": ["py.typed"]},
+    entry_points={"console_scripts": ["nca-jax = nca_jax.__main__:main"]},
     python_requires=">=3.11",
     install_requires=[
-        # These five move together: a newer jax breaks this flax or wants Python 3.12.
-        "jax==0.10.2",
-        "flax==0.12.8",
-        "optax==0.2.8",
-        "orbax-checkpoint==0.12.8",
+        # These move together: jax 0.10.2 and flax 0.12.8 are the last pair for Python 3.11.
+        "jax==0.10.2; python_version < '3.12'",
+        "jax>=0.12.0.1,<0.13; python_version >= '3.12'",
+        "flax==0.12.8; python_version < '3.12'",
+        "flax>=0.12.12,<0.13; python_version >= '3.12'",
+        "optax>=0.2.8,<0.3",
+        "orbax-checkpoint>=0.12.8,<0.13",
         "etils[epath]>=1.12",  # files on gs://
-        "grain==0.2.18",
+        "grain>=0.2.18,<0.3",
         "transformers>=5,<6",
         "tokenizers>=0.22",
         "huggingface_hub>=1",
         "jinja2>=3.1",  # chat templates
         "safetensors>=0.6",
-        "gguf>=0.17",
-        "tensorflow-datasets>=4.9.9",
-        "importlib_resources>=6",  # tensorflow-datasets imports it without asking for it
-        "pyarrow>=20",  # raw data sets in parquet
         "ml_collections>=1.0",
         "absl-py>=2.1",
         "numpy>=2.0",
@@ -45,11 +55,20 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.17,<0.18"],
-        "demo": ["vaderSentiment>=3.3.2", "matplotlib>=3.9"],
+        "tfds": TFDS,
+        "gguf": GGUF,
+        "test": [
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6.100",
+            "ruff>=0.17,<0.18",
+            *TFDS,
+            *GGUF,
+        ],
+        "demo": ["vaderSentiment>=3.3.2", "matplotlib>=3.9", *GGUF],
         "torch": ["torch==2.13.0"],  # parity with the released code, in CPU arithmetic
-        "tpu": ["jax[tpu]==0.10.2", "libtpu==0.0.42.*"],
-        "gpu": ["jax[cuda13]==0.10.2"],
+        "tpu": ["jax[tpu]"],  # of the jax above, and the libtpu that goes with it
+        "gpu": ["jax[cuda13]"],
         "gcs": ["gcsfs"],  # files on gs://; of the release of fsspec that is installed
         "wandb": ["wandb>=0.19"],
     },

@@ -10,6 +10,13 @@ import sys
 import traceback
 from collections.abc import Callable
 
+EXTRAS = {  # libraries that only some commands and files want, and the extra that has them
+    "tensorflow_datasets": "tfds",
+    "importlib_resources": "tfds",
+    "pyarrow": "tfds",
+    "gguf": "gguf",
+}
+
 
 class UserError(ValueError):
     """Something the user can mend; commands print it as one line and exit with status 2."""
@@ -30,21 +37,30 @@ def check_same_shape(**arrays) -> None:
 def run_main(main: Callable[[list[str]], int | None]) -> None:
     """Runs `main(argv)` as a command, and ends the process with its status.
 
-    A UserError becomes one line on stderr and status 2, a bug its traceback and status 1.
+    A UserError becomes one line on stderr and status 2, as does a library of an extra that is not
+    installed; a bug its traceback and status 1.
     """
     from absl import logging  # of commands alone: a loss needs jax and no more
 
     logging.set_verbosity(logging.ERROR)  # libraries warn of what is no concern of a user
     try:
         status = main(sys.argv)
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        status = 2
-    except Exception:
-        traceback.print_exc()
-        status = 1
+    except Exception as error:
+        said = _to_mend(error)
+        if said is None:
+            traceback.print_exc()
+        else:
+            print(f"error: {' '.join(said.split())}", file=sys.stderr)
+        status = 1 if said is None else 2
     sys.stdout.flush()
     sys.stderr.flush()
     # Reader threads and asynchronous writers are closed by then; a plain exit would wait for
     # worker threads that a failed run has left behind, and for the run's other processes.
     os._exit(status or 0)
+
+
+def _to_mend(error: Exception) -> str | None:
+    """Returns what the user can mend, in words; None for a bug."""
+    if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
+        return f"{error.name} is not installed: pip install 'nca_jax[{EXTRAS[error.name]}]'."
+    return str(error) if isinstance(error, UserError) else None

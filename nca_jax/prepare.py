@@ -8,16 +8,14 @@ r"""Build a data set as tensorflow-datasets: python -m nca_jax.prepare --name=NA
     --out     where data sets live; without it $TFDS_DATA_DIR, or ~/tensorflow_datasets
 
 Prints what was kept, what was dropped and why. Rows that are left are read by data.files=
-tfds:NAME[/SCORE]:SPLIT.
+tfds:NAME[/SCORE]:SPLIT. Wants the tfds extra.
 """
 
 import sys
 
-import tensorflow_datasets as tfds
 from absl import flags
 
 from nca_jax.checks import UserError, run_main
-from nca_jax.data import builders
 from nca_jax.data.layouts import DATA_SETS
 from nca_jax.data.tfds_source import data_dir
 from nca_jax.files import as_path, is_remote, local_copy
@@ -25,6 +23,10 @@ from nca_jax.files import as_path, is_remote, local_copy
 
 def main(argv: list[str]) -> int:
     given = parse(argv)
+    import tensorflow_datasets as tfds  # with builders, wants the tfds extra: see checks.EXTRAS
+
+    from nca_jax.data import builders
+
     origin = DATA_SETS[given.name][given.score]
     raw = local_copy(as_path(given.raw)) if given.raw else builders.fetch(origin)
     if not raw.exists():

@@ -151,7 +151,8 @@ def test_bytes_of_shapes():
 
 def test_without_libtpu_a_compile_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'libtpu==0\.0\.42\.\*'"):
+    release = "50" if jax.__version_info__ >= (0, 12) else "42"
+    with pytest.raises(UserError, match=rf"pip install 'libtpu==0\.0\.{release}\.\*'"):
         topology.topology_devices("v5p:4x4x4", 1)
 
 

@@ -1,15 +1,18 @@
 """What a user gets wrong is answered by one line that says what to do, and exit status 2."""
 
 import json
+import re
+import subprocess
+import sys
 
 import pytest
-from commands import write_records
+from commands import ROOT, write_records
 
-from nca_jax import checks, evaluate, export, generate, inspect, precompute, train
+from nca_jax import checks, evaluate, export, generate, inspect, precompute, prepare, train
 
 MAINS = {
     main.__name__.split(".")[-1]: main
-    for main in (train, inspect, generate, evaluate, precompute, export)
+    for main in (train, inspect, generate, evaluate, precompute, prepare, export)
 }
 
 
@@ -168,3 +171,46 @@ def test_an_export_without_a_checkpoint_or_into_a_full_folder_is_refused(fails, 
     )
     (tmp_path / "run" / "config.json").unlink()
     assert "config.json is not there" in fails("export", workdir, out)
+
+
+# Extras
+
+
+def without_extras(program: str) -> str:
+    """Runs a program where no library of `checks.EXTRAS` can be imported; returns its output."""
+    blocked = f"import sys; sys.modules.update(dict.fromkeys({list(checks.EXTRAS)}))\n"
+    command = [sys.executable, "-c", blocked + program]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_every_command_starts_without_the_extras():
+    commands = [path.stem for path in (ROOT / "nca_jax").glob("*.py") if path.stem != "__init__"]
+    assert "prepare" in commands
+    program = "import importlib\n" + "".join(
+        f"importlib.import_module('nca_jax.{name}')\n" for name in commands
+    )
+    assert without_extras(program + "print('started')") == "started\n"
+
+
+def test_a_library_of_an_extra_that_lacks_is_named_with_the_extra(fails, monkeypatch, tmp_path):
+    for library in checks.EXTRAS:
+        monkeypatch.setitem(sys.modules, library, None)
+    monkeypatch.delitem(sys.modules, "nca_jax.models.formats.gguf", raising=False)
+    (tmp_path / "model.gguf").touch()
+    (tmp_path / "tfds" / "x" / "1.0.0").mkdir(parents=True)
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+    rows = write_records(tmp_path / "rows.jsonl")
+    config = "--config=configs/jsonl.py:smoke"
+    tfds, gguf = "pip install 'nca_jax[tfds]'", "pip install 'nca_jax[gguf]'"
+    assert tfds in fails("prepare", "--name=scored_jsonl", f"--raw={rows}")
+    assert tfds in fails("inspect", f"{config},files=tfds:x:train", "--config.data.rows=8")
+    init_from = f"init_from={tmp_path / 'model.gguf'}"
+    assert gguf in fails("inspect", f"--config=configs/jsonl.py:files={rows},{init_from}")
+
+
+def test_every_library_of_an_extra_is_in_setup_py():
+    setup = (ROOT / "setup.py").read_text().replace("-", "_")
+    for library, extra in checks.EXTRAS.items():
+        assert f'"{extra}":' in setup and re.search(rf'"{library}>=', setup)

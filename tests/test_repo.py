@@ -41,9 +41,9 @@ COMMANDS = (
     "score",
     "aot",
 )
-LEAVES = ("axes", "batch", "callable", "checks", "chips", "config_arg", "field", "files", "flops")
+LEAVES = ("axes", "batch", "callable", "checks", "chips", "compat", "config_arg", "field")
 LAYERS = (  # from the bottom
-    (*LEAVES, "model_config"),
+    (*LEAVES, "files", "flops", "model_config"),
     GROUPS,
     ("evaluators", "logprobs", "losses", "metrics", "sampling", "train_step"),
     ("config", "saved_config", "flags"),

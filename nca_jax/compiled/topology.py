@@ -12,8 +12,7 @@ from jax.experimental import topologies
 
 from nca_jax.checks import UserError
 from nca_jax.chips import CHIPS
-
-LIBTPU = "0.0.42.*"  # another release compiles another program, with another need of memory
+from nca_jax.compat import wanted_libtpu
 
 
 def topology_devices(name: str, num_slices: int) -> Sequence[jax.Device]:
@@ -23,7 +22,7 @@ def topology_devices(name: str, num_slices: int) -> Sequence[jax.Device]:
       UserError: libtpu is not installed, or knows no such topology.
     """
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError(f"Compiling for TPUs wants libtpu: pip install 'libtpu=={LIBTPU}'.")
+        raise UserError(f"Compiling for TPUs wants libtpu: pip install '{wanted_libtpu()}'.")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no machine to ask about itself
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no device is held
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "none")

@@ -17,7 +17,6 @@ import huggingface_hub
 from nca_jax.checks import UserError
 from nca_jax.files import as_path, local_copy
 from nca_jax.model_config import ModelConfig
-from nca_jax.models.formats.gguf import gguf_tokenizer, open_gguf
 from nca_jax.models.formats.hf import open_hf
 from nca_jax.models.formats.names import Param
 
@@ -82,7 +81,11 @@ def _versions(path: Path) -> tuple[tuple, ...]:
 
 @functools.lru_cache(maxsize=4)  # parsing the header of a .gguf takes seconds
 def _open(path: Path, versions: tuple[tuple, ...]) -> tuple[ModelConfig, dict[str, Param]]:
-    return open_hf(path) if path.is_dir() else open_gguf(path)
+    if path.is_dir():
+        return open_hf(path)
+    from nca_jax.models.formats.gguf import open_gguf  # wants the gguf extra: see checks.EXTRAS
+
+    return open_gguf(path)
 
 
 def load_tokenizer(where: str) -> "PreTrainedTokenizerBase":
@@ -99,6 +102,8 @@ def load_tokenizer(where: str) -> "PreTrainedTokenizerBase":
         return ByT5Tokenizer(extra_ids=0)  # its sentinels would lie beyond the 259 ids
     path = resolve(where)
     if not path.is_dir():
+        from nca_jax.models.formats.gguf import gguf_tokenizer
+
         return gguf_tokenizer(path)
     if not any((path / name).exists() for name in TOKENIZER_FILES):
         raise UserError(f"{path} has no tokenizer: none of {', '.join(TOKENIZER_FILES)} is there.")
