@@ -149,6 +149,13 @@ def test_a_large_array_that_is_on_every_device_is_named():
         check_split(mesh, large, shardings(P("data")), copied_over="data")
 
 
+def test_what_a_batch_lacks_and_what_a_program_does_not_read_is_no_array():
+    mesh = make_mesh(ONE | {"data": 2, "fsdp": 4})
+    split = NamedSharding(mesh, P("fsdp"))
+    arrays = {"a": None, "b": jnp.zeros((8, 8)), "c": jnp.zeros((8, 8))}
+    check_split(mesh, arrays, {"a": None, "b": None, "c": split}, copied_over="data")
+
+
 def test_rows_are_split_over_all_axes_but_tensor():
     assert row_shards(make_mesh({"data": 2, "fsdp": 1, "tensor": 2, "expert": 2})) == 4
 

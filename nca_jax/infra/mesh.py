@@ -97,10 +97,17 @@ def check_split(mesh: Mesh, arrays, shardings, *, copied_over: str) -> None:
       copied_over: the one mesh axis along which copies are meant: "data" for parameters and
         moments, "tensor" for a batch.
     """
-    given = jax.tree.leaves(shardings, is_leaf=lambda sharding: sharding is None)
-    for (path, x), sharding in zip(flatten_paths(arrays).items(), given, strict=True):
-        if sharding is None:  # an argument that the program does not read
+
+    def is_none(x) -> bool:
+        return x is None
+
+    given = jax.tree.leaves(shardings, is_leaf=is_none)
+    for (keys, x), sharding in zip(
+        jax.tree.leaves_with_path(arrays, is_leaf=is_none), given, strict=True
+    ):
+        if x is None or sharding is None:  # what a batch lacks, or the program does not read
             continue
+        path = jax.tree_util.keystr(keys, simple=True, separator="/")
         num_bytes = x.size * x.dtype.itemsize
         parts = x.size // int(np.prod(sharding.shard_shape(x.shape)))
         copies = mesh.size // parts
