@@ -7,13 +7,15 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+# Programs of tiny models take far longer to compile than to run: not with LLVM's expensive passes.
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 TIMES = ("step_seconds", "useful_tokens_per_second")  # the only metrics that may differ
 
 
 def command(name: str, *flags: str, devices: int = 1) -> subprocess.Popen:
     """Starts `python -m nca_jax.NAME FLAGS` in a process of its own."""
     env = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK}",
         "JAX_PLATFORMS": "cpu",
     }
     return subprocess.Popen(

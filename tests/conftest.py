@@ -1,13 +1,22 @@
-"""Every test runs on CPU with 8 virtual devices, offline, and refuses silent rank promotion."""
+"""Every test runs on CPU with 8 virtual devices, offline, and refuses silent rank promotion.
+
+Programs of tiny models take far longer to compile than to run. So LLVM's expensive passes are off,
+and a program that one test has compiled is there for the others, the commands that they start
+included: what is tested is the same, since the compiled program is that of the same key.
+"""
 
 import os
+from pathlib import Path
+
+from commands import QUICK
+
+COMPILED = Path(__file__).parent.parent / ".pytest_cache" / "compiled"
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Programs of tiny models are compiled far longer than they run: LLVM's expensive passes are off.
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-    "--xla_llvm_disable_expensive_passes=true"
-)
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {QUICK}"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(COMPILED)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "disabled"
 

@@ -59,7 +59,8 @@ def start(command: list[str], num_processes: int, num_devices: int) -> list[subp
     }
     if num_devices:
         env["JAX_PLATFORMS"] = "cpu"
-        env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={num_devices}"
+        flags = f"--xla_force_host_platform_device_count={num_devices}"
+        env["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"  # the last of a flag counts
     return [
         subprocess.Popen(command, env=env | {"JAX_PROCESS_ID": str(i)})
         for i in range(num_processes)
