@@ -36,15 +36,15 @@ def test_the_program_that_is_compiled_is_the_one_that_trains(tmp_path, monkeypat
     flags = (f"--config=configs/jsonl.py:files={rows},smoke", *SMOKE)
     jit_train_step, lowered = programs.jit_train_step, []
 
-    def lower_only(run, optimizer):
+    def lower_only(run, optimizer, frozen):
         def step(*arguments):
-            lowered.append(jit_train_step(run, optimizer).lower(*arguments).as_text())
+            lowered.append(jit_train_step(run, optimizer, frozen).lower(*arguments).as_text())
             raise Stopped
 
         return step
 
     with monkeypatch.context() as patch:
-        patch.setattr(programs, "jit_train_step", lower_only)
+        patch.setattr(train, "jit_train_step", lower_only)
         with pytest.raises(Stopped):
             train.main(["train", *flags, "--config.eval_every=0", f"--workdir={tmp_path / 'run'}"])
     config, _ = parse_flags(["aot", *flags, "--config.eval_every=0"])

@@ -10,13 +10,13 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from nca_jax import config as configs
 from nca_jax.checks import UserError
 from nca_jax.infra.checkpoint import open_checkpoints, restore, restore_params, save
 from nca_jax.infra.mesh import host_mesh, param_shardings
 from nca_jax.infra.optim import make_optimizer, make_schedule
 from nca_jax.models.decoder import Model
 from nca_jax.models.formats import hf
+from nca_jax.saved_config import read_saved
 from nca_jax.train_step import TrainState
 
 OLD = Path(__file__).parent / "data" / "old_run"
@@ -101,7 +101,7 @@ def test_a_state_beside_metrics_is_restored_also_where_the_best_is_no_longer_kep
 
 def old_state() -> dict:
     """The shapes of the state of tests/data/old_run, without the key that it had."""
-    config = configs.read_saved(OLD / "workdir" / "config.json")
+    config = read_saved(OLD / "workdir" / "config.json")
     params = Model(hf.open_hf(OLD / "model")[0]).abstract_params()
     tx = make_optimizer(config.optim, make_schedule(config.optim, config.steps))
     opt_state = jax.eval_shape(tx.init, params)
