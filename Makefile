@@ -23,6 +23,7 @@ test-slow: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 # Trains and evaluates a 135M model on the CPU.
 demo: .venv/installed-demo

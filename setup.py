@@ -45,7 +45,13 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.17,<0.18"],
+        "test": [
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6.100",
+            "ruff>=0.17,<0.18",
+            "basedpyright>=1.40,<1.41",
+        ],
         "demo": ["vaderSentiment>=3.3.2", "matplotlib>=3.9"],
         "torch": ["torch==2.13.0"],  # parity with the released code, in CPU arithmetic
         "tpu": ["jax[tpu]==0.10.2", "libtpu==0.0.42.*"],

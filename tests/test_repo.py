@@ -41,7 +41,18 @@ COMMANDS = (
     "score",
     "aot",
 )
-LEAVES = ("axes", "batch", "callable", "checks", "chips", "config_arg", "field", "files", "flops")
+LEAVES = (
+    "axes",
+    "batch",
+    "callable",
+    "checks",
+    "chips",
+    "config_arg",
+    "field",
+    "files",
+    "flops",
+    "protocols",
+)
 LAYERS = (  # from the bottom
     (*LEAVES, "model_config"),
     GROUPS,

@@ -5,7 +5,7 @@ The dequantised weights are what is trained and what the reference is; nothing i
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -38,7 +38,7 @@ class File(NamedTuple):
     path: Path
     reader: GGUFReader
 
-    def get(self, key: str, **default):
+    def get(self, key: str, **default: Any) -> Any:
         """Returns the metadata of a key, or `default=`; raises UserError if there is neither."""
         field = self.reader.get_field(key)
         if field is not None:
