@@ -4,7 +4,7 @@ config -> mesh, model, tokenizer -> parameters, optimizer, shardings -> input.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -162,8 +162,7 @@ def _tokenizer(config: ConfigDict, model_config: ModelConfig) -> Tokenizer | Non
     where = tokenizer_from(config)
     if not where:  # text rows will say so
         return None
-    # Its own annotations are wider: what a method returns goes by flags that are not given here.
-    tokenizer = cast(Tokenizer, load_tokenizer(where))
+    tokenizer = load_tokenizer(where)
     if len(tokenizer) > model_config.vocab_size:
         raise UserError(
             f"The tokenizer {where!r} has {len(tokenizer)} ids, but the model's vocabulary is "

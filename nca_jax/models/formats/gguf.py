@@ -20,7 +20,7 @@ from nca_jax.models.families import FAMILIES
 from nca_jax.models.formats import names
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase
 
 ARCHITECTURES = [name for name, family in FAMILIES.items() if family.in_gguf]
 _TURN_IDS = ("bos", "eos", "eot")  # eos and eot both end a turn
@@ -192,7 +192,7 @@ SPLITTERS = {
 }
 
 
-def gguf_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
+def gguf_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
     """Builds the byte-level BPE tokenizer of a GGUF file, with its chat template if it has one.
 
     Raises:
