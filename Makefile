@@ -46,6 +46,7 @@ test-chosen: $(VENV)/installed
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 # Trains and evaluates a 135M model on the CPU.
 demo: $(VENV)/installed-demo

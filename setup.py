@@ -62,6 +62,7 @@ setup(
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "ruff>=0.17,<0.18",
+            "basedpyright>=1.40,<1.41",
             *TFDS,
             *GGUF,
         ],

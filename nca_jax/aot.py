@@ -14,11 +14,14 @@ Memory is that of one chip. Nothing is run, so nothing is said about speed.
 """
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.stages import Wrapped
 from ml_collections import ConfigDict
 
 from nca_jax import build, programs
@@ -31,14 +34,18 @@ from nca_jax.compiled.report import NUM_LARGEST, largest_values, print_report
 from nca_jax.compiled.topology import topology_devices
 from nca_jax.config import check_config, flatten
 from nca_jax.data.pack import segment_spans
+from nca_jax.field import Value
 from nca_jax.files import write_json
 from nca_jax.flags import parse_flags
 from nca_jax.flops import forward_flops, needed_flops
 from nca_jax.infra.mesh import check_split, make_mesh, row_shards, slice_of
 from nca_jax.infra.records import git_commit
 from nca_jax.params import reference_init_from
+from nca_jax.protocols import DataSection, Device
 from nca_jax.reference import abstract_reference
 from nca_jax.train_step import Frozen
+
+Program = tuple[Wrapped, tuple[Any, ...]]  # jitted, and the shapes of its arguments
 
 LEANER = ("none", "dots", "full")  # recomputation, from none to all of a layer
 MAX_ROWS = 16  # a chip; --fit looks no further
@@ -85,7 +92,7 @@ def main(argv: list[str]) -> int:
     return 0 if all(program["fits"] for program in report["programs"].values()) else 1
 
 
-def changed(config: ConfigDict, changes: dict[str, object]) -> ConfigDict:
+def changed(config: ConfigDict, changes: dict[str, Value]) -> ConfigDict:
     """Returns a checked copy of the config with other values."""
     config = ConfigDict(config.to_dict())
     config.update_from_flattened_dict(changes)
@@ -93,13 +100,15 @@ def changed(config: ConfigDict, changes: dict[str, object]) -> ConfigDict:
     return config.lock()
 
 
-def changes_for(config: ConfigDict, devices, rows_per_chip: int) -> dict[str, object]:
+def changes_for(
+    config: ConfigDict, devices: Sequence[Device], rows_per_chip: int
+) -> dict[str, Value]:
     """Returns what the config must change to run on these devices: a run there wants the same.
 
     The data axis lies over slices, rows divide over chips, and a step has prompts for a
     micro-batch of rows at least.
     """
-    changes: dict[str, object] = {}
+    changes: dict[str, Value] = {}
     num_slices = len({slice_of(device) for device in devices})
     if config.mesh.data > 0 and config.mesh.data % num_slices:
         changes["mesh.data"] = config.mesh.data * num_slices
@@ -112,7 +121,7 @@ def changes_for(config: ConfigDict, devices, rows_per_chip: int) -> dict[str, ob
     return changes
 
 
-def prepare_train(run: build.Run) -> tuple:
+def prepare_train(run: build.Run) -> Program:
     """Returns (the jitted train step of `nca_jax.train`, the shapes of its arguments)."""
     optimizer = programs.build_optimizer(run.config, run.config.steps or 1000)  # a constant in it
     state, _ = programs.abstract_state(run, optimizer.tx)
@@ -130,7 +139,7 @@ def _reference_dtype(config: ConfigDict) -> str:
     return "bfloat16" if reference_init_from(config) else "float32"
 
 
-def prepare_precompute(run: build.Run) -> tuple:
+def prepare_precompute(run: build.Run) -> Program:
     """Returns (the jitted forward pass of `nca_jax.precompute`, the shapes of its arguments)."""
     data = run.config.data
     num_slots = data.batch_size * data.num_responses
@@ -139,7 +148,7 @@ def prepare_precompute(run: build.Run) -> tuple:
     return programs.jit_rows_logps(run, num_slots), (run.model.abstract_params(), micro)
 
 
-def prepare_decode(run: build.Run) -> tuple:
+def prepare_decode(run: build.Run) -> Program:
     """Returns (the jitted sampler of `nca_jax.generate`, the shapes of its arguments).
 
     Prompts have the longest width, as many of them at once as fill `config.generate.batch_size`.
@@ -155,13 +164,13 @@ def prepare_decode(run: build.Run) -> tuple:
 PREPARE = {"train": prepare_train, "precompute": prepare_precompute, "decode": prepare_decode}
 
 
-def find_fit(config: ConfigDict, devices) -> tuple[ConfigDict, int]:
+def find_fit(config: ConfigDict, devices: Sequence[Device]) -> tuple[ConfigDict, int]:
     """Returns the config with the least recomputation that fits, and the most rows a chip.
 
     Rows are doubled up to MAX_ROWS. Where nothing fits, the leanest, with one row a chip.
     """
 
-    def fits(config, rows_per_chip: int) -> bool:
+    def fits(config: ConfigDict, rows_per_chip: int) -> bool:
         changes = changes_for(config, devices, rows_per_chip)
         program = compile_program("train", build.build_for(changed(config, changes), devices))
         if program["fits"]:
@@ -181,7 +190,7 @@ def find_fit(config: ConfigDict, devices) -> tuple[ConfigDict, int]:
     return config, 1
 
 
-def compile_program(name: str, run: build.Run) -> dict:
+def compile_program(name: str, run: build.Run) -> dict[str, Any]:
     """Compiles one program; returns its memory, collectives, largest arguments and seconds."""
     jitted, arguments = PREPARE[name](run)
     start = time.perf_counter()
@@ -203,12 +212,13 @@ def compile_program(name: str, run: build.Run) -> dict:
         state, _, batch = compiled.input_shardings[0]
         check_split(run.mesh, arguments[0], state, copied_over="data")
         check_split(run.mesh, arguments[2], batch, copied_over="tensor")
-    memory = compiled.memory_analysis()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None and text is not None, "every compiler of a TPU or CPU says both"
     limit = CHIPS[run.mesh.devices.flat[0].device_kind].memory_gib
     arguments_bytes, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     output, alias = memory.output_size_in_bytes, memory.alias_size_in_bytes
     total = (arguments_bytes + temporaries + output - alias) / GIB
-    sent = collectives(compiled.as_text(), [slice_of(device) for device in run.mesh.devices.flat])
+    sent = collectives(text, [slice_of(device) for device in run.mesh.devices.flat])
     report = {
         "fits": total <= limit,  # the compiler refuses what is far too large, not all that is
         "memory": {
@@ -229,13 +239,13 @@ def compile_program(name: str, run: build.Run) -> dict:
     return report
 
 
-def prompts_a_row(data) -> int:
+def prompts_a_row(data: DataSection) -> int:
     """Returns how many prompts of full length, with K responses of full length, a row holds."""
     lengths = [data.max_prompt_len] + [data.max_response_len] * data.num_responses
     return data.row_len // segment_spans(lengths, 0, data.align)[-1][1]
 
 
-def implied(run: build.Run) -> dict[str, object]:
+def implied(run: build.Run) -> dict[str, Value]:
     """Returns what follows from the config and the mesh alone.
 
     rows_a_chip and tokens_a_chip are those of a micro-batch. prompts_a_step is B; as many as

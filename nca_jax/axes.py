@@ -6,7 +6,7 @@ split over all but "tensor".
 """
 
 import re
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jax.sharding import PartitionSpec as P
@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 # Parameters: arrays in nested dicts, {"layers": {"attn": {"q": {"kernel": ...}}}}; a path is
 # "layers/attn/q/kernel". Layers are stacked on a leading axis.
 Params = dict[str, Any]
+Tree = TypeVar("Tree")  # any pytree: a function of it gives one of the same structure
 
 MESH_AXES = ("data", "fsdp", "tensor", "expert")
 ROWS = ("data", "fsdp", "expert")  # rows of a micro-batch are split over all three
@@ -67,7 +68,7 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     )
 
 
-def flatten_paths(tree: object) -> dict[str, object]:
+def flatten_paths(tree: Any) -> dict[str, Any]:
     """Returns {"a/b/c": leaf} of any pytree, in the order of its leaves."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from nca_jax.checks import UserError
 from nca_jax.data.encode import Encoder
@@ -16,24 +17,22 @@ from nca_jax.data.load import Share
 from nca_jax.data.pipeline import Data, load_data
 from nca_jax.infra.distributed import gather
 from nca_jax.infra.fingerprint import tokenizer_fingerprint
-from nca_jax.infra.mesh import (
-    check_divides,
-    make_mesh,
-)
+from nca_jax.infra.mesh import check_divides, make_mesh
 from nca_jax.losses import LOSSES
 from nca_jax.model_config import MODELS, ModelConfig
 from nca_jax.models.attention import splash
 from nca_jax.models.decoder import Model
 from nca_jax.models.formats.pretrained import load_tokenizer, open_pretrained
+from nca_jax.protocols import Device, ModelSection, Tokenizer
 
 
 class Run(NamedTuple):
     """What a config stands for, before anything large is in memory."""
 
-    config: object  # ConfigDict
+    config: ConfigDict
     mesh: Mesh
     model: Model
-    tokenizer: object | None  # None: records are token ids
+    tokenizer: Tokenizer | None  # None: records are token ids
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -56,7 +55,7 @@ class Run(NamedTuple):
         )
 
 
-def build(config) -> Run:
+def build(config: ConfigDict) -> Run:
     """Opens the mesh, the model's sizes and the tokenizer; reads no weights yet.
 
     Raises:
@@ -66,7 +65,7 @@ def build(config) -> Run:
     return _assemble(config, None, model_config, _tokenizer(config, model_config))
 
 
-def build_for(config, devices: Sequence[jax.Device]) -> Run:
+def build_for(config: ConfigDict, devices: Sequence[Device]) -> Run:
     """The same for devices that need not exist: to compile, not to run, so without a tokenizer.
 
     A model that has a name is not looked for in `init_from`.
@@ -76,7 +75,12 @@ def build_for(config, devices: Sequence[jax.Device]) -> Run:
     return _assemble(config, devices, model_config, None)
 
 
-def _assemble(config, devices, model_config: ModelConfig, tokenizer) -> Run:
+def _assemble(
+    config: ConfigDict,
+    devices: Sequence[Device] | None,
+    model_config: ModelConfig,
+    tokenizer: Tokenizer | None,
+) -> Run:
     jax.config.update("jax_numpy_rank_promotion", "raise")
     if config.model.dtype == "float32":  # throughout: TPU matmuls would otherwise be bfloat16
         jax.config.update("jax_default_matmul_precision", "highest")
@@ -95,7 +99,7 @@ def _assemble(config, devices, model_config: ModelConfig, tokenizer) -> Run:
     return Run(config, mesh, model, tokenizer)
 
 
-def open_model_config(model) -> ModelConfig:
+def open_model_config(model: ModelSection) -> ModelConfig:
     """The sizes of `model.init_from`; with `model.name` too, both must say the same."""
     if not model.init_from:
         return MODELS[model.name]
@@ -121,7 +125,7 @@ def platform_of(mesh: Mesh) -> str:
     return mesh.devices.flat[0].platform
 
 
-def _attention_kernel(config, model_config: ModelConfig, mesh: Mesh) -> str:
+def _attention_kernel(config: ConfigDict, model_config: ModelConfig, mesh: Mesh) -> str:
     """Returns "pairs" or "splash". Raises UserError where splash cannot compute these rows."""
     data, window = config.data, model_config.sliding_window
     asked = config.model.attention
@@ -148,13 +152,13 @@ def _attention_kernel(config, model_config: ModelConfig, mesh: Mesh) -> str:
     return "splash"
 
 
-def tokenizer_from(config) -> str:
+def tokenizer_from(config: ConfigDict) -> str:
     """Where the tokenizer comes from; "" for none: rows of token ids need none."""
     where = config.data.tokenizer or config.model.init_from
     return "" if where == "none" else where
 
 
-def _tokenizer(config, model_config: ModelConfig):
+def _tokenizer(config: ConfigDict, model_config: ModelConfig) -> Tokenizer | None:
     where = tokenizer_from(config)
     if not where:  # text rows will say so
         return None
@@ -184,7 +188,7 @@ def read_data(run: Run) -> Data:
     return data
 
 
-def num_steps(config, num_examples: int) -> int:
+def num_steps(config: ConfigDict, num_examples: int) -> int:
     """Returns the updates of a run: `steps`, or `epochs` passes over the training rows."""
     steps = config.steps or int(config.epochs * num_examples / config.data.batch_size)
     if steps < 1:

@@ -9,6 +9,10 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import jax
 
 EXTRAS = {  # libraries that only some commands and files want, and the extra that has them
     "tensorflow_datasets": "tfds",
@@ -22,7 +26,7 @@ class UserError(ValueError):
     """Something the user can mend; commands print it as one line and exit with status 2."""
 
 
-def check_same_shape(**arrays) -> None:
+def check_same_shape(**arrays: "jax.Array | None") -> None:
     """Raises ValueError, naming the arguments, unless all shapes are equal (no silent broadcast).
 
     An argument that is None is left out.

@@ -12,6 +12,7 @@ Without --workdir it evaluates the model of init_from.
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -87,7 +88,7 @@ def sample_metrics(
     reference: Params | None,
     heldout: Sequence[Example],
     scorers: dict[str, Scorer | None],
-) -> tuple[dict[str, float], list[dict]]:
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Samples responses of policy and reference to held-out prompts, with the same random keys.
 
     Args:
@@ -197,7 +198,7 @@ def perplexities(
 ) -> dict[str, float]:
     """Returns {"text_perplexity", "text_perplexity_reference"} of plain text."""
     logps = programs.jit_rows_logps(run, len(texts))
-    groups = [Group(ids[:1], [ids[1:]]) for ids in texts]
+    groups = [Group(ids[:1], [ids[1:]]) for ids in (np.array(text, np.int32) for text in texts)]
     found = {}
     of_whom = {"text_perplexity": policy, "text_perplexity_reference": reference}
     for name, params in of_whom.items():

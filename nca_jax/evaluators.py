@@ -6,23 +6,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
 from ml_collections import ConfigDict
 
 from nca_jax.axes import Params
-from nca_jax.batch import Batch
+from nca_jax.batch import Batch, Rows
 from nca_jax.data.group import Group
 from nca_jax.data.pack import RowLayout, pack, segment_spans
 from nca_jax.data.pipeline import HostBatch
 from nca_jax.infra.mesh import put_rows, rows_here
 from nca_jax.logprobs import sum_by_slot, token_logps
 from nca_jax.metrics import alignment_metrics
+from nca_jax.models.decoder import Model
 from nca_jax.train_step import loss_of, responses_of
 
-StepLogps = Callable[[Params, Batch], jax.Array]  # -> [B, K]; see `programs.jit_step_logps`
+# -> [B, K]; see `programs.jit_step_logps`
+HostLogps = Callable[[Params, Batch[np.ndarray]], jax.Array]
+RowValues = Callable[[Rows[jax.Array]], ArrayLike]  # -> [num_slots]
+RowsKl = Callable[[Params, Params, Rows[jax.Array]], jax.Array]  # -> [num_slots]
 
 
 def fill_reference(
-    step_logps: StepLogps, ref_params: Params | None, batches: Sequence[HostBatch]
+    step_logps: HostLogps, ref_params: Params | None, batches: Sequence[HostBatch]
 ) -> list[HostBatch]:
     """Returns the batches with the reference's log-probabilities, computed once for all.
 
@@ -40,7 +45,7 @@ def fill_reference(
 
 
 def heldout_metrics(
-    step_logps: StepLogps, params: Params, batches: Sequence[HostBatch], config: ConfigDict
+    step_logps: HostLogps, params: Params, batches: Sequence[HostBatch], config: ConfigDict
 ) -> dict[str, float]:
     """Returns the training metrics over all held-out prompts, each prompt counted once.
 
@@ -53,22 +58,28 @@ def heldout_metrics(
         values = [getattr(host.batch, field) for host in batches]
         return None if values[0] is None else jnp.asarray(np.concatenate(values))
 
-    per_response = ("scores", "mask", "lengths", "ref_logps")  # the arrays that are [B, K]
+    per_response = ("scores", "mask", "lengths")  # the arrays that are [B, K], beside ref_logps
     whole = batches[0].batch._replace(**{name: joined(name) for name in per_response})
+    ref_logps = joined("ref_logps")
     loss, fields = loss_of(config)
-    responses = responses_of(whole, jnp.asarray(logps), whole.ref_logps)
+    responses = responses_of(whole, jnp.asarray(logps), ref_logps)
     metrics = alignment_metrics(
         loss,
         responses,
         fields,
         losses=loss.per_prompt(responses, fields),
-        has_reference=whole.ref_logps is not None,
+        has_reference=ref_logps is not None,
     )
     return {name: float(value) for name, value in jax.device_get(metrics).items()}
 
 
 def score_responses(
-    compute: Callable, groups: Sequence[Group], layout: RowLayout, *, num_slots: int, mesh: Mesh
+    compute: RowValues,
+    groups: Sequence[Group],
+    layout: RowLayout,
+    *,
+    num_slots: int,
+    mesh: Mesh,
 ) -> np.ndarray:
     """Returns one value of `compute` a response, in order, [sum of responses] float32.
 
@@ -115,7 +126,7 @@ def _split(whole: Group, layout: RowLayout) -> list[Group]:
     return groups
 
 
-def make_kl(model, *, num_slots: int, block: int, chunk: int) -> Callable:
+def make_kl(model: Model, *, num_slots: int, block: int, chunk: int) -> RowsKl:
     """Returns `kl(params, ref_params, rows) -> [num_slots]`: KL(policy || reference), nats.
 
     The responses must be the policy's own samples at temperature 1. The estimator is k3 summed
@@ -123,7 +134,7 @@ def make_kl(model, *, num_slots: int, block: int, chunk: int) -> Callable:
     (Schulman 2020, "Approximating KL Divergence").
     """
 
-    def kl(params, ref_params, rows):
+    def kl(params: Params, ref_params: Params, rows: Rows[jax.Array]) -> jax.Array:
         how = dict(num_slots=num_slots, block=block, chunk=chunk)
         d = token_logps(model, params, rows, **how) - token_logps(model, ref_params, rows, **how)
         return sum_by_slot(jnp.expm1(-d) + d, rows, num_slots)

@@ -15,9 +15,10 @@ import json
 from pathlib import Path
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from nca_jax import build
-from nca_jax.axes import flatten_paths
+from nca_jax.axes import Params, flatten_paths
 from nca_jax.checks import UserError, run_main
 from nca_jax.config import flatten
 from nca_jax.files import AnyPath, as_path, whole_folder
@@ -29,6 +30,7 @@ from nca_jax.models.decoder import Model
 from nca_jax.models.formats.hf_export import DTYPES, write_hf
 from nca_jax.models.formats.names import Param
 from nca_jax.models.formats.pretrained import resolve, save_tokenizer
+from nca_jax.protocols import ModelSection
 from nca_jax.saved_config import read_saved
 
 
@@ -57,19 +59,19 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def opened(params: dict) -> dict[str, Param]:
+def opened(params: Params) -> dict[str, Param]:
     """Returns parameters that are in memory as `open_hf` does those on disk; copies nothing."""
     arrays = {path: np.asarray(x) for path, x in flatten_paths(params).items()}
     return {path: Param(x.shape, x.__getitem__) for path, x in arrays.items()}
 
 
-def origin(model) -> Path | None:
+def origin(model: ModelSection) -> Path | None:
     """The Hugging Face folder that the policy was first read from; None for a .gguf or random."""
     where = resolve(model.init_from) if model.init_from else None
     return where if where and where.is_dir() else None
 
 
-def model_card(workdir: AnyPath, config, step: int) -> str:
+def model_card(workdir: AnyPath, config: ConfigDict, step: int) -> str:
     """Returns README.md: what was trained, from what, and what it reached."""
     start, loss = config.model.init_from or "random weights", config.loss
     hyperparameters = ", ".join(f"{name} = {loss[name]}" for name in LOSSES[loss.name].fields)

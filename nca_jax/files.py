@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import fsspec
 from etils import epath
@@ -75,7 +76,7 @@ def find_files(pattern: str) -> list[str]:
 
 def num_bytes(path: AnyPath) -> int:
     """Returns the size of a file."""
-    return path.stat().length if is_remote(path) else path.stat().st_size
+    return path.stat().st_size if isinstance(path, Path) else path.stat().length
 
 
 def write_whole(path: AnyPath, content: bytes) -> None:
@@ -88,7 +89,7 @@ def write_whole(path: AnyPath, content: bytes) -> None:
     partial.replace(path)
 
 
-def write_json(path: AnyPath, content: dict) -> None:
+def write_json(path: AnyPath, content: dict[str, Any]) -> None:
     """Writes a JSON file that is whole or absent.
 
     Raises:

@@ -16,7 +16,6 @@ from orbax.checkpoint import CheckpointManager
 
 from nca_jax import flops
 from nca_jax.axes import Params
-from nca_jax.batch import Batch
 from nca_jax.build import Run
 from nca_jax.callable import make_callable
 from nca_jax.checks import UserError
@@ -25,13 +24,11 @@ from nca_jax.infra import checkpoint
 from nca_jax.infra.mesh import put_batch
 from nca_jax.infra.writer import SilentWriter
 from nca_jax.params import starts_at_reference
-from nca_jax.train_step import Frozen, TrainState
+from nca_jax.train_step import Frozen, Metrics, TrainState, TrainStep
 
 # How far apart policy and reference may be at the start, nats a token. The same arrays in the same
 # program agree exactly; a cache was made by a program of another shape.
 START_TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}
-
-Step = Callable[[TrainState, Frozen, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
 
 class Evaluator(NamedTuple):
@@ -54,7 +51,7 @@ class _Done(NamedTuple):
     """A step that was dispatched: what its line needs, and not the batch itself."""
 
     step: int
-    metrics: dict[str, jax.Array]
+    metrics: Metrics
     examples: list[str]
     stats: dict[str, float]
     lengths: list[list[int]]
@@ -66,7 +63,7 @@ def fit(
     frozen: Frozen,
     batches: Iterable[HostBatch],
     *,
-    train_step: Step,
+    train_step: TrainStep,
     steps: int,
     evaluators: Sequence[Evaluator] = (),
     writer: Writer | None = None,

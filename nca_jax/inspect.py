@@ -6,6 +6,7 @@ scored, scores and targets; then how the step is packed, and the histogram of le
 
 from collections.abc import Sequence
 
+import jax.numpy as jnp
 import numpy as np
 
 from nca_jax import build
@@ -14,6 +15,7 @@ from nca_jax.checks import run_main
 from nca_jax.data.pipeline import Dataset
 from nca_jax.flags import parse_flags
 from nca_jax.losses import Fields, Loss, targets_from_scores
+from nca_jax.protocols import Tokenizer
 from nca_jax.train_step import loss_of
 
 SHOWN = 12  # tokens at either end of a segment
@@ -38,13 +40,19 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def print_prompt(batch: Batch, b: int, where: str, tokenizer, loss: tuple[Loss, Fields]) -> None:
+def print_prompt(
+    batch: Batch[np.ndarray],
+    b: int,
+    where: str,
+    tokenizer: Tokenizer | None,
+    loss: tuple[Loss, Fields],
+) -> None:
     """Prints prompt b of the step as it lies in its row."""
     record, fields = loss
     soft = None
     if "alpha" in record.fields:
-        scores, mask = batch.scores[b : b + 1], batch.mask[b : b + 1]
-        soft = np.asarray(targets_from_scores(scores, alpha=fields["alpha"], mask=mask))[0]
+        scores, mask = jnp.asarray(batch.scores[b : b + 1]), jnp.asarray(batch.mask[b : b + 1])
+        soft = np.asarray(targets_from_scores(scores, alpha=float(fields["alpha"]), mask=mask))[0]
     k_all = batch.scores.shape[1]
     micro, row = np.argwhere((batch.rows.logp_slot // k_all == b).any(axis=-1))[0]
     rows = type(batch.rows)(*(x[micro, row] for x in batch.rows))  # [T]
@@ -72,7 +80,7 @@ def print_prompt(batch: Batch, b: int, where: str, tokenizer, loss: tuple[Loss, 
             print(tokenizer.decode(ids))
 
 
-def print_packing(batch: Batch, stats: dict[str, float]) -> None:
+def print_packing(batch: Batch[np.ndarray], stats: dict[str, float]) -> None:
     """Prints how step 1 fills its rows."""
     num_micro, num_rows, row_len = int(batch.num_micro), *batch.rows.tokens.shape[1:]
     print(f"\n=== step 1: {num_micro} micro-batches of {num_rows} rows of {row_len} tokens")

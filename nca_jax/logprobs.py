@@ -7,17 +7,22 @@ Only hidden states that predict a response token reach the head, C tokens of eac
 [T, V] logits never exist whole, forward or backward.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
 from nca_jax.axes import Params, constrain
 from nca_jax.batch import Rows
+from nca_jax.models.decoder import Model
 
 
 def sequence_logps(
-    model, params: Params, rows: Rows, *, shape: tuple[int, int], block: int, chunk: int
+    model: Model,
+    params: Params,
+    rows: Rows[jax.Array],
+    *,
+    shape: tuple[int, int],
+    block: int,
+    chunk: int,
 ) -> jax.Array:
     """log pi(y|x) of every response in the rows, summed over its tokens.
 
@@ -35,7 +40,7 @@ def sequence_logps(
     return sum_by_slot(logps, rows, num_slots).reshape(shape)
 
 
-def sum_by_slot(values: jax.Array, rows: Rows, num_slots: int) -> jax.Array:
+def sum_by_slot(values: jax.Array, rows: Rows[jax.Array], num_slots: int) -> jax.Array:
     """Sums [R, T] values of scored tokens into their responses, [num_slots] float32."""
     # One slot more collects the filler and is dropped.
     sums = jnp.zeros(num_slots + 1, jnp.float32)
@@ -43,7 +48,13 @@ def sum_by_slot(values: jax.Array, rows: Rows, num_slots: int) -> jax.Array:
 
 
 def token_logps(
-    model, params: Params, rows: Rows, *, num_slots: int, block: int, chunk: int
+    model: Model,
+    params: Params,
+    rows: Rows[jax.Array],
+    *,
+    num_slots: int,
+    block: int,
+    chunk: int,
 ) -> jax.Array:
     """The log-probability of each `rows.logp_token`, [R, T] float32; 0 for filler."""
     hidden = model.rows(params, rows, block=block)
@@ -57,14 +68,16 @@ def token_logps(
     return jnp.where(scored, logps, 0.0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _chunked_logps(hidden, head, tokens, num_chunks, vocab_size, chunk) -> jax.Array:
+def _plain_logps(hidden, head, tokens, num_chunks, vocab_size, chunk) -> jax.Array:
     """log softmax(hidden @ head)[tokens], [R, T]; what lies beyond `num_chunks` chunks is 0.
 
     The number of chunks is known at run time only, so that no chunk of filler is computed; hence
     the gradient by hand: d logp = onehot(token) - softmax, with the logits computed again.
     """
     return _forward(hidden, head, tokens, num_chunks, vocab_size, chunk)[0]
+
+
+_chunked_logps = jax.custom_vjp(_plain_logps, nondiff_argnums=(4, 5))
 
 
 def _forward(hidden, head, tokens, num_chunks, vocab_size, chunk):

@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
     parts = [examples[i : i + PART] for i in range(0, len(examples), PART)]
 
     with jax.set_mesh(run.mesh):
-        params = reference.reference_params(run)
+        params = reference.open_reference(run)
         fingerprint = reference.cache_fingerprint(run, params)
         if (folder / "fingerprint.json").exists():
             reference.check_fingerprint(folder, fingerprint)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.stages import Wrapped
 from ml_collections import ConfigDict
 
 from nca_jax.axes import ROWS, Params
@@ -18,6 +18,7 @@ from nca_jax.build import Run
 from nca_jax.data.pack import pack
 from nca_jax.data.released import key_off_ids
 from nca_jax.data.room import row_layout
+from nca_jax.evaluators import HostLogps
 from nca_jax.infra.mesh import (
     batch_shardings,
     check_split,
@@ -53,7 +54,7 @@ def abstract_state(run: Run, tx: optax.GradientTransformation) -> tuple[TrainSta
     return shapes, shardings
 
 
-def abstract_batch(run: Run, *, has_ref_logps: bool) -> Batch:
+def abstract_batch(run: Run, *, has_ref_logps: bool) -> Batch[jax.ShapeDtypeStruct]:
     """Returns the shapes of every batch of a run, with or without a cached reference's."""
     data = run.config.data
     b, k, layout = data.batch_size, data.num_responses, row_layout(data)
@@ -87,7 +88,7 @@ def start_state(run: Run, optimizer: Optimizer, params: Params) -> TrainState:
     return jax.jit(make, out_shardings=shardings, donate_argnums=0)(params)
 
 
-def jit_step_logps(run: Run) -> Callable:
+def jit_step_logps(run: Run) -> HostLogps:
     """Returns `step_logps(params, batch) -> [B, K]` of a batch on the host; see `train_step`."""
     step_logps = jax.jit(
         make_step_logps(run.model, run.config),
@@ -102,7 +103,7 @@ def jit_step_logps(run: Run) -> Callable:
     return lambda params, batch: step_logps(params, put_batch(run.mesh, batch, num_rows))
 
 
-def jit_rows_logps(run: Run, num_slots: int) -> Callable:
+def jit_rows_logps(run: Run, num_slots: int) -> Wrapped:
     """Returns `logps(params, rows) -> [1, num_slots]` of one micro-batch, jitted: `precompute`."""
     shardings = param_shardings(run.mesh, run.model.abstract_params())
     return jax.jit(
@@ -113,7 +114,7 @@ def jit_rows_logps(run: Run, num_slots: int) -> Callable:
     )
 
 
-def jit_train_step(run: Run, optimizer: Optimizer, frozen: Frozen) -> Callable:
+def jit_train_step(run: Run, optimizer: Optimizer, frozen: Frozen) -> Wrapped:
     """Returns `train_step(state, frozen, batch)`, jitted over the mesh; see `train_step`.
 
     The state is donated. Of `frozen` only the shapes count here.
@@ -134,7 +135,7 @@ def prompts_at_once(run: Run) -> int:
     return -(-max(1, how.batch_size // how.num_samples) // shards) * shards
 
 
-def jit_sampler(run: Run) -> Callable:
+def jit_sampler(run: Run) -> Wrapped:
     """Returns `make_sampler` as `config.generate` says, jitted over the mesh."""
     how = run.config.generate
     sampler = make_sampler(

@@ -64,18 +64,20 @@ def make_reference(run: Run) -> Reference:
         return Reference(None, None, "none")
     if kind == "cached":
         return Reference(None, read_cached_logps(run), "cached")
-    params = reference_params(run)
+    params = open_reference(run)
     return Reference(params, None, params_fingerprint(params))
 
 
 def reference_params(run: Run) -> Params | None:
+    """Returns `open_reference`, or None where there is no reference."""
+    return None if run.config.reference.kind == "none" else open_reference(run)
+
+
+def open_reference(run: Run) -> Params:
     """Returns the reference's parameters, in the dtype of their file, also of a cached one.
 
-    What makes a cache, and what is measured on samples that no cache has seen, needs them. None
-    where there is no reference.
+    What makes a cache, and what is measured on samples that no cache has seen, needs them.
     """
-    if run.config.reference.kind == "none":
-        return None
     return start_params(run, reference_init_from(run.config), keep_dtype=True)
 
 
@@ -88,7 +90,7 @@ def abstract_reference(run: Run, dtype: jax.typing.DTypeLike) -> tuple[Params | 
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes), False
 
 
-def cache_fingerprint(run: Run, ref_params: Params) -> dict[str, object]:
+def cache_fingerprint(run: Run, ref_params: Params) -> dict[str, str | int]:
     """What the numbers of a cache depend on; equal exactly where the numbers are."""
     config = run.config
     return {
@@ -143,7 +145,7 @@ def read_cached_logps(run: Run) -> Lookup:
             f"{folder} holds no cached reference; make it with python -m nca_jax.precompute and "
             "the same --config."
         )
-    check_fingerprint(folder, cache_fingerprint(run, reference_params(run)))
+    check_fingerprint(folder, cache_fingerprint(run, open_reference(run)))
     found: dict[int, np.ndarray] = {}
     for part in sorted(folder.glob("part-*.safetensors")):
         arrays = load(part.read_bytes())
@@ -162,7 +164,7 @@ def read_cached_logps(run: Run) -> Lookup:
     return lookup
 
 
-def check_fingerprint(folder: AnyPath, now: dict[str, object]) -> None:
+def check_fingerprint(folder: AnyPath, now: dict[str, str | int]) -> None:
     """Raises UserError, naming what differs, unless the cache was made from the same things."""
     saved = json.loads((folder / "fingerprint.json").read_text())
     differs = [

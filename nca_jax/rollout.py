@@ -1,7 +1,7 @@
 """Sampling responses from a policy: what `generate`, `evaluate` and on-policy training share."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +10,19 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from nca_jax.axes import ROWS
+from nca_jax.axes import ROWS, Params
 from nca_jax.build import Run
 from nca_jax.callable import make_callable
+from nca_jax.checks import UserError
 from nca_jax.data.encode import Prompt
 from nca_jax.infra import distributed
 from nca_jax.infra.mesh import put_whole
 from nca_jax.programs import WIDTH_MULTIPLE, jit_sampler, prompts_at_once
 from nca_jax.rewards.scorers import Scorer, score_all
 
+Record = dict[str, Any]  # JSON, see `nca_jax.data.record`
 Samples = list[list[np.ndarray]]  # of each prompt its responses, [their length] int32
+Generate = Callable[[Params, Sequence[np.ndarray], int], Samples]  # see `make_generator`
 
 
 class Response(NamedTuple):
@@ -31,8 +34,8 @@ class Response(NamedTuple):
 
 
 def rollout(
-    run: Run, params: dict, prompts: Sequence[Prompt], scorer: Scorer | None, seed: int
-) -> list[dict]:
+    run: Run, params: Params, prompts: Sequence[Prompt], scorer: Scorer | None, seed: int
+) -> list[Record]:
     """Samples `config.generate.num_samples` responses to each prompt, and scores them.
 
     The mesh of the run is set, as for every program. Every process samples; process 0 alone makes
@@ -61,7 +64,7 @@ def check_scorable(prompts: Sequence[Prompt], scorer: Scorer | None) -> None:
 
 def make_records(
     run: Run, prompts: Sequence[Prompt], samples: Samples, scorer: Scorer | None
-) -> list[dict]:
+) -> list[Record]:
     """Returns the records of a rollout, scored if there is a scorer."""
     digest = run.encoder.digest
     records = [
@@ -77,7 +80,7 @@ def make_records(
     ]
 
 
-def _make_record(prompt: Prompt, responses: Sequence[Response], digest: str) -> dict:
+def _make_record(prompt: Prompt, responses: Sequence[Response], digest: str) -> Record:
     texts, ids, finished = map(list, zip(*responses, strict=True))
     return prompt.record | {
         "responses": texts,
@@ -90,6 +93,8 @@ def _make_record(prompt: Prompt, responses: Sequence[Response], digest: str) -> 
 
 def read_response(run: Run, ids: np.ndarray) -> Response:
     """Returns what a sample says: its text has no end-of-turn token, and ends before the stop."""
+    if run.tokenizer is None:
+        raise UserError("Generation needs a tokenizer: set config.data.tokenizer.")
     stop, sampled = run.config.generate.stop, ids.tolist()
     whole = run.tokenizer.decode([i for i in sampled if i not in run.eos_ids])
     text = whole.split(stop)[0] if stop else whole
@@ -98,7 +103,7 @@ def read_response(run: Run, ids: np.ndarray) -> Response:
     return Response(text, sampled, sampled[-1] in run.eos_ids)
 
 
-def make_generator(run: Run) -> Callable[[dict, Sequence[Sequence[int]], int], Samples]:
+def make_generator(run: Run) -> Generate:
     """Returns `generate(params, prompts, seed) -> samples` as `config.generate` says.
 
     `prompts` are token ids; samples[n] holds `num_samples` int32 arrays, each with its end-of-turn
@@ -108,7 +113,7 @@ def make_generator(run: Run) -> Callable[[dict, Sequence[Sequence[int]], int], S
     sampler = jit_sampler(run)
     batch, rows = prompts_at_once(run), NamedSharding(run.mesh, P(ROWS))
 
-    def generate(params: dict, prompts: Sequence[Sequence[int]], seed: int) -> Samples:
+    def generate(params: Params, prompts: Sequence[np.ndarray], seed: int) -> Samples:
         width = -(-max(map(len, prompts)) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
         key = jax.random.key(seed)
         samples = []

@@ -13,6 +13,8 @@ r"""Score sampled responses, so that they can be trained on.
 Generate, score, train, and again with --workdir of the last run: that is learning on-policy.
 """
 
+from typing import Any
+
 import numpy as np
 
 from nca_jax.checks import UserError, run_main
@@ -44,7 +46,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def check_record(where: str, record: dict, scorer: Scorer) -> dict:
+def check_record(where: str, record: dict[str, Any], scorer: Scorer) -> dict[str, Any]:
     """Returns the record.
 
     Raises:

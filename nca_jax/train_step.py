@@ -15,8 +15,6 @@ from nca_jax.losses import LOSSES, Fields, Loss, Responses
 from nca_jax.metrics import alignment_metrics, prompt_weights
 from nca_jax.models.decoder import Model
 
-Logps = Callable[[Params, Rows], jax.Array]  # of one micro-batch, -> [B, K] nats
-
 
 class TrainState(NamedTuple):
     """What a checkpoint holds; the data position is `step` alone."""
@@ -31,6 +29,12 @@ class Frozen(NamedTuple):
 
     base: Params | None = None  # what adapters sit on; None: all parameters are trained
     reference: Params | None = None  # of a live reference; None: the batch brings ref_logps or none
+
+
+Logps = Callable[[Params, Rows[jax.Array]], jax.Array]  # of one micro-batch, -> [B, K] nats
+StepLogps = Callable[[Params, Batch[jax.Array]], jax.Array]  # of a whole step, -> [B, K] nats
+Metrics = dict[str, jax.Array]
+TrainStep = Callable[[TrainState, Frozen, Batch[jax.Array]], tuple[TrainState, Metrics]]
 
 
 def loss_of(config: ConfigDict) -> tuple[Loss, Fields]:
@@ -49,7 +53,7 @@ def responses_of(batch: Batch, logps: jax.Array, ref_logps: jax.Array | None) ->
 def make_logps(model: Model, config: ConfigDict, *, shape: tuple[int, int]) -> Logps:
     """Returns `logps(params, rows) -> [B, K]`: `sequence_logps` as the config has it."""
 
-    def logps(params: Params, rows: Rows) -> jax.Array:
+    def logps(params: Params, rows: Rows[jax.Array]) -> jax.Array:
         return sequence_logps(
             model,
             params,
@@ -62,11 +66,12 @@ def make_logps(model: Model, config: ConfigDict, *, shape: tuple[int, int]) -> L
     return logps
 
 
-def make_step_logps(model: Model, config: ConfigDict) -> Callable[[Params, Batch], jax.Array]:
+def make_step_logps(model: Model, config: ConfigDict) -> StepLogps:
     """Returns `step_logps(params, batch) -> [B, K]`: the whole step forward, for evaluation."""
 
-    def step_logps(params: Params, batch: Batch) -> jax.Array:
-        logps_of = make_logps(model, config, shape=batch.scores.shape)
+    def step_logps(params: Params, batch: Batch[jax.Array]) -> jax.Array:
+        b, k = batch.scores.shape
+        logps_of = make_logps(model, config, shape=(b, k))
 
         def add_micro(m, total):
             return total + logps_of(params, _micro(batch, m))
@@ -79,7 +84,7 @@ def make_step_logps(model: Model, config: ConfigDict) -> Callable[[Params, Batch
 
 def make_train_step(
     model: Model, tx: optax.GradientTransformation, schedule: optax.Schedule, config: ConfigDict
-) -> Callable[[TrainState, Frozen, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+) -> TrainStep:
     """Returns `train_step(state, frozen, batch) -> (state, metrics)`: pure and unjitted.
 
         loss = sum_b w_b L_b / sum_b w_b
@@ -95,13 +100,18 @@ def make_train_step(
     """
     loss, fields = loss_of(config)
 
-    def train_step(state: TrainState, frozen: Frozen, batch: Batch):
-        logps_of = make_logps(model, config, shape=batch.scores.shape)
+    def train_step(
+        state: TrainState, frozen: Frozen, batch: Batch[jax.Array]
+    ) -> tuple[TrainState, Metrics]:
+        b, k = batch.scores.shape
+        logps_of = make_logps(model, config, shape=(b, k))
         zeros = jnp.zeros(batch.scores.shape, jnp.float32)
         weights = prompt_weights(loss, responses_of(batch, zeros, None), fields)  # [B]
         total_weight = jnp.sum(weights)
 
-        def micro_loss(params: Params, rows: Rows, ref_logps: jax.Array | None, here: jax.Array):
+        def micro_loss(
+            params: Params, rows: Rows[jax.Array], ref_logps: jax.Array | None, here: jax.Array
+        ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
             logps = logps_of(params, rows)  # [B, K], 0 for prompts in other micro-batches
             responses = responses_of(batch, logps, ref_logps)
             responses = responses._replace(mask=batch.mask & here[:, None])
@@ -144,6 +154,6 @@ def make_train_step(
     return train_step
 
 
-def _micro(batch: Batch, m: jax.Array) -> Rows:
+def _micro(batch: Batch[jax.Array], m: jax.Array) -> Rows[jax.Array]:
     """Returns micro-batch m of a step, [R, ...]."""
     return jax.tree.map(lambda x: x[m], batch.rows)

@@ -1,11 +1,13 @@
 """One table of fields: defaults, documents, errors, and the config.json of older runs."""
 
 import json
+import typing
 
 import pytest
 from ml_collections import ConfigDict
 
 from nca_jax import config as config_module
+from nca_jax import protocols
 from nca_jax.checks import UserError
 from nca_jax.config import (
     FIELDS,
@@ -231,3 +233,20 @@ def test_a_new_field_is_one_line_of_the_table(monkeypatch):
     with pytest.raises(UserError, match="config.optim.new must be not 0; it is 0.0"):
         check_config(config)
     assert "| new | `0.5` | not 0 | a trial |" in config_module.describe()
+
+
+@pytest.mark.parametrize(
+    ("name", "of_section"),
+    [
+        ("data", protocols.DataSection),
+        ("model", protocols.ModelSection),
+        ("optim", protocols.OptimSection),
+        ("checkpoint", protocols.CheckpointSection),
+        ("log", protocols.LogSection),
+    ],
+)
+def test_the_types_of_sections_are_those_of_the_table(name, of_section):
+    """A ConfigDict has no types of its own, so no type checker would see that they differ."""
+    kinds = {x: field.check.kind for x, field in FIELDS.items()}
+    said = typing.get_type_hints(of_section)
+    assert said == {x: kinds.get(f"{name}.{x}") for x in said}

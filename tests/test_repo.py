@@ -41,9 +41,21 @@ COMMANDS = (
     "score",
     "aot",
 )
-LEAVES = ("axes", "batch", "callable", "checks", "chips", "compat", "config_arg", "field")
+LEAVES = (
+    "axes",
+    "batch",
+    "callable",
+    "checks",
+    "chips",
+    "compat",
+    "config_arg",
+    "field",
+    "files",
+    "flops",
+    "protocols",
+)
 LAYERS = (  # from the bottom
-    (*LEAVES, "files", "flops", "model_config"),
+    (*LEAVES, "model_config"),
     GROUPS,
     ("evaluators", "logprobs", "losses", "metrics", "sampling", "train_step"),
     ("config", "saved_config", "flags"),

@@ -108,7 +108,10 @@ def _iota(text: str | None, num_devices: int) -> np.ndarray:
     ids = np.arange(num_devices)
     if not text:
         return ids
-    sizes, order = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
+    found = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    if found is None:
+        raise ValueError(f"{text!r} is no order of devices.")
+    sizes, order = found.groups()
     ids = ids.reshape([int(n) for n in sizes.split(",")])
     return (ids.transpose([int(n) for n in order.split(",")]) if order else ids).reshape(-1)
 

@@ -1,6 +1,7 @@
 """A compiled program in words: memory, collectives, largest buffers."""
 
 import re
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,7 @@ def largest_values(text: str, num_chips: int) -> list[str]:
     ]
 
 
-def print_report(report: dict) -> None:
+def print_report(report: dict[str, Any]) -> None:
     """Prints a report of `nca_jax.aot` for people."""
     mesh = " ".join(f"{axis}={size}" for axis, size in report["mesh"].items())
     slices = f"{report['num_slices']} slices of " if report["num_slices"] > 1 else ""

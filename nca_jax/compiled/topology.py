@@ -13,9 +13,10 @@ from jax.experimental import topologies
 from nca_jax.checks import UserError
 from nca_jax.chips import CHIPS
 from nca_jax.compat import wanted_libtpu
+from nca_jax.protocols import Device
 
 
-def topology_devices(name: str, num_slices: int) -> Sequence[jax.Device]:
+def topology_devices(name: str, num_slices: int) -> Sequence[Device]:
     """Returns the devices of "v5p:4x4x4" (one slice, or several of that size).
 
     Raises:
@@ -28,7 +29,7 @@ def topology_devices(name: str, num_slices: int) -> Sequence[jax.Device]:
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "none")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
-    kwargs = {"num_slices": num_slices} if num_slices > 1 else {}
+    kwargs: dict[str, int | str] = {"num_slices": num_slices} if num_slices > 1 else {}
     if name.startswith("v4:"):
         kwargs["chip_config_name"] = "megacore"
     try:

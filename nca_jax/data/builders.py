@@ -26,7 +26,11 @@ VERSION = "1.0.0"
 BATCH = 256  # records of a parquet file in memory at once
 
 
-class ScoredRecords(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+# tfds is not annotated: its __init_subclass__ is taken for object's.
+class ScoredRecords(  # pyright: ignore[reportGeneralTypeIssues]
+    tfds.core.GeneratorBasedBuilder,
+    skip_registration=True,  # pyright: ignore[reportCallIssue]
+):
     """One data set: prompts as messages, K responses each, a score for each response.
 
     Rows keep the order of the raw files. After `download_and_prepare`, `counts[split]` holds
@@ -39,7 +43,12 @@ class ScoredRecords(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """
 
     def __init__(
-        self, name: str, score: str, origin: Origin, files: Mapping[str, Sequence[Path]], data_dir
+        self,
+        name: str,
+        score: str,
+        origin: Origin,
+        files: Mapping[str, Sequence[Path]],
+        data_dir: str | Path,
     ):
         self.name, self.VERSION = name, tfds.core.Version(VERSION)
         self.origin, self.files = origin, files

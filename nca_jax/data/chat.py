@@ -13,11 +13,12 @@ from typing import Any
 from nca_jax.checks import UserError
 from nca_jax.data import released
 from nca_jax.data.sources import RecordError
+from nca_jax.protocols import Tokenizer
 
 FORMATS = ("chat", "plain", "released")
 
 
-def encode_prompt(prompt: str | list[dict], tokenizer, format: str) -> list[int]:
+def encode_prompt(prompt: str | list[dict], tokenizer: Tokenizer, format: str) -> list[int]:
     """Returns the ids of a prompt, up to where the response begins.
 
     Raises:
@@ -44,7 +45,7 @@ def encode_prompt(prompt: str | list[dict], tokenizer, format: str) -> list[int]
 def encode_responses(
     prompt: str | list[dict],
     responses: Sequence[str | list[dict]],
-    tokenizer,
+    tokenizer: Tokenizer,
     format: str,
     eos_ids: Sequence[int],
     *,
@@ -80,7 +81,13 @@ def encode_responses(
     return ids
 
 
-def _encode_ended(prompt, responses: Sequence, tokenizer, format: str, eos_ids) -> list[list[int]]:
+def _encode_ended(
+    prompt: str | list[dict],
+    responses: Sequence[str | list[dict]],
+    tokenizer: Tokenizer,
+    format: str,
+    eos_ids: Sequence[int],
+) -> list[list[int]]:
     """Returns the ids of responses that end their turn, as the format writes it."""
     texts = [_response_content(response) for response in responses]
     if format == "chat":
@@ -94,7 +101,7 @@ def _encode_ended(prompt, responses: Sequence, tokenizer, format: str, eos_ids) 
 
 
 def render(
-    prompt: str | list[dict], responses: Sequence[str], tokenizer, eos_ids: Sequence[int]
+    prompt: str | list[dict], responses: Sequence[str], tokenizer: Tokenizer, eos_ids: Sequence[int]
 ) -> tuple[str, list[str]]:
     """Returns the prompt's text by the chat template, and what each response adds to it.
 
@@ -128,7 +135,7 @@ def _cut_after_turn(text: str, ends: list[str]) -> str:
     return text[:stop] if stop else text + ends[0]
 
 
-def _end_texts(tokenizer, eos_ids: Sequence[int]) -> list[str]:
+def _end_texts(tokenizer: Tokenizer, eos_ids: Sequence[int]) -> list[str]:
     """Returns the texts of the end-of-turn tokens, the tokenizer's eos first."""
     texts = [tokenizer.convert_ids_to_tokens(int(i)) for i in eos_ids]
     if tokenizer.eos_token in texts or not texts:
@@ -139,7 +146,7 @@ def _end_texts(tokenizer, eos_ids: Sequence[int]) -> list[str]:
     return texts
 
 
-def _apply_template(messages: list[dict], tokenizer, *, generate: bool) -> str:
+def _apply_template(messages: list[dict], tokenizer: Tokenizer, *, generate: bool) -> str:
     """Returns the messages as text; with `generate`, up to where the assistant would speak."""
     if not tokenizer.chat_template:
         raise UserError("The tokenizer has no chat template; set data.format=plain.")
@@ -184,9 +191,9 @@ def _response_turns(response: str | list[dict]) -> list[dict]:
     return response[is_prompt.index(False) :]
 
 
-def _eos(tokenizer, format: str) -> tuple[str, int]:
+def _eos(tokenizer: Tokenizer, format: str) -> tuple[str, int]:
     """Returns the eos token and its id."""
-    if tokenizer.eos_token_id is None:
+    if tokenizer.eos_token is None or tokenizer.eos_token_id is None:
         raise UserError(f"The tokenizer has no eos token; {format} format needs one to end with.")
     return tokenizer.eos_token, tokenizer.eos_token_id
 
@@ -202,11 +209,11 @@ def _text(text: Any) -> str:
     return text
 
 
-def _ids(text: str, tokenizer) -> list[int]:
+def _ids(text: str, tokenizer: Tokenizer) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _added_bos(tokenizer) -> list[int]:
+def _added_bos(tokenizer: Tokenizer) -> list[int]:
     """Returns [bos] if the tokenizer puts one before a text, else []."""
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []

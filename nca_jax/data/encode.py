@@ -12,6 +12,7 @@ from nca_jax.data import chat, released
 from nca_jax.data.group import Group
 from nca_jax.data.record import Parts, question, read_parts
 from nca_jax.data.sources import RecordError
+from nca_jax.protocols import DataSection, Tokenizer
 
 NO_TOKEN = "responses left out: cut off before their first token"
 TOO_FEW_LEFT = "too few responses with a token"
@@ -22,7 +23,7 @@ class Example:
     """A prompt and all responses of its record, encoded and cut to length."""
 
     where: str  # "path:line", or "tfds:NAME:SPLIT:index"
-    group: Group  # int32 arrays, and bool ones in its key_on
+    group: Group
     scores: np.ndarray  # [n] float32, in the data's unit, data.first_bonus added to the first
     record: dict[str, Any]  # without its responses: its "prompt" if that is not ids, its "answer"
     prompt_hash: float  # in [0, 1), of the whole prompt: what is held out goes by it
@@ -52,8 +53,8 @@ class Encoder:
       digest: of the tokenizer: ids in a record that has another are not used.
     """
 
-    tokenizer: Any
-    config: Any
+    tokenizer: Tokenizer | None
+    config: DataSection
     vocab_size: int
     eos_ids: tuple[int, ...] = ()
     least_responses: int = 2
@@ -132,11 +133,12 @@ class Encoder:
           RecordError: a response is malformed, or too few are left.
         """
         ids = list(parts.ids)
-        encoded = [k for k, given in enumerate(ids) if given is None and parts.texts is not None]
+        texts = parts.texts or []
+        encoded = [k for k, given in enumerate(ids) if given is None and texts]
         if encoded:
             found = chat.encode_responses(
                 parts.prompt,
-                [parts.texts[k] for k in encoded],
+                [texts[k] for k in encoded],
                 self._its_tokenizer(),
                 self.config.format,
                 self.eos_ids,
@@ -172,7 +174,7 @@ class Encoder:
     def _encode_prompt(self, prompt: str | list[dict]) -> list[int]:
         return chat.encode_prompt(prompt, self._its_tokenizer(), self.config.format)
 
-    def _its_tokenizer(self):
+    def _its_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise UserError("There is no tokenizer, and the records hold text; set data.tokenizer.")
         return self.tokenizer
@@ -209,7 +211,7 @@ def hash_prompt(prompt: Any) -> float:
     return (int.from_bytes(digest[:8], "big") >> 11) / 2**53  # 53 bits: exact in a float64
 
 
-def _cuts(prompt_len: int, longest_response: int, config) -> tuple[slice, slice]:
+def _cuts(prompt_len: int, longest_response: int, config: DataSection) -> tuple[slice, slice]:
     """Returns what is kept of the prompt and of each response.
 
     A response keeps its first tokens, so a cut one has no end-of-turn token to learn from.

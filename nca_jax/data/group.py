@@ -1,18 +1,20 @@
 """A prompt with its responses as token ids: what is cut, packed, scored and sampled for."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 
 class Group(NamedTuple):
     """A prompt with its responses. None may be empty: the first response token needs a query."""
 
-    prompt: Sequence[int]  # token ids
-    responses: Sequence[Sequence[int]]  # token ids
+    prompt: np.ndarray  # [its length] int32 token ids
+    responses: Sequence[np.ndarray]  # of each, [its length] int32 token ids
     # Which tokens may be attended to, as (prompt's, each response's) bools; None: all.
-    key_on: tuple[Sequence[bool], Sequence[Sequence[bool]]] | None = None
+    key_on: tuple[np.ndarray, Sequence[np.ndarray]] | None = None
 
-    def take(self, chosen: Sequence[int]) -> "Group":
+    def take(self, chosen: Collection[int]) -> "Group":
         """Returns the prompt with the chosen ones of its responses, in that order."""
         key_on = self.key_on and (self.key_on[0], tuple(self.key_on[1][i] for i in chosen))
         return Group(self.prompt, tuple(self.responses[i] for i in chosen), key_on)

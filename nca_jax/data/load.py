@@ -4,7 +4,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import grain
 import numpy as np
@@ -19,6 +19,10 @@ from nca_jax.data.sources import (
     open_source,
     split_globs,
 )
+from nca_jax.data.tfds_source import TfdsSource
+from nca_jax.protocols import DataSection
+
+Item = TypeVar("Item")  # what a record is read as: an Example or a Prompt
 
 READ_THREADS, READ_AHEAD = 2, 64  # records
 # What of an Example is a JSON value.
@@ -90,7 +94,9 @@ def notes_of(counts: Counter[str]) -> list[str]:
     return [f"{number} {what}" for what, number in counts.items()]
 
 
-def _usable(items: Iterable, who: str, config, counts: Counter[str]) -> list:
+def _usable(
+    items: Iterable[Item | RecordError], who: str, config: DataSection, counts: Counter[str]
+) -> list[Item]:
     """Returns the items that are no RecordError; raises such an error, or counts it as skipped.
 
     What is wrong with a record stops by `config.bad_rows`, its length by `config.too_long`; a
@@ -110,7 +116,9 @@ def _usable(items: Iterable, who: str, config, counts: Counter[str]) -> list:
     return usable
 
 
-def _attempt(encode: Callable, source, index: int):
+def _attempt(
+    encode: Callable[[str, dict[str, Any]], Item], source: JsonlSource | TfdsSource, index: int
+) -> Item | RecordError:
     """Returns `encode` of a record of a source or, where it is at fault, its RecordError."""
     try:
         return encode(*source[index])
@@ -149,7 +157,7 @@ def _gathered(
     return [parts[i % n][1][i // n] for i in range(num_records)]
 
 
-def _to_bytes(seen: dict, items: Iterable[Example | RecordError]) -> bytes:
+def _to_bytes(seen: dict[str, Any], items: Iterable[Example | RecordError]) -> bytes:
     """Returns what a process has seen and encoded, as arrays of ids and JSON; no pickle."""
     told, ids, keys = [], [np.zeros(0, np.int32)], [np.zeros(0, bool)]
     for item in items:
@@ -170,7 +178,7 @@ def _to_bytes(seen: dict, items: Iterable[Example | RecordError]) -> bytes:
     return file.getvalue()
 
 
-def _from_bytes(content: bytes) -> tuple[dict, list[Example | RecordError]]:
+def _from_bytes(content: bytes) -> tuple[dict[str, Any], list[Example | RecordError]]:
     """Returns what `_to_bytes` was given."""
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
         ids, keys = arrays["ids"], arrays["keys"]
@@ -187,7 +195,9 @@ def _from_bytes(content: bytes) -> tuple[dict, list[Example | RecordError]]:
             first, *rest = np.split(keys[num_keys : num_keys + ends[-1]], ends[:-1])
             key_on, num_keys = (first, tuple(rest)), num_keys + ends[-1]
         scores = np.array(item["scores"], np.float32)
-        simple = {name: item[name] for name in _SIMPLE} | {"notes": tuple(item["notes"])}
+        simple: dict[str, Any] = {name: item[name] for name in _SIMPLE} | {
+            "notes": tuple(item["notes"])
+        }
         group = Group(prompt, tuple(responses), key_on)
         items.append(Example(group=group, scores=scores, **simple))
     return seen, items

@@ -39,11 +39,11 @@ def pack(
     groups: Sequence[Group],
     layout: RowLayout,
     *,
-    slots: Sequence[Sequence[int]],
+    slots: Sequence[Sequence[int] | np.ndarray],
     num_slots: int,
     num_micro: int | None = None,
     rows_here: Sequence[int] | None = None,
-) -> tuple[Rows, int, np.ndarray]:
+) -> tuple[Rows[np.ndarray], int, np.ndarray]:
     """Packs groups by best-fit decreasing; the same input gives the same rows everywhere.
 
     Args:
@@ -132,7 +132,7 @@ def _put(row: _Row, g: int, lengths: list[int], layout: RowLayout) -> bool:
     return True
 
 
-def _empty_rows(num_rows: int, layout: RowLayout, num_slots: int) -> Rows:
+def _empty_rows(num_rows: int, layout: RowLayout, num_slots: int) -> Rows[np.ndarray]:
     """Returns rows of padding, leading axis [num_rows]."""
     shape = (num_rows, layout.row_len)
     pairs = np.full((num_rows, layout.num_pairs, 2), -1, np.int32)
@@ -152,8 +152,8 @@ def _empty_rows(num_rows: int, layout: RowLayout, num_slots: int) -> Rows:
 
 
 def _write(
-    row: Rows,
-    members: list[tuple[Group, Sequence[int]]],
+    row: Rows[np.ndarray],
+    members: list[tuple[Group, Sequence[int] | np.ndarray]],
     spans: list[list[plan.Span]],
     layout: RowLayout,
 ) -> None:
@@ -180,7 +180,15 @@ def _write(
     row.pairs[: len(live)] = live
 
 
-def _write_segment(row: Rows, span, ids, first_position, prompt_id, segment, key_on) -> None:
+def _write_segment(
+    row: Rows[np.ndarray],
+    span: plan.Span,
+    ids: np.ndarray,
+    first_position: int,
+    prompt_id: int,
+    segment: int,
+    key_on: np.ndarray | bool,
+) -> None:
     at = slice(*span)
     row.tokens[at] = ids
     row.positions[at] = first_position + np.arange(len(ids))

@@ -22,6 +22,7 @@ from nca_jax.data.load import ALONE, Examples, Share, load_examples, notes_of
 from nca_jax.data.pack import pack
 from nca_jax.data.room import check_examples, fit_examples, row_layout
 from nca_jax.data.sources import split_globs
+from nca_jax.protocols import DataSection
 
 PREFETCH = 2  # batches made ahead by a thread: one is packed while the device runs another
 EVAL_SEED = 0  # of the choice of responses, so that every evaluation of every run sees the same
@@ -30,7 +31,7 @@ EVAL_SEED = 0  # of the choice of responses, so that every evaluation of every r
 class HostBatch(NamedTuple):
     """A batch on the host, where its prompts are from ("path:line"), and numbers to log."""
 
-    batch: Batch
+    batch: Batch[np.ndarray]
     examples: list[str]
     stats: dict[str, float]
     lengths: list[list[int]]  # tokens of each prompt, then of each of its responses
@@ -73,7 +74,7 @@ class Dataset:
     def __init__(
         self,
         sources: Sequence[Sequence[Example]],
-        config,
+        config: DataSection,
         *,
         seed: int,
         ref_logps: Sequence[np.ndarray] | None = None,
@@ -107,7 +108,7 @@ class Dataset:
 
 def eval_batches(
     examples: Sequence[Example],
-    config,
+    config: DataSection,
     *,
     ref_logps: Sequence[np.ndarray] | None = None,
     rows_here: Sequence[int] | None = None,
@@ -190,7 +191,7 @@ def choose(scores: np.ndarray, k: int, how: str, rng: np.random.Generator) -> np
     raise ValueError(f"{n} responses, but {how!r} takes all and K is {k}.")
 
 
-def _check_k(config, least: int) -> None:
+def _check_k(config: DataSection, least: int) -> None:
     """Raises UserError unless K is what the loss learns from and the choice can be made of."""
     k = config.num_responses
     if k < least:
@@ -213,7 +214,7 @@ def _check_num_responses(examples: Sequence[Example], k: int) -> None:
         )
 
 
-def _weights(config) -> list[float]:
+def _weights(config: DataSection) -> list[float]:
     """Returns the mixture weights, one a glob; none where sources are concatenated."""
     if not config.weights:
         return []
@@ -230,7 +231,9 @@ def _weights(config) -> list[float]:
     )
 
 
-def _order(sources: Sequence[Sequence[Example]], config, seed: int) -> grain.MapDataset:
+def _order(
+    sources: Sequence[Sequence[Example]], config: DataSection, seed: int
+) -> grain.MapDataset:
     """Returns the infinite order of examples, as indices into the concatenated sources."""
     weights = _weights(config)
     sizes = [len(source) for source in sources] if weights else [sum(map(len, sources))]
@@ -243,7 +246,9 @@ def _order(sources: Sequence[Sequence[Example]], config, seed: int) -> grain.Map
     return grain.MapDataset.mix(parts, weights) if weights else parts[0]
 
 
-def _make_batch(picks: Sequence[_Pick], config, rows_here: Sequence[int] | None) -> HostBatch:
+def _make_batch(
+    picks: Sequence[_Pick], config: DataSection, rows_here: Sequence[int] | None
+) -> HostBatch:
     """Packs at most B picks; the prompts that lack are empty."""
     b, k, layout = config.batch_size, config.num_responses, row_layout(config)
     scores, lengths = np.zeros((b, k), np.float32), np.zeros((b, k), np.int32)
@@ -271,7 +276,7 @@ def _make_batch(picks: Sequence[_Pick], config, rows_here: Sequence[int] | None)
     is_cached = bool(picks) and picks[0].ref_logps is not None
     batch = Batch(
         rows,
-        np.int32(num_micro),
+        np.asarray(num_micro, np.int32),
         micro_of_prompt,
         scores,
         mask,

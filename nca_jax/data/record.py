@@ -35,12 +35,12 @@ OTHER_TOKENIZER = "records of another tokenizer: their text is encoded"
 class Parts(NamedTuple):
     """What a record of any form says of its n responses."""
 
-    prompt: str | list[dict] | None  # None: it has ids
+    prompt: Any  # as it came, which should be text or messages; None: it has ids
     prompt_ids: list[int] | None  # None: the text is to be encoded
     texts: list | None  # [n] texts or messages; None: there are ids alone
     ids: list  # [n] lists of ids, or None where the text is to be encoded
     scores: np.ndarray  # [n] float32
-    finished: list[bool] | None  # [n]; None: the record does not say, so all are
+    finished: Sequence[bool] | None  # [n]; None: the record does not say, so all are
     notes: tuple[str, ...]  # what is to be counted and said of it
 
 

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from nca_jax.protocols import Tokenizer
+
 ASSISTANT = "<|assistant|>\n"
 
 
@@ -35,12 +37,13 @@ def response_text(messages: Sequence[dict], eos: str) -> str:
     return "".join(_turn(message, eos) for message in messages).removeprefix(ASSISTANT)
 
 
-def key_off_ids(tokenizer, eos_ids: Sequence[int]) -> tuple[int, ...]:
+def key_off_ids(tokenizer: Tokenizer | None, eos_ids: Sequence[int]) -> tuple[int, ...]:
     """Returns the ids that are switched off as keys: the tokenizer's eos.
 
-    `eos_ids` of the model serve where records are ids and there is no tokenizer.
+    `eos_ids` of the model serve where records are ids and there is no tokenizer, or one without.
     """
-    return tuple(eos_ids) if tokenizer is None else (tokenizer.eos_token_id,)
+    eos_id = None if tokenizer is None else tokenizer.eos_token_id
+    return tuple(eos_ids) if eos_id is None else (eos_id,)
 
 
 def prompt_keys(prompt: np.ndarray, off_ids: Sequence[int]) -> np.ndarray:

@@ -14,9 +14,10 @@ from nca_jax.checks import UserError
 from nca_jax.data import plan
 from nca_jax.data.encode import Encoder, Example
 from nca_jax.data.pack import RowLayout, check_fits, segment_spans
+from nca_jax.protocols import DataSection
 
 
-def row_layout(config) -> RowLayout:
+def row_layout(config: DataSection) -> RowLayout:
     """Returns the shape of rows that the config asks for."""
     return RowLayout(
         row_len=config.row_len,
@@ -47,7 +48,7 @@ def fit_examples(
     return fitting
 
 
-def check_examples(examples: Sequence[Example], config) -> None:
+def check_examples(examples: Sequence[Example], config: DataSection) -> None:
     """Raises UserError, naming the largest one, if an example cannot be in a row."""
     layout, k = row_layout(config), config.num_responses
     sized = [(_longest(example, k), example.where) for example in examples]
@@ -63,7 +64,7 @@ def check_examples(examples: Sequence[Example], config) -> None:
             )
 
 
-def _fits(example: Example, config) -> bool:
+def _fits(example: Example, config: DataSection) -> bool:
     try:
         check_fits(_longest(example, config.num_responses), row_layout(config), example.where)
     except UserError:

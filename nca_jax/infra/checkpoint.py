@@ -7,9 +7,11 @@ workdir/checkpoints/N/metrics  those of an evaluation after N updates, where the
 import dataclasses
 import math
 from collections.abc import Callable, Collection, Sequence
+from typing import Any, Protocol
 
 import jax
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh
 from orbax.checkpoint.checkpoint_managers import (
     AnyPreservationPolicy,
     LatestN,
@@ -17,10 +19,11 @@ from orbax.checkpoint.checkpoint_managers import (
     PreservationPolicy,
 )
 
-from nca_jax.axes import flatten_paths
+from nca_jax.axes import Params, Tree, flatten_paths
 from nca_jax.checks import UserError
 from nca_jax.files import AnyPath, absolute
 from nca_jax.infra.mesh import param_shardings
+from nca_jax.protocols import CheckpointSection
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -48,7 +51,7 @@ class Best(PreservationPolicy):
 
 
 def open_checkpoints(
-    workdir: AnyPath, checkpoint, *, best_is_high: bool = True
+    workdir: AnyPath, checkpoint: CheckpointSection, *, best_is_high: bool = True
 ) -> ocp.CheckpointManager:
     """Returns the manager of workdir/checkpoints, keeping what `config.checkpoint` says.
 
@@ -70,7 +73,16 @@ def open_checkpoints(
     )
 
 
-def save(manager: ocp.CheckpointManager, state, eval_metrics: dict[str, float] | None) -> None:
+class State(Protocol):
+    """A `TrainState`, as far as it is looked into here."""
+
+    @property
+    def step(self) -> jax.Array: ...
+
+
+def save(
+    manager: ocp.CheckpointManager, state: State, eval_metrics: dict[str, float] | None
+) -> None:
     """Starts to save `state` under its step; returns once the arrays may be donated again.
 
     Args:
@@ -82,11 +94,11 @@ def save(manager: ocp.CheckpointManager, state, eval_metrics: dict[str, float] |
 def restore(
     manager: ocp.CheckpointManager,
     step: int,
-    abstract,
-    shardings,
+    abstract: Tree,
+    shardings: Tree,
     *,
     dropped: Collection[str] = (),
-):
+) -> Tree:
     """Returns the TrainState saved at `step`, sharded as asked whatever mesh wrote it.
 
     Args:
@@ -114,7 +126,7 @@ def saved_step(workdir: AnyPath, step: int = 0) -> int:
     return step or steps[-1]
 
 
-def restore_params(workdir: AnyPath, abstract: dict, mesh, *, step: int = 0) -> dict:
+def restore_params(workdir: AnyPath, abstract: Params, mesh: Mesh, *, step: int = 0) -> Params:
     """Returns the params alone of a checkpoint of a run; step 0 is the latest.
 
     Raises:
@@ -130,7 +142,9 @@ def restore_params(workdir: AnyPath, abstract: dict, mesh, *, step: int = 0) -> 
     return _read(path, {"params": abstract}, shardings, is_left=is_other)["params"]
 
 
-def _read(path: AnyPath, abstract, shardings, *, is_left: Callable[[str], bool]):
+def _read(
+    path: AnyPath, abstract: Tree, shardings: Tree, *, is_left: Callable[[str], bool]
+) -> Tree:
     """Returns the arrays of `abstract` out of the checkpoint in a folder.
 
     Args:
@@ -154,7 +168,7 @@ def _read(path: AnyPath, abstract, shardings, *, is_left: Callable[[str], bool])
         )
 
 
-def _check_same_arrays(where, saved: dict, wanted: dict) -> None:
+def _check_same_arrays(where: AnyPath, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
     differs = [
         f"{path} is {_shape(saved, path)} there and {_shape(wanted, path)} here"
         for path in sorted(saved.keys() | wanted.keys())
@@ -167,11 +181,11 @@ def _check_same_arrays(where, saved: dict, wanted: dict) -> None:
         )
 
 
-def _shape(arrays: dict, path: str) -> tuple[int, ...] | str:
+def _shape(arrays: dict[str, Any], path: str) -> tuple[int, ...] | str:
     return tuple(arrays[path].shape) if path in arrays else "missing"
 
 
-def _with_shardings(abstract, shardings):
+def _with_shardings(abstract: Tree, shardings: Tree) -> Tree:
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         abstract,

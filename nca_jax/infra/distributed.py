@@ -25,6 +25,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -124,7 +125,7 @@ def _join(saves_on_sigterm: bool) -> None:
     if given and len(given) < len(VARIABLES):
         lacking = ", ".join(name for name in VARIABLES if name not in given)
         raise UserError(f"{', '.join(given)} set, but not {lacking}; set all three or none.")
-    where = {}
+    where: dict[str, Any] = {}
     if given:
         address, num_processes, process_id = given.values()
         where = dict(

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 
-from nca_jax.axes import flatten_paths
+from nca_jax.axes import Params, flatten_paths
 from nca_jax.files import as_path
+from nca_jax.protocols import Tokenizer
 
 
 @jax.jit
@@ -21,13 +22,13 @@ def _checksum(x: jax.Array) -> jax.Array:
     return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
 
 
-def params_fingerprint(params: dict) -> str:
+def params_fingerprint(params: Params) -> str:
     """A digest of the values, shapes and paths of parameters; the mesh does not enter."""
     sums = {path: [list(x.shape), int(_checksum(x))] for path, x in flatten_paths(params).items()}
     return text_fingerprint(json.dumps(sums, sort_keys=True))
 
 
-def tokenizer_fingerprint(tokenizer) -> str:
+def tokenizer_fingerprint(tokenizer: Tokenizer | None) -> str:
     """A digest of the vocabulary, special tokens and chat template; "none" without a tokenizer."""
     if tokenizer is None:
         return "none"

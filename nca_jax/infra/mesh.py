@@ -1,6 +1,7 @@
 """The device mesh, and arrays placed on it by the rules of `nca_jax.axes`."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -8,15 +9,19 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nca_jax.axes import MESH_AXES, ROWS, flatten_paths, param_spec
+from nca_jax.axes import MESH_AXES, ROWS, Params, Tree, flatten_paths, param_spec
 from nca_jax.batch import Batch, Rows
 from nca_jax.checks import UserError
 from nca_jax.model_config import ModelConfig
+from nca_jax.protocols import Device
+
+# Part of an array by the slice of each axis, as `jax.make_array_from_callback` asks for it.
+Read = Callable[[tuple[slice, ...]], np.ndarray]
 
 LARGE = 2**24  # bytes: an array that must not be on every device by accident
 
 
-def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Device] | None = None) -> Mesh:
     """Returns the mesh of `config.mesh`; one size may be -1, all the devices that remain.
 
     Within a slice the axes follow the interconnect (ICI); over slices, which only the data centre's
@@ -56,7 +61,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
 
 
-def slice_of(device: jax.Device) -> int:
+def slice_of(device: Device) -> int:
     """The TPU slice of a device; devices of a single slice, and CPUs, do not say."""
     return getattr(device, "slice_index", 0)
 
@@ -89,7 +94,7 @@ def check_divides(mesh: Mesh, model_config: ModelConfig, rows: int) -> None:
             raise UserError(f"{size} {name} = {parts} does not divide; change one of the two.")
 
 
-def check_split(mesh: Mesh, arrays, shardings, *, copied_over: str) -> None:
+def check_split(mesh: Mesh, arrays: Any, shardings: Any, *, copied_over: str) -> None:
     """Raises ValueError, by name, if a large array has more copies than the mesh axis asks for.
 
     Args:
@@ -118,20 +123,20 @@ def check_split(mesh: Mesh, arrays, shardings, *, copied_over: str) -> None:
             )
 
 
-def param_shardings(mesh: Mesh, abstract) -> object:
+def param_shardings(mesh: Mesh, abstract: Tree) -> Tree:
     """Returns a tree of NamedShardings for parameters, optimizer state or a whole TrainState."""
     specs = [param_spec(path, x.shape) for path, x in flatten_paths(abstract).items()]
     shardings = [NamedSharding(mesh, spec) for spec in specs]
     return jax.tree.unflatten(jax.tree.structure(abstract), shardings)
 
 
-def batch_shardings(mesh: Mesh) -> Batch:
+def batch_shardings(mesh: Mesh) -> Batch[NamedSharding]:
     """Rows are split over all axes but tensor; the small [B, K] arrays are everywhere."""
     everywhere, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P(None, ROWS))
     return Batch(Rows(*[rows] * len(Rows._fields)), *[everywhere] * (len(Batch._fields) - 1))
 
 
-def rows_shardings(mesh: Mesh) -> Rows:
+def rows_shardings(mesh: Mesh) -> Rows[NamedSharding]:
     """The rows of one micro-batch, [R, ...]."""
     return Rows(*[NamedSharding(mesh, P(ROWS))] * len(Rows._fields))
 
@@ -139,10 +144,10 @@ def rows_shardings(mesh: Mesh) -> Rows:
 def rows_here(mesh: Mesh, num_rows: int) -> list[int]:
     """Returns which of the rows of a micro-batch the devices of this process hold, ascending."""
     held = NamedSharding(mesh, P(ROWS)).addressable_devices_indices_map((num_rows,)).values()
-    return sorted({row for (at,) in held for row in range(num_rows)[at]})
+    return sorted({row for at in held if at is not None for row in range(num_rows)[at[0]]})
 
 
-def put_rows(mesh: Mesh, rows: Rows, num_rows: int) -> Rows:
+def put_rows(mesh: Mesh, rows: Rows[np.ndarray], num_rows: int) -> Rows[jax.Array]:
     """Puts rows on the devices of all processes.
 
     Args:
@@ -172,21 +177,32 @@ def put_whole(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
-def put_batch(mesh: Mesh, batch: Batch, num_rows: int) -> Batch:
+def put_batch(mesh: Mesh, batch: Batch[np.ndarray], num_rows: int) -> Batch[jax.Array]:
     """Puts a step on the devices: each process its rows, see `put_rows`; the rest is everywhere."""
     rows, everywhere = put_rows(mesh, batch.rows, num_rows), NamedSharding(mesh, P())
-    small = (x if x is None else put_whole(x, everywhere) for x in batch[1:])
-    return Batch(rows, *small)
+
+    def put(x: np.ndarray) -> jax.Array:
+        return put_whole(x, everywhere)
+
+    return Batch(
+        rows,
+        num_micro=put(batch.num_micro),
+        micro_of_prompt=put(batch.micro_of_prompt),
+        scores=put(batch.scores),
+        mask=put(batch.mask),
+        lengths=put(batch.lengths),
+        ref_logps=None if batch.ref_logps is None else put(batch.ref_logps),
+    )
 
 
-def place(abstract: dict, shardings: dict, read: Mapping[str, Callable]) -> dict:
+def place(abstract: Params, shardings: Params, read: Mapping[str, Read]) -> Params:
     """Returns parameters read shard by shard: `read[path](index)` is one slice, float32.
 
     Each device asks for its own slice, so the host never holds a whole copy beside the shards.
     """
 
     def one(path, array, sharding):
-        return jax.make_array_from_callback(array.shape, sharding, read[path])
+        return jax.make_array_from_callback(array.shape, sharding, lambda at: read[path](at or ()))
 
     flat = [
         one(path, array, sharding)

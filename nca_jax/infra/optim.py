@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from nca_jax.protocols import OptimSection
 
-def make_schedule(optim, num_steps: int) -> optax.Schedule:
+
+def make_schedule(optim: OptimSection, num_steps: int) -> optax.Schedule:
     """Linear warmup from 0 over ceil(warmup_frac * steps), then cosine to 0 (or constant)."""
     warmup = math.ceil(optim.warmup_frac * num_steps)
     if optim.schedule == "constant":
@@ -19,7 +21,7 @@ def make_schedule(optim, num_steps: int) -> optax.Schedule:
     )
 
 
-def make_optimizer(optim, schedule: optax.Schedule) -> optax.GradientTransformation:
+def make_optimizer(optim: OptimSection, schedule: optax.Schedule) -> optax.GradientTransformation:
     """Clip, then AdamW with the first moment in `mu_dtype`; decay spares norms and biases."""
 
     def decayed(params):

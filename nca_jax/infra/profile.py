@@ -10,11 +10,15 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import jax
 
 from nca_jax.checks import UserError
 from nca_jax.files import AnyPath, copy_into
+
+Args = ParamSpec("Args")  # of a train step
+Result = TypeVar("Result")
 
 STEP = "train"  # the name of a step in the trace; its step_num is the number in metrics.jsonl
 
@@ -44,8 +48,8 @@ def check_within(traced: range, last: int) -> None:
 
 @contextlib.contextmanager
 def tracing(
-    train_step: Callable, traced: range, workdir: AnyPath, *, first: int
-) -> Iterator[Callable]:
+    train_step: Callable[Args, Result], traced: range, workdir: AnyPath, *, first: int
+) -> Iterator[Callable[Args, Result]]:
     """Gives `run(*args)`, which is `train_step(*args)`, and is traced for the steps `traced`.
 
     Its first call is step `first`, the next one `first` + 1.
@@ -58,17 +62,17 @@ def tracing(
 
     numbers = itertools.count(first)
 
-    def run(*args):
+    def run(*args: Args.args, **kwargs: Args.kwargs) -> Result:
         nonlocal has_begun
         step = next(numbers)
         if step not in traced:
-            return train_step(*args)
+            return train_step(*args, **kwargs)
         if not has_begun:
             has_begun = True
-            jax.block_until_ready(args)
+            jax.block_until_ready((args, kwargs))
             trace.enter_context(_trace(workdir))
         with jax.profiler.StepTraceAnnotation(STEP, step_num=step):
-            result = train_step(*args)
+            result = train_step(*args, **kwargs)
         if step == traced[-1]:
             jax.block_until_ready(result)
             trace.close()

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 from nca_jax.checks import UserError
 from nca_jax.files import AnyPath, write_json
@@ -45,7 +46,7 @@ def record_run(workdir: AnyPath, *, reference: str, origin: str, steps: int) -> 
     write_json(workdir / RUN, first | {"steps": steps, "commits": commits})
 
 
-def read_run(workdir: AnyPath) -> dict | None:
+def read_run(workdir: AnyPath) -> dict[str, Any] | None:
     """Returns run.json of a workdir, or None where no run has begun.
 
     One that was written before there was `commits` knows a single commit.

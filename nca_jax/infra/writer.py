@@ -13,6 +13,7 @@ from tqdm import tqdm
 from nca_jax.checks import UserError
 from nca_jax.files import AnyPath, copy_into, is_remote, write_whole
 from nca_jax.infra.fingerprint import text_fingerprint
+from nca_jax.protocols import LogSection
 
 METRICS = "metrics.jsonl"
 
@@ -25,7 +26,9 @@ class MetricWriter:
     and are copied whole at every `sync`. What a kill loses a resume would have cut off.
     """
 
-    def __init__(self, workdir: AnyPath, log, *, restored_step: int | None, num_steps: int):
+    def __init__(
+        self, workdir: AnyPath, log: LogSection, *, restored_step: int | None, num_steps: int
+    ):
         """Opens the records of a run that goes on after `restored_step` (None: it is new)."""
         self._workdir, self._staging = workdir, None
         folder = workdir
@@ -126,7 +129,7 @@ def _brief(metrics: dict[str, float]) -> str:
 def _open_wandb(folder: Path, workdir: AnyPath, project: str):
     """Opens the W&B run of a workdir: the same on every resume, and no other workdir's."""
     try:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]  # an extra
     except ImportError:
         raise UserError("config.log.wandb_project is set: pip install nca_jax[wandb].") from None
     place = os.fspath(workdir if is_remote(workdir) else workdir.resolve())

@@ -3,6 +3,8 @@
 Axes: B prompts, K responses a prompt.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax.nn import log_sigmoid
@@ -79,7 +81,11 @@ def nca_floor(targets: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     return masked_sum(attract + jnp.log1p(kp) / k, mask)
 
 
-def with_targets(loss) -> PerPrompt:
+# (implicit_rewards [B, K], targets [B, K], mask [B, K] or None) -> [B] nats, as `infonca`.
+OfTargets = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
+
+
+def with_targets(loss: OfTargets) -> PerPrompt:
     """Returns `per_prompt` of a function of (implicit_rewards, targets, mask)."""
 
     def per_prompt(responses: Responses, fields: Fields) -> jax.Array:

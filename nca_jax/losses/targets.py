@@ -39,7 +39,7 @@ def targets_from_scores(
 
 def targets(responses: Responses, fields: Fields) -> jax.Array:
     """`targets_from_scores` at the loss's alpha, [B, K]; hard labels where it has none."""
-    alpha = fields["alpha"] if "alpha" in fields else 0.0
+    alpha = float(fields["alpha"]) if "alpha" in fields else 0.0
     return targets_from_scores(responses.scores, alpha=alpha, mask=responses.mask)
 
 
@@ -48,7 +48,7 @@ def implicit_rewards(responses: Responses, fields: Fields) -> jax.Array:
 
     Of a loss without a beta it is the log-ratio itself.
     """
-    beta = fields["beta"] if "beta" in fields else 1.0
+    beta = float(fields["beta"]) if "beta" in fields else 1.0
     return beta * jnp.where(responses.mask, responses.logps - responses.ref_logps, 0.0)
 
 

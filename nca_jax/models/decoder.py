@@ -158,7 +158,7 @@ class Model:
             return params["embed"]["table"].T
         return params["head"]["kernel"]
 
-    def rows(self, params: Params, rows: Rows, *, block: int) -> jax.Array:
+    def rows(self, params: Params, rows: Rows[jax.Array], *, block: int) -> jax.Array:
         """[R, T, D]: the hidden states of packed rows, attention in blocks of `block` tokens."""
         num_blocks = rows.tokens.shape[1] // block
         if self.attention_kernel == "splash":

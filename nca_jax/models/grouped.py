@@ -23,7 +23,16 @@ TILE_ROWS, TILE_SIDE = 512, 1024  # of M, and of both axes of a kernel; a core's
 LANES = 128  # sizes of tiles are multiples of this
 
 
-def mix(x, shares, chosen, gate, up, down, *, interpret: bool) -> jax.Array:
+def mix(
+    x: jax.Array,
+    shares: jax.Array,
+    chosen: jax.Array,
+    gate: jax.Array,
+    up: jax.Array,
+    down: jax.Array,
+    *,
+    interpret: bool,
+) -> jax.Array:
     """A `Mix` as in `nca_jax.models.moe`.
 
     Args:

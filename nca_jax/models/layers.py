@@ -141,7 +141,7 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, Cache | None]:
         """[R, T, D] and positions [R, T] -> [R, T, D]."""
         q, k, v = self.q(x), self.k(x), self.v(x)
-        if self.config.qk_norm:
+        if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         freqs = rotary_frequencies(self.config)
         out, cache = attend(rotate(q, positions, freqs), rotate(k, positions, freqs), v, cache)

@@ -17,7 +17,7 @@ from nca_jax.models.layers import Kernel
 
 # mix(x [R, T, D], shares [R, T, C] float32, chosen [R, T, C] int32, gate [E, D, F], up [E, D, F],
 # down [E, F, D]) -> [R, T, D]: sum over a token's chosen experts of share * expert(token).
-Mix = Callable[..., jax.Array]
+Mix = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 class Moe(nnx.Module):

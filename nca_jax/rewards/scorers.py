@@ -10,11 +10,13 @@ import re
 import shlex
 import subprocess
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from nca_jax.checks import UserError
+
+Record = dict[str, Any]  # JSON
 
 COMMAND = "command:"
 NUMBER = re.compile(r"(?:(?<!\d)-)?\d[\d,]*(?:\.\d+)?")  # 12, -0.5, 1,000; in 7-5 a 7 and a 5
@@ -23,19 +25,19 @@ NUMBER = re.compile(r"(?:(?<!\d)-)?\d[\d,]*(?:\.\d+)?")  # 12, -0.5, 1,000; in 7
 class Scorer(NamedTuple):
     """How responses are scored, and what is wanted of their records."""
 
-    score: Callable[[Sequence[dict], Sequence[str]], np.ndarray]  # N records, N responses -> [N]
-    lacks: Callable[[dict], str] = lambda record: ""  # what a record lacks to be scored, or ""
+    score: Callable[[Sequence[Record], Sequence[str]], np.ndarray]  # N records, N responses -> [N]
+    lacks: Callable[[Record], str] = lambda record: ""  # what a record lacks to be scored, or ""
 
-    def __call__(self, records: Sequence[dict], responses: Sequence[str]) -> np.ndarray:
+    def __call__(self, records: Sequence[Record], responses: Sequence[str]) -> np.ndarray:
         return self.score(records, responses)
 
-    def check(self, where: str, record: dict) -> None:
+    def check(self, where: str, record: Record) -> None:
         """Raises UserError, naming its place, if the responses to a record cannot be scored."""
         if lack := self.lacks(record):
             raise UserError(f"{where}: {lack}.")
 
 
-def vader(records: Sequence[dict], responses: Sequence[str]) -> np.ndarray:
+def vader(records: Sequence[Record], responses: Sequence[str]) -> np.ndarray:
     """How positive a text is, in [-1, 1]: VADER's compound score, averaged over its sentences.
 
     One compound score of a whole text saturates after a few positive words; the mean over
@@ -55,12 +57,12 @@ def vader(records: Sequence[dict], responses: Sequence[str]) -> np.ndarray:
     return np.array([score(text) for text in responses], np.float32)
 
 
-def length(records: Sequence[dict], responses: Sequence[str]) -> np.ndarray:
+def length(records: Sequence[Record], responses: Sequence[str]) -> np.ndarray:
     """How many words a text has, as white space parts them."""
     return np.array([len(text.split()) for text in responses], np.float32)
 
 
-def answer(records: Sequence[dict], responses: Sequence[str]) -> np.ndarray:
+def answer(records: Sequence[Record], responses: Sequence[str]) -> np.ndarray:
     """1 where a response ends in the record's "answer", else 0: a reward that can be verified.
 
     An answer that is a number is compared, as a number, with the last number of the response;
@@ -73,7 +75,7 @@ def answer(records: Sequence[dict], responses: Sequence[str]) -> np.ndarray:
     return np.array(scores, np.float32)
 
 
-def lacks_answer(record: dict) -> str:
+def lacks_answer(record: Record) -> str:
     """Returns what the scorer "answer" misses in a record: an "answer", a text or a number."""
     if type(record.get("answer")) in (str, int, float):
         return ""
@@ -98,7 +100,7 @@ def _plain(line: str) -> str:
     return line.strip().strip("\"'`*").rstrip(".").strip("\"'`* ").lower()
 
 
-def by_command(command: str, records: Sequence[dict], responses: Sequence[str]) -> np.ndarray:
+def by_command(command: str, records: Sequence[Record], responses: Sequence[str]) -> np.ndarray:
     """Scores by a command of one's own, started once for all responses, without a shell.
 
     It reads one JSON object a response from stdin, the record with its "response", and writes one
@@ -133,11 +135,12 @@ def _read_score(who: str, number: int, line: str) -> float:
         score = json.loads(line)["score"]
     except (ValueError, KeyError, TypeError):
         score = None
-    if type(score) not in (int, float) or not np.isfinite(np.float32(score)):
-        raise UserError(
-            f'{who} wrote {line[:80]!r} as line {number}; wanted {{"score": a finite number}}.'
-        )
-    return float(score)
+    if isinstance(score, int | float) and type(score) is not bool:
+        if np.isfinite(np.float32(score)):
+            return float(score)
+    raise UserError(
+        f'{who} wrote {line[:80]!r} as line {number}; wanted {{"score": a finite number}}.'
+    )
 
 
 SCORERS = {"vader": Scorer(vader), "length": Scorer(length), "answer": Scorer(answer, lacks_answer)}
@@ -157,7 +160,7 @@ def get_scorer(name: str) -> Scorer | None:
 
 
 def score_all(
-    scorer: Scorer, records: Sequence[dict], responses: Sequence[Sequence[str]]
+    scorer: Scorer, records: Sequence[Record], responses: Sequence[Sequence[str]]
 ) -> list[list[float]]:
     """Returns the scores of each record's responses, rounded to 6 decimals."""
     asked = [record for record, texts in zip(records, responses, strict=True) for _ in texts]

@@ -11,11 +11,17 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from nca_jax.axes import Params
 from nca_jax.models.attention.cached import cached
+from nca_jax.models.decoder import Model
+
+Sample = Callable[
+    [Params, jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]
+]  # see `make_sampler`
 
 
 def make_sampler(
-    model,
+    model: Model,
     *,
     num_samples: int,
     max_new_tokens: int,
@@ -23,7 +29,7 @@ def make_sampler(
     top_p: float,
     eos_ids: tuple[int, ...],
     key_off_ids: tuple[int, ...] = (),
-) -> Callable:
+) -> Sample:
     """Returns `sample(params, prompts, lengths, keys) -> (tokens, num_tokens)`, to be jitted.
 
     `prompts` [N, P] int32 with `lengths` [N] >= 1, and one random key a prompt, [N]: what is drawn
@@ -32,7 +38,9 @@ def make_sampler(
     attends to the `key_off_ids` of a prompt.
     """
 
-    def sample(params, prompts, lengths, keys):
+    def sample(
+        params: Params, prompts: jax.Array, lengths: jax.Array, keys: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         num_prompts, width = prompts.shape
         slot = jnp.arange(width + max_new_tokens)  # [P + T]
         cache = model.make_cache(num_prompts, width + max_new_tokens)
@@ -93,7 +101,13 @@ def make_sampler(
     return sample
 
 
-def _visible(model, query_positions, slot_positions, key_on, slot) -> jax.Array:
+def _visible(
+    model: Model,
+    query_positions: jax.Array,
+    slot_positions: jax.Array,
+    key_on: jax.Array,
+    slot: jax.Array,
+) -> jax.Array:
     """[rows, queries, slots] bool: keys that are on and lie behind the query, within the window."""
     new = slot.shape[0] - key_on.shape[1]
     in_use = jnp.pad(key_on, ((0, 0), (0, new)), constant_values=True)  # [rows, P + T]

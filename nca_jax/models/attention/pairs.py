@@ -20,7 +20,7 @@ from nca_jax.models.attention.attend import KEPT, NEVER, Attend
 PAIRS_AT_ONCE = 16  # per row; measured on CPU: more leave the cache, fewer pay for the loop
 
 
-def packed(rows: Rows, *, sliding_window: int, num_blocks: int) -> Attend:
+def packed(rows: Rows[jax.Array], *, sliding_window: int, num_blocks: int) -> Attend:
     """Returns the attention of these rows by the rule of `nca_jax.batch`; the cache is unused.
 
     The masks [R, P, C, C] are made here, once for all layers.

@@ -50,7 +50,7 @@ class Code(NamedTuple):
         start, gap = start // self.align, gap // self.align
         return place | start << self.place_bits | gap << (self.place_bits + self.span_bits)
 
-    def allows(self, code, key):
+    def allows(self, code: jax.Array, key: jax.Array) -> jax.Array:
         """Whether the query of this code may attend to the token at `key`, prompt ids aside."""
         place = code & ((1 << self.place_bits) - 1)
         span = (1 << self.span_bits) - 1
@@ -66,14 +66,14 @@ class _CodeMask(masks._ComputableMask):
         self.code = code
         super().__init__((row_len, row_len), code.allows)
 
-    def __eq__(self, other):
-        return (self.shape, self.code) == (other.shape, other.code)
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _CodeMask) and (self.shape, self.code) == (other.shape, other.code)
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return hash((self.shape, self.code))
 
 
-def packed(rows: Rows, *, num_blocks: int, align: int, interpret: bool) -> Attend:
+def packed(rows: Rows[jax.Array], *, num_blocks: int, align: int, interpret: bool) -> Attend:
     """Returns the attention of these rows by the rule of `nca_jax.batch`; the cache is unused.
 
     Codes and block masks are made here, once for all layers.
@@ -86,6 +86,8 @@ def packed(rows: Rows, *, num_blocks: int, align: int, interpret: bool) -> Atten
     """
     row_len = rows.tokens.shape[1]
     code = Code.of(row_len, align)
+    if code is None:
+        raise ValueError(f"No code for rows of {row_len} tokens, segments at multiples of {align}.")
     live = jax.vmap(lambda pairs: _live_blocks(pairs, num_blocks))(rows.pairs)  # [R, Q, Q]
     plan = (
         jax.vmap(lambda rows: _codes(rows, code))(rows),
@@ -113,7 +115,7 @@ def packed(rows: Rows, *, num_blocks: int, align: int, interpret: bool) -> Atten
     return attend
 
 
-def _local(code: Code, block: int, interpret: bool) -> Callable:
+def _local(code: Code, block: int, interpret: bool) -> Callable[..., jax.Array]:
     """Returns the attention of the rows and heads that one device holds, q [R, N, T, H]."""
 
     def attend(q, k, v, codes, query_ids, key_ids, live, next_key, next_query):
@@ -147,7 +149,11 @@ def _local(code: Code, block: int, interpret: bool) -> Callable:
                 with_plan(kernel.dkv_mask_info, next_query),
                 **kernel.kwargs,
             )
-            return of_row(q, k, v, kernels.SegmentIds(query_ids, key_ids))
+            out = of_row(q, k, v, kernels.SegmentIds(query_ids, key_ids))
+            assert not isinstance(
+                out, tuple
+            )  # that would have the residuals, which nobody asked for
+            return out
 
         return jax.vmap(one_row)(q, k, v, codes, query_ids, key_ids, live, next_key, next_query)
 

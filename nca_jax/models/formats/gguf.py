@@ -5,7 +5,7 @@ The dequantised weights are what is trained and what the reference is; nothing i
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -20,7 +20,7 @@ from nca_jax.models.families import FAMILIES
 from nca_jax.models.formats import names
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase
 
 ARCHITECTURES = [name for name, family in FAMILIES.items() if family.in_gguf]
 _TURN_IDS = ("bos", "eos", "eot")  # eos and eot both end a turn
@@ -38,7 +38,7 @@ class File(NamedTuple):
     path: Path
     reader: GGUFReader
 
-    def get(self, key: str, **default):
+    def get(self, key: str, **default: Any) -> Any:
         """Returns the metadata of a key, or `default=`; raises UserError if there is neither."""
         field = self.reader.get_field(key)
         if field is not None:
@@ -192,7 +192,7 @@ SPLITTERS = {
 }
 
 
-def gguf_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
+def gguf_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
     """Builds the byte-level BPE tokenizer of a GGUF file, with its chat template if it has one.
 
     Raises:

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -60,7 +60,7 @@ def open_hf(folder: str | Path) -> tuple[ModelConfig, dict[str, names.Param]]:
 
 def tensor_names(model_type: str) -> dict[str, str]:
     """Returns {parameter path: tensor name, with {L} and {E}} of a family, a key of FAMILIES."""
-    return names.HF | FAMILIES[model_type].tensors
+    return {**names.HF, **FAMILIES[model_type].tensors}
 
 
 def read_config(folder: str | Path) -> ModelConfig:
@@ -72,7 +72,7 @@ def read_config(folder: str | Path) -> ModelConfig:
     return _read_config(Path(folder))[0]
 
 
-def parse_config(raw: dict, generation: dict) -> ModelConfig:
+def parse_config(raw: dict[str, Any], generation: dict[str, Any]) -> ModelConfig:
     """Returns what the contents of config.json and generation_config.json say.
 
     Raises:
@@ -123,7 +123,7 @@ def _read_config(folder: Path) -> tuple[ModelConfig, dict[str, str]]:
         raise UserError(f"{file}: {error}") from None
 
 
-def _refuse(family: Family, raw: dict) -> None:
+def _refuse(family: Family, raw: dict[str, Any]) -> None:
     for key in SIZES:
         if not isinstance(raw.get(key), int) or raw[key] < 1:
             raise UserError(f"{key} must be a positive integer, not {raw.get(key)!r}.")
@@ -136,7 +136,7 @@ def _refuse(family: Family, raw: dict) -> None:
             raise UserError(f"{key} {raw[key]!r} is not supported; wanted {value!r}.")
 
 
-def _rope(raw: dict) -> tuple[float, RopeScaling | None]:
+def _rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     """Returns (theta, scaling) of the old fields or the new one, by transformers' precedence."""
     rope = raw["rope_scaling"] or raw["rope_parameters"] or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -160,7 +160,7 @@ def _rope(raw: dict) -> tuple[float, RopeScaling | None]:
     return theta, RopeScaling(*factors, original_max_position=original)
 
 
-def _eos_ids(raw: dict, generation: dict) -> tuple[int, ...]:
+def _eos_ids(raw: dict[str, Any], generation: dict[str, Any]) -> tuple[int, ...]:
     """Returns every id that ends a turn, those of config.json first."""
     ids = []
     for value in (raw["eos_token_id"], generation.get("eos_token_id")):
@@ -218,7 +218,7 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _read_json(file: Path) -> dict:
+def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -83,7 +84,7 @@ def family_of(config: ModelConfig) -> Family:
     )
 
 
-def config_json(config: ModelConfig, family: Family) -> dict:
+def config_json(config: ModelConfig, family: Family) -> dict[str, Any]:
     """Returns config.json as this family writes it, complete but for the dtype.
 
     RoPE is in the fields that every version of transformers and vLLM reads.
@@ -118,7 +119,7 @@ def config_json(config: ModelConfig, family: Family) -> dict:
     return {**content, **family.write(config)}
 
 
-def _token_ids(config: ModelConfig) -> dict:
+def _token_ids(config: ModelConfig) -> dict[str, Any]:
     ends = list(config.eos_ids)
     return {
         "bos_token_id": config.bos_id,
@@ -182,7 +183,9 @@ def _write_safetensors(
     By hand, as the library's own writer wants the whole file in memory, twice.
     """
     numpy_dtype, stored_as = DTYPES[dtype]
-    header, end = {"__metadata__": {"format": "pt"}}, 0  # transformers asks for the format
+    # transformers asks for the format
+    header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for name, held in places.items():
         shape = names.tensor_shape(config, held)
         start, end = end, end + numpy_dtype.itemsize * math.prod(shape)
@@ -195,5 +198,5 @@ def _write_safetensors(
             out.write(names.read_tensor(config, params, held).astype(numpy_dtype).tobytes())
 
 
-def _write_json(file: Path, content: dict) -> None:
+def _write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

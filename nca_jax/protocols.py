@@ -1,0 +1,105 @@
+"""What functions ask of things whose own types say less: a tokenizer, a section of the config.
+
+A `ConfigDict` says nothing of its fields, so a function that takes one section says by a type of
+this file what it reads. The table in `nca_jax.config` is where fields are made; a test compares.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:  # what reads text imports no jax, and a loss not even numpy
+    import numpy as np
+
+
+class Tokenizer(Protocol):
+    """What is used of a tokenizer of transformers."""
+
+    bos_token_id: int | None
+    eos_token: str | None
+    eos_token_id: int | None
+    chat_template: str | dict[str, str] | None
+    special_tokens_map: Mapping[str, str | list[str]]
+
+    def __len__(self) -> int: ...
+    def __call__(
+        self, text: str, *, add_special_tokens: bool = True
+    ) -> Mapping[str, list[int]]: ...
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
+    def decode(self, token_ids: "Sequence[int] | np.ndarray") -> str: ...
+    def apply_chat_template(
+        self,
+        conversation: list[dict[str, Any]],
+        *,
+        tokenize: bool,
+        add_generation_prompt: bool,
+    ) -> str: ...
+    def convert_ids_to_tokens(self, ids: int) -> str | None: ...
+    def get_vocab(self) -> dict[str, int]: ...
+
+
+class Device(Protocol):
+    """What is asked of a device: jax's own class is no type to a checker."""
+
+    platform: str
+    device_kind: str
+
+
+class DataSection(Protocol):
+    """config.data"""
+
+    files: str
+    eval_files: str
+    eval_fraction: float
+    weights: str
+    shuffle: bool
+    bad_rows: str
+    tokenizer: str
+    format: str
+    max_prompt_len: int
+    max_response_len: int
+    prompt_keep: str
+    too_long: str
+    num_responses: int
+    choose: str
+    first_bonus: float
+    batch_size: int
+    row_len: int
+    rows: int
+    block: int
+    row_pairs: int
+    align: int
+
+
+class ModelSection(Protocol):
+    """config.model, as far as it says which model it is"""
+
+    name: str
+    init_from: str
+
+
+class OptimSection(Protocol):
+    """config.optim"""
+
+    lr: float
+    schedule: str
+    warmup_frac: float
+    clip_norm: float
+    b1: float
+    b2: float
+    eps: float
+    weight_decay: float
+    mu_dtype: str
+
+
+class CheckpointSection(Protocol):
+    """config.checkpoint"""
+
+    keep_last: int
+    best_metric: str
+
+
+class LogSection(Protocol):
+    """config.log"""
+
+    tensorboard: bool
+    wandb_project: str
