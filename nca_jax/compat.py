@@ -14,5 +14,5 @@ def wanted_libtpu() -> str:
 
     Another release compiles another program, with another need of memory.
     """
-    asked = importlib.metadata.requires("jax")
+    asked = importlib.metadata.requires("jax") or ()
     return next(line.split(";")[0].strip() for line in asked if line.startswith("libtpu"))
