@@ -53,6 +53,7 @@ FAMILIES = {
 # Prompts with ragged responses; the longest goes beyond llama 3's old context.
 LENGTHS = [(9, (5, 2)), (1, (3,)), (21, (2, 4))]
 NEW_TOKENS = 12
+NUM_SLOTS = sum(len(responses) for _, responses in LENGTHS)
 
 
 def pieces() -> list[Group]:
@@ -88,12 +89,16 @@ def write_family(folder: Path, name: str) -> Path:
     return folder
 
 
+def slots() -> list[np.ndarray]:
+    """Returns the slots of each of `pieces`: they count the responses."""
+    ends = np.cumsum([len(responses) for _, responses in LENGTHS])
+    return np.split(np.arange(ends[-1]), ends[:-1])
+
+
 def packed_logits(model: Model, params: dict) -> np.ndarray:
     """Returns the logits that predict the response tokens of `pieces`, [tokens, V], in order."""
     layout = RowLayout(row_len=32, rows=2, block=16, num_pairs=causal_bound(32, 16), align=1)
-    ends = np.cumsum([len(responses) for _, responses in LENGTHS])
-    slots = np.split(np.arange(ends[-1]), ends[:-1])  # they count the responses
-    packed, _, _ = pack(pieces(), layout, slots=slots, num_slots=int(ends[-1]), num_micro=1)
+    packed, _, _ = pack(pieces(), layout, slots=slots(), num_slots=NUM_SLOTS, num_micro=1)
     rows = Rows(*(x[0] for x in packed))
 
     @jax.jit
@@ -102,7 +107,7 @@ def packed_logits(model: Model, params: dict) -> np.ndarray:
 
     logits = np.asarray(row_logits(params))  # [R, T, V]
     found = []
-    for slot in range(int(ends[-1])):
+    for slot in range(NUM_SLOTS):
         row, place = np.nonzero(rows.logp_slot == slot)
         found.append(logits[row, rows.logp_at[row, place], :VOCAB])
     return np.concatenate(found)

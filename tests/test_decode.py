@@ -1,6 +1,7 @@
 """Sampling with a cache is the model without one; evaluation of samples does what it says."""
 
 import dataclasses
+import functools
 import json
 import math
 from types import SimpleNamespace
@@ -60,16 +61,26 @@ def keys(seed: int = 0) -> jax.Array:
     return jax.random.split(jax.random.key(seed), len(LENGTHS))
 
 
-def uncached_logits(model: Model, params: dict, ids: list[int], key_on=True) -> np.ndarray:
-    """[T, V]: one dense causal forward without any earlier state; `key_on` [T] as in Rows."""
-    place = jnp.arange(len(ids))
-    mask = (place[:, None] >= place[None]) & jnp.broadcast_to(key_on, place.shape)[None]
+WIDTH = 16  # of an uncached forward: no earlier token sees what fills it up
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def dense_logits(model: Model, params: dict, ids: jax.Array, key_on: jax.Array) -> jax.Array:
+    """[WIDTH] int32, [WIDTH] bool -> [WIDTH, V]: one dense causal forward, no earlier state."""
+    place = jnp.arange(WIDTH)
+    mask = (place[:, None] >= place[None]) & key_on[None]
     if model.config.sliding_window:
         mask &= place[:, None] - place[None] < model.config.sliding_window
     attend = cached(mask[None], jnp.int32(0))
-    cache = model.make_cache(1, len(ids))
-    hidden, _ = model.hidden(params, jnp.asarray([ids]), place[None], attend, cache)
-    return np.asarray(model.logits(params, hidden)[0])
+    hidden, _ = model.hidden(params, ids[None], place[None], attend, model.make_cache(1, WIDTH))
+    return model.logits(params, hidden)[0]
+
+
+def uncached_logits(model: Model, params: dict, ids: list[int], key_on=True) -> np.ndarray:
+    """[T, V] of T ids; `key_on` [T] as in Rows."""
+    fill = (0, WIDTH - len(ids))
+    on = np.pad(np.broadcast_to(key_on, len(ids)), fill)
+    return np.asarray(dense_logits(model, params, np.pad(np.int32(ids), fill), on))[: len(ids)]
 
 
 @pytest.mark.parametrize("changes", [dict(), dict(sliding_window=5), dict(tied_head=True)], ids=str)
@@ -230,6 +241,7 @@ def test_a_sample_is_finished_by_its_end_of_turn_token_or_the_stop_string_which_
     assert read([1], "") == ("", [1], True)
 
 
+@pytest.mark.slow
 def test_generate_writes_rows_that_train_reads_and_evaluate_writes_its_metrics(tmp_path):
     rows = write_records(tmp_path / "rows.jsonl")
     config = (

@@ -54,7 +54,8 @@ def flags(tmp_path):
         ("--config.optim.lr=fast", "could not convert"),
         ("--config.optim.lr=-1.0", "config.optim.lr must be a number above 0"),
         ("--config.loss.name=ncaa", "config.loss.name must be one of 'nca'"),
-        ("--config.loss.name=dpo", "config.data.num_responses=2"),
+        ("--config.loss.name=dpo", "chosen by the argument `algo`"),
+        ("--config.data.num_responses=1", "config.data.num_responses=2"),
         ("--config.steps=0", "set one of config.steps and config.epochs"),
         ("--config.data.block=100", "must divide config.data.row_len"),
         ("--config.data.format=releasd", "config.data.format must be one of 'chat'"),
@@ -129,6 +130,7 @@ def test_a_malformed_row_stops_with_file_line_and_reason(fails, flags, tmp_path,
     assert f"{path}:2" in error or not line
 
 
+@pytest.mark.slow
 def test_a_workdir_of_another_model_is_refused(fails, flags, tmp_path):
     run = tmp_path / "run"
     run.mkdir()

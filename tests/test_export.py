@@ -187,6 +187,7 @@ def trained(tmp_path, arg: str, *flags: str) -> Path:
     return tmp_path / "run"
 
 
+@pytest.mark.slow
 def test_a_trained_policy_is_exported_bit_for_bit_with_its_card_and_tokenizer(tmp_path):
     workdir, out = trained(tmp_path, "smoke", "--config.optim.lr=1e-2"), tmp_path / "out"
     out.mkdir()  # an empty folder is fine

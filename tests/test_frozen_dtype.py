@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from families import LENGTHS, pieces, write_family
+from families import LENGTHS, NUM_SLOTS, pieces, slots, write_family
 from helpers import DENSE
 from ml_collections import ConfigDict
 from safetensors.numpy import load_file, save_file
@@ -27,7 +27,6 @@ from nca_jax.models.formats.hf import open_hf
 from nca_jax.params import start_params
 
 BFLOAT16, FLOAT16, FLOAT32 = map(np.dtype, (ml_dtypes.bfloat16, np.float16, np.float32))
-NUM_SLOTS = sum(len(responses) for _, responses in LENGTHS)
 FAMILIES = {
     "qwen2": "biases, tied head",
     "qwen3": "norms of q and k, a head of its own",
@@ -56,7 +55,7 @@ def dtypes_of(params: dict) -> dict[str, np.dtype]:
 def logps(model: Model, params: dict) -> tuple[np.ndarray, np.ndarray]:
     """Returns the log-probability of every token [R, T], and of every response [slots]."""
     layout = RowLayout(row_len=32, rows=2, block=16, num_pairs=causal_bound(32, 16), align=1)
-    packed, _, _ = pack(pieces(), layout, num_slots=NUM_SLOTS, num_micro=1)
+    packed, _, _ = pack(pieces(), layout, slots=slots(), num_slots=NUM_SLOTS, num_micro=1)
     rows = Rows(*(x[0] for x in packed))
 
     @jax.jit

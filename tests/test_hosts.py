@@ -102,6 +102,7 @@ def alone(tmp_path_factory, rows):
     return workdir
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_metrics_of_one(tmp_path, rows):
     one, two = tmp_path / "one", tmp_path / "two"
     alone = command("train", *train_flags(one, rows, 3), devices=2)

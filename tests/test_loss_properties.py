@@ -180,7 +180,9 @@ def test_permuting_the_responses_permutes_targets_and_gradients(dtype, problem, 
 # Masks
 
 
-@in_both_precisions
+@pytest.mark.parametrize(
+    "dtype", [np.float64, pytest.param(np.float32, marks=pytest.mark.slow)]
+)  # a program a shape
 @every_run_the_same
 @given(
     problem=problems(),

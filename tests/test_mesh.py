@@ -82,7 +82,13 @@ MESHES = {  # each axis alone, and together
 }
 
 
-@pytest.mark.parametrize("name", [*MESHES, "permuted"])
+SOME = ("permuted", "expert", "2 x 2 x 2")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(x, marks=[] if x in SOME else pytest.mark.slow) for x in (*MESHES, "permuted")],
+)
 def test_every_mesh_gives_the_numbers_of_one_device(on_one_device, name):
     devices = np.array(jax.devices())
     if name == "permuted":  # a device's place in the mesh must not matter

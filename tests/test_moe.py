@@ -55,7 +55,10 @@ def test_grouped_products_equal_the_dense_mixture_and_drop_no_token(chosen):
 
 @pytest.mark.parametrize(
     "sizes",
-    [{"expert": 4, "fsdp": 2}, {"expert": 2, "tensor": 2, "data": 2}],
+    [
+        pytest.param({"expert": 4, "fsdp": 2}, marks=pytest.mark.slow),
+        {"expert": 2, "tensor": 2, "data": 2},
+    ],
     ids=["expert, fsdp", "expert, tensor, data"],
 )
 def test_experts_over_a_mesh_equal_the_dense_mixture(sizes):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from commands import metric_lines
 from helpers import data_config, encode_one, write
+from loss_cases import PAIRS
 from transformers import PreTrainedTokenizerFast
 
 from nca_jax import build, precompute, programs, train
@@ -25,7 +26,7 @@ from nca_jax.data.pipeline import Dataset, eval_batches
 from nca_jax.flags import parse_flags
 from nca_jax.infra.mesh import make_mesh
 from nca_jax.logprobs import token_logps
-from nca_jax.losses import PAIR_LOSSES, targets_from_scores
+from nca_jax.losses import targets_from_scores
 from nca_jax.params import policy_params, start_params
 
 DATA = Path(__file__).parent / "data"
@@ -362,7 +363,7 @@ def test_a_cached_reference_and_one_prompt_a_micro_batch_leave_the_released_numb
     check(largest_differences(golden, lines))
 
 
-@pytest.mark.parametrize("algo", PAIR_LOSSES)
+@pytest.mark.parametrize("algo", PAIRS)
 def test_a_pair_loss_has_hard_labels_in_which_the_first_of_a_tie_wins(algo):
     config, _ = parse_flags(flags_of("rows.jsonl", algo=algo))
     row = {"prompt_ids": [5], "response_ids": [[7, 2], [8, 2]], "scores": [1, 1]}

@@ -1,5 +1,6 @@
 """A run killed at any moment and started again is the run that was never stopped, bit for bit."""
 
+import itertools
 import random
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from commands import command, finish, metric_lines, write_records
 
+from nca_jax import train as train_command
 from nca_jax.infra.checkpoint import restore_params
 from nca_jax.infra.mesh import make_mesh
 from nca_jax.model_config import MODELS
@@ -57,6 +59,26 @@ def uninterrupted(tmp_path_factory):
     return folder / "run", rows
 
 
+def test_a_run_that_stops_and_goes_on_is_the_run_that_did_not_bit_for_bit(tmp_path, monkeypatch):
+    rows = write_records(tmp_path / "rows.jsonl", num_rows=12)
+
+    def run(workdir: Path, stop_after: int) -> None:
+        steps = itertools.count(1)
+        monkeypatch.setattr(
+            train_command, "catch_sigterm", lambda: lambda: next(steps) == stop_after
+        )
+        flags = ("--config.steps=5", "--config.save_every=4", "--config.eval_every=4")
+        arg = f"--config=configs/jsonl.py:files={rows},smoke"
+        flags += ("--config.optim.lr=1e-3", "--config.data.rows=8", "--config.data.row_len=128")
+        train_command.main(["train", arg, f"--workdir={workdir}", *flags])
+
+    run(tmp_path / "whole", stop_after=99)
+    run(tmp_path / "parts", stop_after=2)
+    assert [line["step"] for line in metric_lines(tmp_path / "parts", "train")] == [1, 2]
+    run(tmp_path / "parts", stop_after=99)
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
 def steps_done(workdir: Path) -> int:
     """Returns the last logged step; 0 before the first."""
     if not (workdir / "metrics.jsonl").exists():
@@ -82,6 +104,7 @@ def kills_and_resumes(workdir: Path, rows: Path, num_kills: int, seed: int) -> N
     finish(train(workdir, rows))
 
 
+@pytest.mark.slow
 def test_a_run_killed_once_is_the_uninterrupted_run(tmp_path, uninterrupted):
     want, rows = uninterrupted
     kills_and_resumes(tmp_path / "run", rows, num_kills=1, seed=0)
@@ -95,6 +118,7 @@ def test_a_run_killed_ten_times_is_the_uninterrupted_run(tmp_path, uninterrupted
     assert_same_run(tmp_path / "run", want)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_says_so_and_the_same_command_goes_on(tmp_path, uninterrupted):
     want, rows = uninterrupted
     process = train(tmp_path / "run", rows)

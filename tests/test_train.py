@@ -43,7 +43,13 @@ def rows(tmp_path):
     return write_records(tmp_path / "rows.jsonl")
 
 
-@pytest.mark.parametrize(("algo", "start"), [("nca", 2 * math.log(2)), ("infonca", math.log(4))])
+@pytest.mark.parametrize(
+    ("algo", "start"),
+    [
+        ("nca", 2 * math.log(2)),
+        pytest.param("infonca", math.log(4), marks=pytest.mark.slow),
+    ],
+)
 def test_first_loss_is_that_of_policy_equal_to_reference(tmp_path, rows, algo, start):
     flags = ("--config.steps=1", "--config.eval_every=0")
     lines = run(tmp_path / "run", rows, *flags, arg=f"algo={algo},smoke")
@@ -163,6 +169,7 @@ def test_a_profile_beyond_the_epochs_of_a_run_is_refused_before_the_first_step(t
     assert not (tmp_path / "run" / "run.json").exists()
 
 
+@pytest.mark.slow
 def test_cached_reference_equals_live_one_and_is_checked(tmp_path, rows):
     cache = tmp_path / "cache"
     cached = ("--config.reference.kind=cached", f"--config.reference.cache={cache}")
@@ -183,6 +190,7 @@ def test_cached_reference_equals_live_one_and_is_checked(tmp_path, rows):
         run(tmp_path / "wrong", rows, *cached)
 
 
+@pytest.mark.slow
 def test_non_finite_loss_names_step_and_rows_and_keeps_the_last_checkpoint(tmp_path, rows):
     flags = ("--config.optim.lr=1e30", "--config.save_every=1", "--config.optim.warmup_frac=0.3")
     flags += ("--config.eval_every=0",)

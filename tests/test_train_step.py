@@ -36,10 +36,10 @@ def weight(responses, fields):
 
 def test_the_gradient_is_that_of_the_weighted_mean_over_all_micro_batches(monkeypatch):
     monkeypatch.setitem(LOSSES, "weighted", LOSSES["nca"]._replace(weight=weight))
-    data = data_config(row_len=24, rows=1, batch_size=4)
+    data = data_config(row_len=32, rows=1, batch_size=4)
     config = parse_flags(["x", "--config=configs/jsonl.py:files=x,smoke,algo=weighted"])[0]
     config = ConfigDict(config.to_dict())
-    config.data, config.loss.logits_chunk, config.loss.beta = data, 24, 0.5
+    config.data, config.loss.logits_chunk, config.loss.beta = data, 32, 0.5
     examples = []
     for i in range(4):  # of different lengths, so that weights differ
         record = id_record(i + 1)
