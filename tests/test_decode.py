@@ -61,24 +61,21 @@ def keys(seed: int = 0) -> jax.Array:
     return jax.random.split(jax.random.key(seed), len(LENGTHS))
 
 
-WIDTH = 16  # of an uncached forward: no earlier token sees what fills it up
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def dense_logits(model: Model, params: dict, ids: jax.Array, key_on: jax.Array) -> jax.Array:
-    """[WIDTH] int32, [WIDTH] bool -> [WIDTH, V]: one dense causal forward, no earlier state."""
-    place = jnp.arange(WIDTH)
+    """[T] int32, [T] bool -> [T, V]: one dense causal forward, no earlier state."""
+    place = jnp.arange(len(ids))
     mask = (place[:, None] >= place[None]) & key_on[None]
     if model.config.sliding_window:
         mask &= place[:, None] - place[None] < model.config.sliding_window
     attend = cached(mask[None], jnp.int32(0))
-    hidden, _ = model.hidden(params, ids[None], place[None], attend, model.make_cache(1, WIDTH))
+    hidden, _ = model.hidden(params, ids[None], place[None], attend, model.make_cache(1, len(ids)))
     return model.logits(params, hidden)[0]
 
 
 def uncached_logits(model: Model, params: dict, ids: list[int], key_on=True) -> np.ndarray:
     """[T, V] of T ids; `key_on` [T] as in Rows."""
-    fill = (0, WIDTH - len(ids))
+    fill = (0, -len(ids) % 16)  # few shapes; no earlier token sees what fills it up
     on = np.pad(np.broadcast_to(key_on, len(ids)), fill)
     return np.asarray(dense_logits(model, params, np.pad(np.int32(ids), fill), on))[: len(ids)]
 

@@ -212,6 +212,7 @@ def test_a_trained_policy_is_exported_bit_for_bit_with_its_card_and_tokenizer(tm
     assert all((at_first[path] != at_end[path]).any() for path in at_end)
 
 
+@pytest.mark.slow
 def test_an_exported_policy_of_a_folder_keeps_its_json(tmp_path):
     start = f"init_from={TINY_MISTRAL}"
     fits = ("--config.data.format=plain", "--config.data.row_len=512")

@@ -78,14 +78,19 @@ def assert_same_numbers(run: Run, folder: Path, dtype: np.dtype) -> None:
     np.testing.assert_array_equal(responses, want_responses)
 
 
-@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+in_both_dtypes = pytest.mark.parametrize(
+    "compute", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)]
+)
+
+
+@in_both_dtypes
 @pytest.mark.parametrize("name", FAMILIES)
 def test_bfloat16_parameters_give_the_numbers_of_float32_ones(tmp_path, name, compute):
     folder = written(tmp_path, name, BFLOAT16)
     assert_same_numbers(run_of(folder, dtype=jnp.dtype(compute)), folder, BFLOAT16)
 
 
-@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+@in_both_dtypes
 def test_unrolled_layers_do_too(tmp_path, compute):
     folder = written(tmp_path, "qwen2", BFLOAT16)
     run = run_of(folder, dtype=jnp.dtype(compute), scan_layers=False)

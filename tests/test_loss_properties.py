@@ -23,7 +23,9 @@ B = 3
 ROUNDING = {np.float32: 4e-6, np.float64: 1e-13}  # of sums of a few numbers near 1
 
 every_run_the_same = settings(deadline=None, max_examples=25, derandomize=True, database=None)
-in_both_precisions = pytest.mark.parametrize("dtype", [np.float32, np.float64])
+in_both_precisions = pytest.mark.parametrize(
+    "dtype", [np.float64, pytest.param(np.float32, marks=pytest.mark.slow)]
+)
 
 
 # One compilation for each K: examples cost next to nothing.
@@ -180,9 +182,7 @@ def test_permuting_the_responses_permutes_targets_and_gradients(dtype, problem, 
 # Masks
 
 
-@pytest.mark.parametrize(
-    "dtype", [np.float64, pytest.param(np.float32, marks=pytest.mark.slow)]
-)  # a program a shape
+@in_both_precisions
 @every_run_the_same
 @given(
     problem=problems(),

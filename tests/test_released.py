@@ -180,7 +180,8 @@ def flags_of(rows: str, *flags: str, algo="nca", alpha=1e-4, beta=0.1, steps=30,
     return [
         "train",
         f"--config=configs/torch_parity.py:{arg},batch_size={batch_size},lr=1e-3",
-        "--config.data.row_len=512",
+        "--config.data.row_len=192",
+        "--config.loss.logits_chunk=64",
         *flags,
     ]
 
@@ -297,7 +298,13 @@ IN_ORDER, PERMUTED = range(8), (5, 2, 7, 0, 3, 6, 1, 4)
     ("algo", "devices", "flags"),
     [
         pytest.param("nca", [0], (), id="nca, 1 device"),
-        pytest.param("infonca", PERMUTED, mesh(2, 2, 2), id="infonca, 8 devices permuted"),
+        pytest.param(
+            "infonca",
+            PERMUTED,
+            mesh(2, 2, 2),
+            id="infonca, 8 devices permuted",
+            marks=pytest.mark.slow,
+        ),
         pytest.param("nca", IN_ORDER, mesh(2, 2, 2), id="nca, 8", marks=pytest.mark.slow),
         pytest.param("infonca", [0], (), id="infonca, 1", marks=pytest.mark.slow),
     ],
@@ -368,4 +375,5 @@ def test_a_pair_loss_has_hard_labels_in_which_the_first_of_a_tie_wins(algo):
     config, _ = parse_flags(flags_of("rows.jsonl", algo=algo))
     row = {"prompt_ids": [5], "response_ids": [[7, 2], [8, 2]], "scores": [1, 1]}
     scores = jnp.asarray(encode_one(row, config.data, eos_ids=(2,)).scores)[None]
-    assert targets_from_scores(scores, alpha=config.loss.alpha).tolist() == [[1, 0]]
+    assert "alpha" not in config.loss
+    assert targets_from_scores(scores, alpha=0.0).tolist() == [[1, 0]]

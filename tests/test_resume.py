@@ -7,14 +7,18 @@ import subprocess
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from commands import command, finish, metric_lines, write_records
+from ml_collections import ConfigDict
 
+from nca_jax import build
 from nca_jax import train as train_command
+from nca_jax.build import open_model_config
 from nca_jax.infra.checkpoint import restore_params
-from nca_jax.infra.mesh import make_mesh
-from nca_jax.model_config import MODELS
+from nca_jax.infra.mesh import host_mesh, make_mesh
+from nca_jax.model_config import MODELS, ModelConfig
 from nca_jax.models.decoder import Model
 
 STEPS = 24
@@ -34,14 +38,11 @@ def train(workdir: Path, rows: Path) -> subprocess.Popen:
     )
 
 
-def final_params(workdir: Path) -> dict:
-    mesh = make_mesh({"data": -1, "fsdp": 1, "tensor": 1, "expert": 1})
-    return restore_params(workdir, Model(MODELS["tiny"]).abstract_params(), mesh)
+def final_params(workdir: Path, config: ModelConfig = MODELS["tiny"]) -> dict:
+    return restore_params(workdir, Model(config).abstract_params(), host_mesh())
 
 
 def leaves(tree: dict) -> list[np.ndarray]:
-    import jax
-
     return [np.asarray(x) for x in jax.tree.leaves(tree)]
 
 
@@ -60,23 +61,29 @@ def uninterrupted(tmp_path_factory):
 
 
 def test_a_run_that_stops_and_goes_on_is_the_run_that_did_not_bit_for_bit(tmp_path, monkeypatch):
-    rows = write_records(tmp_path / "rows.jsonl", num_rows=12)
+    old = "tests/data/old_run"
+    monkeypatch.setattr(build, "make_mesh", lambda sizes, _: make_mesh(sizes, jax.devices()[:1]))
 
-    def run(workdir: Path, stop_after: int) -> None:
+    def run(workdir: Path, stop_after: int) -> list[dict]:
         steps = itertools.count(1)
-        monkeypatch.setattr(
-            train_command, "catch_sigterm", lambda: lambda: next(steps) == stop_after
-        )
-        flags = ("--config.steps=5", "--config.save_every=4", "--config.eval_every=4")
-        arg = f"--config=configs/jsonl.py:files={rows},smoke"
-        flags += ("--config.optim.lr=1e-3", "--config.data.rows=8", "--config.data.row_len=128")
+        asked = lambda: next(steps) == stop_after  # noqa: E731
+        monkeypatch.setattr(train_command, "catch_sigterm", lambda: asked)
+        flags = ("--config.steps=5", "--config.epochs=0", "--config.save_every=4")
+        flags += ("--config.eval_every=4", "--config.data.eval_fraction=0.2")
+        flags += ("--config.data.tokenizer=none", "--config.data.row_len=64")
+        flags += ("--config.data.max_response_len=16", "--config.optim.lr=1e-2")
+        flags += ("--config.loss.logits_chunk=64", "--config.data.batch_size=4")
+        arg = f"--config=configs/jsonl.py:files={old}/rows.jsonl,init_from={old}/model,k=3"
         train_command.main(["train", arg, f"--workdir={workdir}", *flags])
+        return metric_lines(workdir)
 
-    run(tmp_path / "whole", stop_after=99)
-    run(tmp_path / "parts", stop_after=2)
-    assert [line["step"] for line in metric_lines(tmp_path / "parts", "train")] == [1, 2]
-    run(tmp_path / "parts", stop_after=99)
-    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+    whole = run(tmp_path / "whole", stop_after=99)
+    assert [line["step"] for line in run(tmp_path / "parts", stop_after=2)] == [0, 1, 2]
+    assert run(tmp_path / "parts", stop_after=99) == whole
+    model = open_model_config(ConfigDict({"name": "", "init_from": f"{old}/model"}))
+    of_runs = [final_params(tmp_path / name, model) for name in ("parts", "whole")]
+    for a, b in zip(*map(leaves, of_runs), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def steps_done(workdir: Path) -> int:

@@ -144,6 +144,7 @@ def measured(tmp_path_factory):
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_a_profile_holds_the_asked_steps(measured):
     (trace,) = (measured / "profile").rglob("*.xplane.pb")
     planes = jax.profiler.ProfileData.from_file(str(trace)).planes
@@ -152,6 +153,7 @@ def test_a_profile_holds_the_asked_steps(measured):
     assert sorted(steps) == [2, 3]
 
 
+@pytest.mark.slow
 def test_mfu_is_written_where_the_peak_of_the_devices_is_known(measured):
     lines = [json.loads(line) for line in (measured / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 4
