@@ -23,7 +23,7 @@ LOCKS := lock-3.11 lock-3.12 lock-3.13
 
 .PHONY: test test-torch test-slow test-second test-chosen lint demo lock $(LOCKS) clean
 
-# Lint, and all tests but the slow ones and those beside PyTorch: under ten minutes.
+# Lint, types, and all tests but the slow ones and those beside PyTorch.
 test: lint
 	$(BIN)/python -m pytest -m "not slow and not torch" -n 2 --dist worksteal
 

@@ -1,40 +1,14 @@
-"""A workdir that an older version wrote goes on, in other rows and on other devices.
-
-data/old_run was written by commit 5f08b2107fc0 (config.json without a version, a loss.alpha, a key
-in the checkpoint): three of six steps, and the metrics of the six in whole_metrics.jsonl.
-"""
+"""A workdir that an older version wrote goes on, in other rows and on other devices."""
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 from commands import TIMES
+from old_run import FLAGS, OLD
 
 from nca_jax import train
 from nca_jax.checks import UserError
-
-OLD = Path(__file__).parent / "data" / "old_run"
-FLAGS = (
-    "--config=configs/jsonl.py:files=tests/data/old_run/rows.jsonl,"
-    "init_from=tests/data/old_run/model,k=3",
-    "--config.steps=6",
-    "--config.epochs=0",
-    "--config.data.tokenizer=none",
-    "--config.data.eval_fraction=0.2",
-    "--config.eval_every=3",
-    "--config.save_every=3",
-    "--config.data.batch_size=4",
-    "--config.data.rows=8",
-    "--config.data.row_len=64",
-    "--config.data.block=16",
-    "--config.loss.logits_chunk=64",
-    "--config.optim.lr=1e-2",
-    "--config.data.max_prompt_len=16",
-    "--config.data.max_response_len=16",
-    "--config.log.tensorboard=False",
-    "--config.checkpoint.keep_last=1",
-)
 
 
 @pytest.fixture

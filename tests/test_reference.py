@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from commands import metric_lines
 from ml_dtypes import bfloat16
+from old_run import ALL_BUT_STEPS, MODEL
 from safetensors.numpy import load_file, save_file
 
 from nca_jax import build, train
@@ -21,36 +22,24 @@ from nca_jax.params import start_params
 from nca_jax.programs import jit_step_logps
 from nca_jax.reference import make_reference
 
-OLD = Path("tests/data/old_run")
 FLAGS = (
-    f"--config=configs/jsonl.py:files={OLD}/rows.jsonl,init_from={OLD}/model,k=3",
+    *ALL_BUT_STEPS,
     "--config.steps=2",
-    "--config.epochs=0",
-    "--config.eval_every=0",
-    "--config.data.tokenizer=none",
     "--config.data.eval_fraction=0",
-    "--config.data.batch_size=4",
-    "--config.data.rows=8",
-    "--config.data.row_len=64",
-    "--config.data.block=16",
-    "--config.loss.logits_chunk=64",
-    "--config.optim.lr=1e-2",
-    "--config.data.max_prompt_len=16",
-    "--config.data.max_response_len=16",
-    "--config.log.tensorboard=False",
+    "--config.eval_every=0",
 )
 
 
 @pytest.fixture
 def other(tmp_path) -> Path:
     """A folder of the same model with other weights, in bfloat16."""
-    folder = shutil.copytree(OLD / "model", tmp_path / "other")
+    folder = shutil.copytree(MODEL, tmp_path / "other")
     change_weights(folder, 1.5)
     return folder
 
 
 def change_weights(folder: Path, factor: float) -> None:
-    tensors = load_file(OLD / "model" / "model.safetensors")
+    tensors = load_file(MODEL / "model.safetensors")
     changed = {name: (factor * x).astype(bfloat16) for name, x in tensors.items()}
     save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
 

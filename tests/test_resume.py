@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from commands import command, finish, metric_lines, write_records
 from ml_collections import ConfigDict
+from old_run import ALL_BUT_STEPS, MODEL
 
 from nca_jax import build
 from nca_jax import train as train_command
@@ -61,26 +62,20 @@ def uninterrupted(tmp_path_factory):
 
 
 def test_a_run_that_stops_and_goes_on_is_the_run_that_did_not_bit_for_bit(tmp_path, monkeypatch):
-    old = "tests/data/old_run"
     monkeypatch.setattr(build, "make_mesh", lambda sizes, _: make_mesh(sizes, jax.devices()[:1]))
 
     def run(workdir: Path, stop_after: int) -> list[dict]:
         steps = itertools.count(1)
         asked = lambda: next(steps) == stop_after  # noqa: E731
         monkeypatch.setattr(train_command, "catch_sigterm", lambda: asked)
-        flags = ("--config.steps=5", "--config.epochs=0", "--config.save_every=4")
-        flags += ("--config.eval_every=4", "--config.data.eval_fraction=0.2")
-        flags += ("--config.data.tokenizer=none", "--config.data.row_len=64")
-        flags += ("--config.data.max_response_len=16", "--config.optim.lr=1e-2")
-        flags += ("--config.loss.logits_chunk=64", "--config.data.batch_size=4")
-        arg = f"--config=configs/jsonl.py:files={old}/rows.jsonl,init_from={old}/model,k=3"
-        train_command.main(["train", arg, f"--workdir={workdir}", *flags])
+        flags = ("--config.steps=5", "--config.save_every=4", "--config.eval_every=4")
+        train_command.main(["train", *ALL_BUT_STEPS, f"--workdir={workdir}", *flags])
         return metric_lines(workdir)
 
     whole = run(tmp_path / "whole", stop_after=99)
     assert [line["step"] for line in run(tmp_path / "parts", stop_after=2)] == [0, 1, 2]
     assert run(tmp_path / "parts", stop_after=99) == whole
-    model = open_model_config(ConfigDict({"name": "", "init_from": f"{old}/model"}))
+    model = open_model_config(ConfigDict({"name": "", "init_from": str(MODEL)}))
     of_runs = [final_params(tmp_path / name, model) for name in ("parts", "whole")]
     for a, b in zip(*map(leaves, of_runs), strict=True):
         np.testing.assert_array_equal(a, b)
