@@ -31,9 +31,11 @@ test: lint
 test-torch: $(VENV)/installed-torch
 	$(BIN)/python -m pytest -m torch
 
-# Those that train or compile for minutes.
+# Those that train or compile for minutes; alone those that are several processes each.
+HOSTS := tests/test_hosts.py
 test-slow: $(VENV)/installed
-	$(BIN)/python -m pytest -m "slow and not torch"
+	$(BIN)/python -m pytest -m "slow and not torch" -n 2 --dist worksteal --ignore $(HOSTS)
+	$(BIN)/python -m pytest -m "slow and not torch" $(HOSTS)
 
 # A few minutes of tests on a newer Python with its newer JAX, where there is one.
 test-second:
