@@ -160,7 +160,7 @@ def mean_kl(
             chunk=config.loss.logits_chunk,
         ),
         out_shardings=NamedSharding(run.mesh, P()),
-        compiler_options=compiler_options(run.mesh),
+        compiler_options=compiler_options(run.mesh, run.model.dtype),
     )
     values = score_responses(
         lambda rows: kl(policy, reference, rows),

@@ -90,6 +90,7 @@ def test_bfloat16_parameters_give_the_numbers_of_float32_ones(tmp_path, name, co
     assert_same_numbers(run_of(folder, dtype=jnp.dtype(compute)), folder, BFLOAT16)
 
 
+@pytest.mark.slow
 @in_both_dtypes
 def test_unrolled_layers_do_too(tmp_path, compute):
     folder = written(tmp_path, "qwen2", BFLOAT16)

@@ -99,12 +99,9 @@ VARIANTS = {
 }
 
 
-SOME = ("plain", "keys off")  # the others are beside PyTorch in test_families.py
-
-
 @pytest.mark.parametrize(
     "variant",
-    [pytest.param(x, marks=[] if x in SOME else pytest.mark.slow) for x in VARIANTS],
+    [x if x == "plain" else pytest.param(x, marks=pytest.mark.slow) for x in VARIANTS],
 )
 def test_packed_shared_rows_equal_separate_rows_in_value_and_gradient(variant):
     model = model_of(variant, **VARIANTS[variant])

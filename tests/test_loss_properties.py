@@ -182,6 +182,7 @@ def test_permuting_the_responses_permutes_targets_and_gradients(dtype, problem, 
 # Masks
 
 
+@pytest.mark.slow
 @in_both_precisions
 @every_run_the_same
 @given(

@@ -30,6 +30,12 @@ FLAGS = (
 )
 
 
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """Programs for one device are compiled in half the time; others are for other files."""
+    monkeypatch.setattr(build, "make_mesh", lambda sizes, _: make_mesh(sizes, jax.devices()[:1]))
+
+
 @pytest.fixture
 def other(tmp_path) -> Path:
     """A folder of the same model with other weights, in bfloat16."""

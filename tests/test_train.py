@@ -74,6 +74,7 @@ def several_micro_batches(tmp_path_factory):
     return rows, run(folder / "run", rows, *SEVERAL_MICRO_BATCHES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
