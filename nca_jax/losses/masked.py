@@ -12,7 +12,7 @@ def all_if_none(mask: jax.Array | None, like: jax.Array) -> jax.Array:
     return jnp.ones(like.shape, bool) if mask is None else mask
 
 
-def num_responses(mask: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def num_responses(mask: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     """[B, 1]; 1 for an empty row, so that nothing is divided by 0."""
     return jnp.maximum(jnp.sum(mask, axis=-1, keepdims=True), 1).astype(dtype)
 

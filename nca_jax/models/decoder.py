@@ -90,7 +90,7 @@ class Model:
     """
 
     config: ModelConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: jnp.dtype = jnp.dtype("float32")
     remat: str = "none"
     scan_layers: bool = True
     attention_kernel: str = "pairs"
