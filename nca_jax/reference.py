@@ -162,8 +162,8 @@ def read_part(path: AnyPath) -> dict[int, np.ndarray]:
             raise ValueError("it holds NaN or infinity")
     except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
         raise UserError(
-            f"The cached reference {path} is damaged ({type(error).__name__}: {error}); python -m nca_jax.precompute with "
-            "the same --config makes this part again."
+            f"The cached reference {path} is damaged ({type(error).__name__}: {error}); python -m "
+            "nca_jax.precompute with the same --config makes this part again."
         ) from None
     pieces = np.split(logps, np.cumsum(sizes)[:-1])
     return dict(zip(keys.tolist(), pieces, strict=True))

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -326,15 +327,19 @@ def _read_digests(path: AnyPath) -> dict[str, str]:
 def _reading(path: AnyPath) -> Iterator[AnyPath]:
     """Makes what goes wrong while a file or folder is read a `Damaged` that names it.
 
-    Whatever may be in a damaged file, its readers raise what they like.
+    Whatever may be in a damaged file, its readers raise what they like. One that fails leaves others
+    behind, which fail later, in threads and on collection: their tracebacks say no more.
     """
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:
         yield path
     except (MemoryError, jax.errors.JaxRuntimeError):  # no fault of the file
         raise
     except Exception as error:
-        said = " ".join(f"{type(error).__name__}: {error}".split())
+        cause = error.__cause__ or error
+        said = " ".join(f"{type(cause).__name__}: {cause}".split())
         raise Damaged(f"{path} is damaged ({said:.300})") from error
+    sys.unraisablehook = hook
 
 
 def _check_same_arrays(where: AnyPath, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
