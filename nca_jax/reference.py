@@ -153,6 +153,8 @@ def read_part(path: AnyPath) -> dict[int, np.ndarray]:
     try:
         arrays = load(path.read_bytes())
         digest = arrays.pop("digest", None)
+        if arrays.keys() != set(PART_ARRAYS):
+            raise ValueError(f"it holds {', '.join(sorted(arrays))}")
         if digest is not None and not np.array_equal(digest, _digest(arrays)):
             raise ValueError("its numbers changed since it was written")
         keys, sizes, logps = (arrays[name] for name in PART_ARRAYS)

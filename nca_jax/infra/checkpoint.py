@@ -327,8 +327,8 @@ def _read_digests(path: AnyPath) -> dict[str, str]:
 def _reading(path: AnyPath) -> Iterator[AnyPath]:
     """Makes what goes wrong while a file or folder is read a `Damaged` that names it.
 
-    Whatever may be in a damaged file, its readers raise what they like. One that fails leaves others
-    behind, which fail later, in threads and on collection: their tracebacks say no more.
+    Whatever may be in a damaged file, its readers raise what they like. One that fails leaves
+    others behind, which fail later, in threads and on collection: their tracebacks say no more.
     """
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:
