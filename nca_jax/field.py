@@ -33,7 +33,7 @@ class Check(NamedTuple):
 def _float32(value: float) -> float:
     """Returns the nearest float32, infinity above the largest; below the least normal one 0."""
     try:
-        (nearest,) = struct.unpack("f", struct.pack("f", value))
+        (nearest,) = struct.unpack("f", struct.pack("f", float(value)))
     except OverflowError:
         return math.inf
     return nearest if abs(nearest) >= 2**-126 else 0.0
