@@ -158,7 +158,7 @@ class Encoder:
             scores[0] += self.config.first_bonus
         if not np.isfinite(scores[0]):
             raise RecordError(
-                f"the first score is {parts.scores[0]}, and float32 does not hold it with "
+                f"the first score is {parts.scores[0]:g}, and float32 does not hold it with "
                 f"data.first_bonus={self.config.first_bonus} added; scale the scores",
                 reason="scores",
             )
