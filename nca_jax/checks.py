@@ -8,7 +8,7 @@ this project and keeps its traceback.
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -36,6 +36,12 @@ def check_same_shape(**arrays: "jax.Array | None") -> None:
         raise ValueError(
             "Wanted equal shapes, got " + ", ".join(f"{k} {v}" for k, v in shapes.items())
         )
+
+
+def first_few(names: Sequence[str], *, between: str = ", ") -> str:
+    """Returns "a, b, c and 5 more" for a message."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return between.join(names[:3]) + more
 
 
 def run_main(main: Callable[[list[str]], int | None]) -> None:

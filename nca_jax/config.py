@@ -38,7 +38,7 @@ OPTIONAL = ("generate",)  # sections that a config may lack
 DTYPE = one_of("float32", "bfloat16")
 ALIGN = Check(int, lambda x: x in (1, 8, 16), "1, 8 or 16")
 LOSS = Check(str, lambda x: x in LOSSES, one_of(*LOSSES).wanted)  # of what is there when asked
-SHARE = Check(float, lambda x: 0 < x <= 1, "a number in (0, 1]")
+SHARE = Check(float, lambda x: 0 < x <= 1, "a number in (0, 1] in float32")
 
 FIELDS: dict[str, Field] = {
     "seed": Field(0, COUNT_OR_0, "of random weights, the order of the data and sampling"),
@@ -135,6 +135,13 @@ FIELDS: dict[str, Field] = {
     "checkpoint.keep_last": Field(2, COUNT, "checkpoints", True),
     "checkpoint.best_metric": Field(
         "", one_of("", *IS_BETTER_HIGH), "held-out metric whose best checkpoint is kept too", True
+    ),
+    "checkpoint.on_damage": Field(
+        "previous",
+        one_of("previous", "stop"),
+        "where the newest checkpoint is damaged: go on from the one before it, or stop",
+        True,
+        since=3,
     ),
     "generate.max_new_tokens": Field(512, COUNT, "tokens of a sampled response", True),
     "generate.num_samples": Field(1, COUNT, "responses a prompt", True),

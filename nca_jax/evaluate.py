@@ -38,6 +38,7 @@ from nca_jax.evaluators import (
 from nca_jax.files import as_path, out_file, write_json
 from nca_jax.flags import parse_flags
 from nca_jax.infra import distributed
+from nca_jax.infra.finite import bad_metrics
 from nca_jax.infra.mesh import compiler_options, rows_here
 from nca_jax.params import policy_params
 from nca_jax.reference import reference_params
@@ -74,6 +75,8 @@ def main(argv: list[str]) -> int:
             metrics |= sampled
         if texts:
             metrics |= perplexities(run, policy, reference, texts)
+    if bad := bad_metrics(metrics):
+        raise UserError(f"{bad}: the parameters are too large for these numbers to be finite.")
     if distributed.is_first():
         write_json(out, {"metrics": metrics, "samples": samples})
     for name, value in metrics.items():

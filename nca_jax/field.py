@@ -5,24 +5,38 @@ this is a leaf that imports nothing: a loss needs jax and numpy alone.
 """
 
 import math
+import struct
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 Value = bool | int | float | str
 
 
 class Check(NamedTuple):
-    """What a value must be."""
+    """What a value must be; a number of kind float is judged as float32 has it, as all use it."""
 
     kind: type
     is_good: Callable[..., bool]
     wanted: str  # in words, as in "it must be ..."
 
-    def accepts(self, value: object) -> bool:
+    def accepts(self, value: Any) -> bool:
         """Whether a value is of the kind and good; a whole number is a float, a bool no number."""
         kinds = (int, float) if self.kind is float else (self.kind,)
         is_kind = isinstance(value, kinds) and (self.kind is bool or not isinstance(value, bool))
+        if is_kind and self.kind is float:
+            as_float32 = _float32(value)
+            is_lost = as_float32 == 0 and value != 0
+            return math.isfinite(as_float32) and not is_lost and self.is_good(as_float32)
         return is_kind and self.is_good(value)
+
+
+def _float32(value: float) -> float:
+    """Returns the nearest float32, infinity above the largest; below the least normal one 0."""
+    try:
+        (nearest,) = struct.unpack("f", struct.pack("f", float(value)))
+    except OverflowError:
+        return math.inf
+    return nearest if abs(nearest) >= 2**-126 else 0.0
 
 
 class Field(NamedTuple):
@@ -55,6 +69,6 @@ FLAG = Check(bool, lambda x: True, "True or False")
 COUNT = Check(int, lambda x: x >= 1, "a whole number of at least 1")
 COUNT_OR_0 = Check(int, lambda x: x >= 0, "a whole number of at least 0")
 AXIS = Check(int, lambda x: x >= 1 or x == -1, "a whole number of at least 1, or -1 for the rest")
-POSITIVE = Check(float, lambda x: 0 < x < math.inf, "a number above 0")
-NOT_NEGATIVE = Check(float, lambda x: 0 <= x < math.inf, "a number of at least 0")
-FRACTION = Check(float, lambda x: 0 <= x < 1, "a number in [0, 1)")
+POSITIVE = Check(float, lambda x: x > 0, "a number above 0 in float32")
+NOT_NEGATIVE = Check(float, lambda x: x >= 0, "a number of at least 0 in float32")
+FRACTION = Check(float, lambda x: 0 <= x < 1, "a number in [0, 1) in float32")

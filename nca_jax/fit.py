@@ -21,6 +21,7 @@ from nca_jax.callable import make_callable
 from nca_jax.checks import UserError
 from nca_jax.data.pipeline import HostBatch
 from nca_jax.infra import checkpoint
+from nca_jax.infra.finite import bad_metrics, not_finite
 from nca_jax.infra.mesh import put_batch
 from nca_jax.infra.writer import SilentWriter
 from nca_jax.params import starts_at_reference
@@ -72,7 +73,8 @@ def fit(
 ) -> TrainState:
     """Trains on `batches`, from the step that `state` is at, and returns the state after them.
 
-    Every step is checked to be finite, one step late, and before anything is saved. The metrics of
+    Every step is checked to be finite, one step late, and before anything is saved; so are the
+    evaluations, and the state that is saved. The metrics of
     step 1, of every `config.log_every`-th and of the last one are written. Called inside
     `jax.set_mesh(run.mesh)`.
 
@@ -86,7 +88,8 @@ def fit(
       checkpoints: None: nothing is saved.
       asked_to_stop: called once a step; True: this step is the last one, and is saved.
     Raises:
-      UserError: a loss or gradient is not finite, or step 1 is not at the reference.
+      UserError: a loss, gradient, evaluation or saved state is not finite, or step 1 is not at the
+        reference.
     """
     config, writer = run.config, writer or SilentWriter()
     step = first = int(state.step)
@@ -96,13 +99,14 @@ def fit(
 
     def finish(done: _Done | None) -> None:
         if done is not None:
-            write_step(writer, run, done, lap(), steps)
+            write_step(writer, run, done, lap(), steps, checkpoint.last_good(checkpoints))
 
     def evaluate(step: int) -> dict[str, float] | None:
         measured = None
         for one in evaluators:
             if step == 0 or is_time(step, one.every, steps):
                 metrics = one.measure(state.params)
+                check_evaluation(step, one.name, metrics, checkpoint.last_good(checkpoints))
                 writer.write(step, one.name, metrics)
                 measured = measured or metrics
         return measured
@@ -123,6 +127,8 @@ def fit(
             continue
         finish(before)  # a bad step must be neither evaluated nor saved
         before = None
+        if is_save and checkpoints is not None:
+            check_state(step, state, checkpoint.last_good(checkpoints))
         eval_metrics = evaluate(step) if is_eval else None
         if is_save and checkpoints is not None:
             writer.sync()
@@ -152,16 +158,20 @@ def _stopwatch() -> Callable[[], float]:
     return lap
 
 
-def write_step(writer: Writer, run: Run, done: _Done, seconds: float, steps: int) -> None:
+def write_step(
+    writer: Writer, run: Run, done: _Done, seconds: float, steps: int, last_good: str
+) -> None:
     """Reads the metrics of a step as soon as it is done, checks them, and writes them if logged.
 
+    Args:
+      last_good: says which checkpoint there is where the step is bad.
     Raises:
       UserError: as `fit`.
     """
     found = jax.device_get(done.metrics)
     prompt_loss = found.pop("prompt_loss")  # [B]
     metrics = {name: float(value) for name, value in found.items()}
-    check_finite(done.step, done.examples, prompt_loss, metrics)
+    check_finite(done.step, done.examples, prompt_loss, metrics, last_good)
     if done.step == 1 and starts_at_reference(run.config):
         check_start(metrics, run.config)
     if done.step == 1 or is_time(done.step, run.config.log_every, steps):
@@ -185,7 +195,11 @@ def speed(run: Run, done: _Done, seconds: float) -> dict[str, float]:
 
 
 def check_finite(
-    step: int, examples: Sequence[str], prompt_loss: np.ndarray, metrics: dict[str, float]
+    step: int,
+    examples: Sequence[str],
+    prompt_loss: np.ndarray,
+    metrics: dict[str, float],
+    last_good: str,
 ) -> None:
     """Raises UserError, naming the step and its records, if loss or gradient is not finite."""
     if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
@@ -194,8 +208,33 @@ def check_finite(
     bad = [where for where, is_it in zip(examples, is_bad, strict=True) if is_it] or examples
     raise UserError(
         f"Step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; records "
-        f"{', '.join(bad[:8])}. The run stops; its last checkpoint is good. Lower optim.lr, or "
-        "look at these records with nca_jax.inspect."
+        f"{', '.join(bad[:8])}. {last_good} {_suspects(step - 1)}, or look at these records with "
+        "nca_jax.inspect."
+    )
+
+
+def check_evaluation(step: int, name: str, metrics: dict[str, float], last_good: str) -> None:
+    """Raises UserError, naming the step and the metrics, unless all of them are finite."""
+    if bad := bad_metrics(metrics):
+        raise UserError(f"Step {step}, {name}: {bad}. {last_good} {_suspects(step)}.")
+
+
+def check_state(step: int, state: TrainState, last_good: str) -> None:
+    """Raises UserError, naming the step and the arrays, unless all of a state is finite."""
+    if bad := not_finite(state):
+        raise UserError(
+            f"Step {step}: {bad} hold NaN or infinity after its update, so it is not saved. "
+            f"{last_good} Lower optim.lr."
+        )
+
+
+def _suspects(updates: int) -> str:
+    """Says what to look at where a number is not finite after so many updates."""
+    if updates:
+        return "Lower optim.lr"
+    return (
+        "Nothing was trained before, so look at the reference, the weights that the run starts "
+        "from, and the config's loss"
     )
 
 

@@ -8,6 +8,7 @@ from nca_jax.build import Run
 from nca_jax.checks import UserError
 from nca_jax.files import as_path
 from nca_jax.infra.checkpoint import restore_params
+from nca_jax.infra.finite import not_finite
 from nca_jax.infra.mesh import param_shardings, place
 from nca_jax.models.formats.pretrained import open_pretrained
 
@@ -22,7 +23,7 @@ def start_params(run: Run, init_from: str, *, keep_dtype: bool = False) -> Param
         memory of a bfloat16 model, and the same numbers, as kernels are cast where they are used.
         Else float32, for what is trained.
     Raises:
-      UserError: there is no such model, or one of another architecture.
+      UserError: there is no such model, or one of another architecture, or it is not finite.
     """
     abstract = run.model.abstract_params()
     shardings = param_shardings(run.mesh, abstract)
@@ -36,14 +37,17 @@ def start_params(run: Run, init_from: str, *, keep_dtype: bool = False) -> Param
             f"{run.model.config} here."
         )
     read = {path: w.read_stored if keep_dtype else w.read for path, w in weights.items()}
-    return place(abstract, shardings, read)
+    params = place(abstract, shardings, read)
+    if bad := not_finite(params):
+        raise UserError(f"{init_from!r}: {bad} hold NaN or infinity; fetch or make it again.")
+    return params
 
 
 def policy_params(run: Run, workdir: str) -> Params:
     """Returns the params of the latest checkpoint of a run, or of `config.model.init_from` for "".
 
     Raises:
-      UserError: the workdir has no checkpoint, or one of another model.
+      UserError: as `start_params` or `restore_params`.
     """
     if not workdir:
         return start_params(run, run.config.model.init_from)

@@ -4,7 +4,8 @@ r"""Write the cached reference that a sweep shares.
         --config.reference.cache=FOLDER
 
 Every response of every record, training and held out, is scored once under the frozen reference.
-Started again after any stop, it goes on with the parts that are missing. Several processes share
+Started again after any stop, it goes on with the parts that are missing or damaged; of a folder
+that does not say what its parts were made from, it makes all again. Several processes share
 the records of every part, and the first of them writes it.
 """
 
@@ -40,14 +41,16 @@ def main(argv: list[str]) -> int:
     with jax.set_mesh(run.mesh):
         params = reference.open_reference(run)
         fingerprint = reference.cache_fingerprint(run, params)
-        if (folder / "fingerprint.json").exists():
+        is_known = (folder / "fingerprint.json").exists()
+        if is_known:
             reference.check_fingerprint(folder, fingerprint)
+        paths = [reference.part_path(folder, i) for i in range(len(parts))]
+        is_made = np.array([is_known and reference.is_whole(path) for path in paths])
+        missing = np.flatnonzero(~distributed.from_first(is_made)).tolist()
         if distributed.is_first():
             write_json(folder / "fingerprint.json", fingerprint)
         num_slots = PART * max(len(example.scores) for example in examples)
         logps = programs.jit_rows_logps(run, num_slots)
-        is_made = np.array([reference.part_path(folder, i).exists() for i in range(len(parts))])
-        missing = np.flatnonzero(~distributed.from_first(is_made)).tolist()
         start, tokens = time.perf_counter(), 0
         for i in tqdm(missing, unit="part", disable=None):
             scored = score_responses(

@@ -96,6 +96,7 @@ class CheckpointSection(Protocol):
 
     keep_last: int
     best_metric: str
+    on_damage: str
 
 
 class LogSection(Protocol):

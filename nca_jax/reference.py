@@ -6,9 +6,10 @@
     none     for losses that read no reference
 
 A cache is a folder: fingerprint.json says what it was made from, and part-NNNNN.safetensors hold
-{"keys" [n] uint64, "sizes" [n] int32, "logps" [sum of sizes] float32}: for each example the digest
-of its tokens and the log-probabilities of all its responses, in data order. So one cache serves
-every K, choice of responses, loss and seed.
+{"keys" [n] uint64, "sizes" [n] int32, "logps" [sum of sizes] float32, "digest" [32] uint8}: for
+each example the digest of its tokens and the log-probabilities of all its responses, in data order;
+and sha256 of these three, which parts of older versions lack. So one cache serves every K, choice
+of responses, loss and seed.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from nca_jax.axes import Params
@@ -26,9 +28,15 @@ from nca_jax.checks import UserError
 from nca_jax.data.encode import Example
 from nca_jax.data.sources import list_files
 from nca_jax.files import AnyPath, as_path, write_whole
-from nca_jax.infra.fingerprint import files_fingerprint, params_fingerprint, tokenizer_fingerprint
+from nca_jax.infra.fingerprint import (
+    array_kind,
+    files_fingerprint,
+    params_fingerprint,
+    tokenizer_fingerprint,
+)
 from nca_jax.params import reference_init_from, start_params
 
+PART_ARRAYS = ("keys", "sizes", "logps")
 ENCODING = ("format", "max_prompt_len", "max_response_len", "prompt_keep", "too_long")
 
 
@@ -118,13 +126,69 @@ def examples_fingerprint(examples: Sequence[Example]) -> str:
 
 
 def write_part(folder: AnyPath, part: int, examples: Sequence[Example], logps: np.ndarray) -> None:
-    """Writes one part, whole or absent."""
+    """Writes one part, whole or absent.
+
+    Raises:
+      UserError: a log-probability is not finite.
+    """
+    if not np.isfinite(logps).all():
+        raise UserError(
+            f"The reference gives log-probabilities that are not finite to {examples[0].where} or "
+            "the records after it; look at its weights, or set config.model.dtype=float32."
+        )
     arrays = {
         "keys": np.array([example_key(example) for example in examples], np.uint64),
         "sizes": np.array([len(example.scores) for example in examples], np.int32),
         "logps": np.asarray(logps, np.float32),
     }
-    write_whole(part_path(folder, part), save(arrays))
+    write_whole(part_path(folder, part), save(arrays | {"digest": _digest(arrays)}))
+
+
+def read_part(path: AnyPath) -> dict[int, np.ndarray]:
+    """Returns {key of an example: the log-probabilities of its responses} of one part.
+
+    Raises:
+      UserError: it is not what was written, or not finite; names the file.
+    """
+    try:
+        arrays = load(path.read_bytes())
+        digest = arrays.pop("digest", None)
+        if arrays.keys() != set(PART_ARRAYS):
+            raise ValueError(f"it holds {', '.join(sorted(arrays))}")
+        if digest is not None and not np.array_equal(digest, _digest(arrays)):
+            raise ValueError("its numbers changed since it was written")
+        keys, sizes, logps = (arrays[name] for name in PART_ARRAYS)
+        if len(keys) != len(sizes) or sizes.sum() != len(logps):
+            raise ValueError(f"{len(keys)} keys, {len(sizes)} sizes, {len(logps)} numbers")
+        if not np.isfinite(logps).all():
+            raise ValueError("it holds NaN or infinity")
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"The cached reference {path} is damaged ({type(error).__name__}: {error}); python -m "
+            "nca_jax.precompute with the same --config makes this part again."
+        ) from None
+    pieces = np.split(logps, np.cumsum(sizes)[:-1])
+    return dict(zip(keys.tolist(), pieces, strict=True))
+
+
+def _digest(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """Returns sha256 of the arrays of a part, [32] uint8."""
+    digest = hashlib.sha256()
+    for name in PART_ARRAYS:
+        digest.update(array_kind(arrays[name]).encode() + arrays[name].tobytes())
+    return np.frombuffer(digest.digest(), np.uint8)
+
+
+def is_whole(path: AnyPath) -> bool:
+    """Whether a part is there and holds what was written; says so where it holds something else."""
+    if not path.exists():
+        return False
+    try:
+        read_part(path)
+    except UserError as error:
+        print(error)
+        return False
+    return True
 
 
 def part_path(folder: AnyPath, part: int) -> AnyPath:
@@ -135,8 +199,8 @@ def read_cached_logps(run: Run) -> Lookup:
     """Opens `config.reference.cache`; returns a function from examples to their log-probabilities.
 
     Raises:
-      UserError: there is no cache, it was made from something else (says what), or it is not
-        finished.
+      UserError: there is no cache, it was made from something else (says what), a part of it is
+        damaged, or it is not finished.
     """
     folder = as_path(run.config.reference.cache)
     path = folder / "fingerprint.json"
@@ -148,9 +212,7 @@ def read_cached_logps(run: Run) -> Lookup:
     check_fingerprint(folder, cache_fingerprint(run, open_reference(run)))
     found: dict[int, np.ndarray] = {}
     for part in sorted(folder.glob("part-*.safetensors")):
-        arrays = load(part.read_bytes())
-        pieces = np.split(arrays["logps"], np.cumsum(arrays["sizes"])[:-1])
-        found |= dict(zip(arrays["keys"].tolist(), pieces, strict=True))
+        found |= read_part(part)
 
     def lookup(examples: Sequence[Example]) -> list[np.ndarray]:
         missing = [example.where for example in examples if example_key(example) not in found]
@@ -166,7 +228,14 @@ def read_cached_logps(run: Run) -> Lookup:
 
 def check_fingerprint(folder: AnyPath, now: dict[str, str | int]) -> None:
     """Raises UserError, naming what differs, unless the cache was made from the same things."""
-    saved = json.loads((folder / "fingerprint.json").read_text())
+    file = folder / "fingerprint.json"
+    try:
+        saved = dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{file} is damaged ({error}), so nothing says what the cache was made from; remove "
+            f"{folder} and make it again with python -m nca_jax.precompute."
+        ) from None
     differs = [
         f"{name}: {saved.get(name)} there, {value} here"
         for name, value in now.items()

@@ -96,14 +96,18 @@ def main(argv: list[str]) -> int:
 
         # ---- State: 1. own workdir, 2. init_from, 3. random ----------------------------------
         optimizer = build_optimizer(config, steps)
-        restored_step = checkpoints.latest_step()
-        if restored_step is None:
+        abstract, shardings = abstract_state(run, optimizer.tx)
+        state = checkpoint.restore_latest(
+            checkpoints,
+            abstract,
+            shardings,
+            dropped=DROPPED,
+            on_damage=config.checkpoint.on_damage,
+        )
+        restored_step = None if state is None else int(state.step)
+        if state is None:
             state = start_state(run, optimizer, start_params(run, config.model.init_from))
         else:
-            abstract, shardings = abstract_state(run, optimizer.tx)
-            state = checkpoint.restore(
-                checkpoints, restored_step, abstract, shardings, dropped=DROPPED
-            )
             print(f"resumed after step {restored_step} from {workdir}")
         record_run(
             workdir,

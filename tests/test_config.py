@@ -19,7 +19,7 @@ from nca_jax.config import (
     flatten,
     section,
 )
-from nca_jax.field import COUNT, FLAG, POSITIVE, TEXT, Check, Field
+from nca_jax.field import COUNT, FLAG, FRACTION, NOT_NEGATIVE, POSITIVE, TEXT, Check, Field
 from nca_jax.flags import parse_flags
 from nca_jax.losses import LOSSES
 from nca_jax.saved_config import VERSION, check_same_run, config_json, read_saved
@@ -41,6 +41,9 @@ def test_the_default_of_every_field_is_a_value_that_it_accepts(name):
     [
         (COUNT, [1, 7], [0, 1.0, True, "1"]),
         (POSITIVE, [1, 0.5], [0, float("nan"), float("inf"), True, "1"]),
+        (POSITIVE, [3e38, 2e-38], [1e39, 10**400, 1e-38, 1e-50]),  # as float32: infinite, or 0
+        (NOT_NEGATIVE, [0, 0.0], [1e-50, -1e-50]),
+        (FRACTION, [0, 0.999], [1 - 1e-12]),  # 1 in float32
         (FLAG, [True, False], [0, 1, "True"]),
         (TEXT, ["", "a"], [None, 1]),
     ],

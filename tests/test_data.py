@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from helpers import data_config, encode_one, make_encoder, write
+from helpers import data_config, encode_one, id_record, make_encoder, write
 from transformers import ByT5Tokenizer
 
 from nca_jax.checks import UserError
@@ -258,3 +258,9 @@ def test_a_too_long_record_stops_or_is_skipped_whatever_bad_rows_says(limit, tmp
         load(path, data_config(too_long="stop", bad_rows="skip", **limits))
     examples = load(path, data_config(too_long="skip", **limits))
     assert examples.counts == {"records skipped: too_long": 1} and len(examples.sources[0]) == 1
+
+
+def test_a_score_that_float32_does_not_hold_with_the_bonus_is_a_fault_of_its_record():
+    record = id_record(1) | {"scores": [3e38, 1.0, 2.0]}
+    with pytest.raises(RecordError, match="f:1: the first score is 3e.38, and float32 does not"):
+        encode_one(record, data_config(first_bonus=1e38))

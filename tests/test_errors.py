@@ -53,6 +53,8 @@ def flags(tmp_path):
         ("--config.optm.lr=1", "Did you mean"),
         ("--config.optim.lr=fast", "could not convert"),
         ("--config.optim.lr=-1.0", "config.optim.lr must be a number above 0"),
+        ("--config.optim.lr=1e39", "config.optim.lr must be a number above 0 in float32"),
+        ("--config.loss.alpha=1e-50", "config.loss.alpha must be a number of at least 0 in float"),
         ("--config.loss.name=ncaa", "config.loss.name must be one of 'nca'"),
         ("--config.loss.name=dpo", "chosen by the argument `algo`"),
         ("--config.data.num_responses=1", "config.data.num_responses=2"),

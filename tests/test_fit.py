@@ -42,8 +42,11 @@ class Saves:
     def __init__(self):
         self.saved = []
 
-    def save(self, step, *, args, metrics):
+    def save(self, step, *, args, metrics, custom_metadata):
         self.saved.append((step, metrics))
+
+    def latest_step(self):
+        return self.saved[-1][0] if self.saved else None
 
 
 @pytest.fixture
@@ -100,17 +103,55 @@ def test_a_step_is_written_under_its_own_number_at_every_log_every_and_at_the_en
 def test_a_bad_step_is_noticed_one_step_later_however_rarely_steps_are_logged(run_of):
     step, saves = fake_step(at_3={"loss": np.nan}), Saves()
     flags = ("--config.log_every=100", "--config.save_every=100")
-    with pytest.raises(UserError, match=r"Step 3: loss nan.*rows\.jsonl:\d+"):
+    with pytest.raises(UserError, match=r"Step 3: loss nan.*rows\.jsonl:\d+.* has no checkpoint"):
         train(*run_of(*flags), step, 50, checkpoints=saves)
     assert len(step.called) == 4 and saves.saved == []
 
 
 def test_a_bad_step_is_never_saved(run_of):
     saves = Saves()
-    with pytest.raises(UserError, match="Step 4: loss 4.0, gradient norm inf"):
+    said = "Step 4: loss 4.0, gradient norm inf.* of step 2, is good. Lower optim.lr"
+    with pytest.raises(UserError, match=said):
         step = fake_step(at_4={"grad_norm": np.inf})
         train(*run_of("--config.save_every=2"), step, 8, checkpoints=saves)
     assert [step for step, _ in saves.saved] == [2]
+
+
+@pytest.mark.parametrize("part", ["params", "opt_state"])
+@pytest.mark.parametrize(
+    "flag", ["--config.save_every=3", "--config.checkpoint.best_metric=margin"]
+)
+def test_an_update_that_is_not_finite_is_never_saved(run_of, part, flag):
+    saves, count = Saves(), fake_step()
+    evaluators = [Evaluator("eval", 3, lambda params: {"margin": 1.0})]
+
+    def step(state, frozen, batch):
+        state, metrics = count(state, frozen, batch)
+        bad = jnp.where(state.step < 3, 0.0, jnp.array([1.0, np.inf]))
+        return state._replace(**{part: {"a": {"b": bad}, "c": jnp.int32(1)}}), metrics
+
+    flags = (flag, "--config.eval_every=3", "--config.data.eval_fraction=0.3")
+    with pytest.raises(UserError, match=f"Step 3: {part}/a/b hold NaN.* it has no checkpoint yet"):
+        train(*run_of(*flags), step, 3, checkpoints=saves, evaluators=evaluators)
+    assert saves.saved == []
+
+
+def test_an_evaluation_that_is_not_finite_stops_the_run_before_it_saves(run_of):
+    saves, values = Saves(), iter([1.0, 2.0, np.nan])
+    evaluators = [Evaluator("eval", 2, lambda params: {"a": 1.0, "b": next(values)})]
+    with pytest.raises(UserError, match="Step 4, eval: b is nan. .* of step 2, is good. Lower"):
+        run, dataset = run_of("--config.save_every=2")
+        train(run, dataset, fake_step(), 4, checkpoints=saves, evaluators=evaluators)
+    assert [step for step, _ in saves.saved] == [2]
+
+
+def test_a_run_that_is_not_finite_before_an_update_does_not_suspect_the_learning_rate(run_of):
+    with pytest.raises(UserError, match="Step 1: loss nan.*look at the reference") as stopped:
+        first_step(run_of, loss=np.nan)
+    assert "optim.lr" not in str(stopped.value)
+    evaluators = [Evaluator("eval", 1, lambda params: {"a": np.inf})]
+    with pytest.raises(UserError, match="Step 0, eval: a is inf.*look at the reference"):
+        train(*run_of(), fake_step(), 1, evaluators=evaluators)
 
 
 def test_batches_are_not_kept_until_they_are_logged(run_of):

@@ -1,6 +1,7 @@
 """Where the reference comes from: another model than the policy's, in bfloat16, and unchanged."""
 
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -8,19 +9,28 @@ import jax
 import numpy as np
 import pytest
 from commands import metric_lines
+from helpers import data_config, encode_one, id_record
 from ml_dtypes import bfloat16
 from old_run import ALL_BUT_STEPS, MODEL
 from safetensors.numpy import load_file, save_file
 
-from nca_jax import build, train
+from nca_jax import build, precompute, train
 from nca_jax.checks import UserError
+from nca_jax.data.encode import Example
 from nca_jax.data.pipeline import Dataset
 from nca_jax.flags import parse_flags
 from nca_jax.infra.checkpoint import restore_params
 from nca_jax.infra.mesh import make_mesh
 from nca_jax.params import start_params
 from nca_jax.programs import jit_step_logps
-from nca_jax.reference import make_reference
+from nca_jax.reference import (
+    check_fingerprint,
+    example_key,
+    make_reference,
+    part_path,
+    read_part,
+    write_part,
+)
 
 FLAGS = (
     *ALL_BUT_STEPS,
@@ -85,3 +95,98 @@ def test_a_run_in_bfloat16_starts_at_its_reference_and_keeps_float32_parameters(
     params = restore_params(tmp_path / "run", run.model.abstract_params(), mesh)
     assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype(np.float32)}
     assert json.loads((tmp_path / "run" / "run.json").read_text())["steps"] == 2
+
+
+# The cache
+
+
+def examples(num: int = 5) -> list[Example]:
+    config = data_config()
+    return [encode_one(id_record(i), config, where=f"f:{i}") for i in range(num)]
+
+
+def written_part(folder: Path, **changes) -> Path:
+    """Writes a part of five examples; with `changes` as an older version did, those arrays so."""
+    logps = np.linspace(-9, -1, 15, dtype=np.float32)
+    write_part(folder, 0, examples(), logps)
+    path = part_path(folder, 0)
+    if changes:
+        arrays = load_file(path)
+        del arrays["digest"]
+        save_file(arrays | changes, path)
+    return path
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_flipped_bit_of_a_cache_is_never_read_back_as_another_number(tmp_path, seed):
+    rng, path = random.Random(seed), written_part(tmp_path)
+    content = bytearray(path.read_bytes())
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"part-00000.safetensors is damaged .*precompute"):
+        read_part(path)
+
+
+@pytest.mark.parametrize("size", [0, 7, 100, -1])
+def test_a_cut_part_of_a_cache_is_named(tmp_path, size):
+    path = written_part(tmp_path)
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(UserError, match="part-00000.safetensors is damaged"):
+        read_part(path)
+
+
+def test_a_part_of_an_older_version_is_read_where_it_can_be_right(tmp_path):
+    logps = np.arange(15, dtype=np.float32)
+    found = read_part(written_part(tmp_path, logps=logps))
+    assert found[example_key(examples()[1])].tolist() == [3, 4, 5]
+    logps[4] = np.nan
+    with pytest.raises(UserError, match="part-00000.safetensors is damaged .*NaN"):
+        read_part(written_part(tmp_path, logps=logps))
+    with pytest.raises(UserError, match="part-00000.safetensors is damaged .*14 numbers"):
+        read_part(written_part(tmp_path, logps=logps[:14]))
+
+
+def test_log_probabilities_that_are_not_finite_are_not_written(tmp_path):
+    with pytest.raises(UserError, match="not finite to f:0"):
+        write_part(tmp_path, 0, examples(), np.full(15, np.inf, np.float32))
+    assert not part_path(tmp_path, 0).exists()
+
+
+@pytest.mark.parametrize("content", [b"", b'{"params": "ab', b"[1, 2]", b"\xff\0", b"7"])
+def test_a_damaged_fingerprint_of_a_cache_is_one_line(tmp_path, content):
+    (tmp_path / "fingerprint.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"fingerprint.json is damaged .*; remove"):
+        check_fingerprint(tmp_path, {})
+
+
+def test_precompute_makes_a_damaged_part_again_and_no_other(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(precompute, "PART", 8)
+    cache = tmp_path / "cache"
+    flags = ("--config.reference.kind=cached", f"--config.reference.cache={cache}")
+    precompute.main(["precompute", *FLAGS, *flags])
+    paths = sorted(cache.glob("part-*"))
+    want, times = [path.read_bytes() for path in paths], [path.stat().st_mtime_ns for path in paths]
+    assert len(paths) > 1
+    paths[1].write_bytes(want[1][:-9])
+    with pytest.raises(UserError, match=f"{paths[1]} is damaged"):
+        train.main(["train", *FLAGS, *flags, f"--workdir={tmp_path / 'run'}"])
+    capsys.readouterr()
+    precompute.main(["precompute", *FLAGS, *flags])
+    assert f"{paths[1]} is damaged" in capsys.readouterr().out
+    assert [path.read_bytes() for path in paths] == want
+    changed = [path.stat().st_mtime_ns != time for path, time in zip(paths, times, strict=True)]
+    assert changed == [i == 1 for i in range(len(paths))]
+
+
+# Values
+
+
+def test_weights_that_are_not_finite_are_not_opened(tmp_path, other):
+    tensors = load_file(other / "model.safetensors")
+    name = "model.norm.weight"
+    tensors[name][0] = np.nan
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    run = build.build(parse_flags(["x", *FLAGS])[0])
+    for keep_dtype in (False, True):
+        with pytest.raises(UserError, match=r"other'?: norm/scale hold NaN or infinity"):
+            start_params(run, str(other), keep_dtype=keep_dtype)

@@ -61,24 +61,56 @@ def uninterrupted(tmp_path_factory):
     return folder / "run", rows
 
 
-def test_a_run_that_stops_and_goes_on_is_the_run_that_did_not_bit_for_bit(tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "make_mesh", lambda sizes, _: make_mesh(sizes, jax.devices()[:1]))
+@pytest.fixture(scope="module")
+def run():
+    """Returns a function that goes on with a small run on one device and returns its metrics."""
 
-    def run(workdir: Path, stop_after: int) -> list[dict]:
+    def go_on(workdir: Path, stop_after: int = 99) -> list[dict]:
         steps = itertools.count(1)
-        asked = lambda: next(steps) == stop_after  # noqa: E731
-        monkeypatch.setattr(train_command, "catch_sigterm", lambda: asked)
         flags = ("--config.steps=5", "--config.save_every=4", "--config.eval_every=4")
-        train_command.main(["train", *ALL_BUT_STEPS, f"--workdir={workdir}", *flags])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(build, "make_mesh", lambda sizes, _: make_mesh(sizes, jax.devices()[:1]))
+            asked = lambda: next(steps) == stop_after  # noqa: E731
+            patch.setattr(train_command, "catch_sigterm", lambda: asked)
+            keep = "--config.checkpoint.keep_last=2"
+            train_command.main(["train", *ALL_BUT_STEPS, f"--workdir={workdir}", *flags, keep])
         return metric_lines(workdir)
 
-    whole = run(tmp_path / "whole", stop_after=99)
-    assert [line["step"] for line in run(tmp_path / "parts", stop_after=2)] == [0, 1, 2]
-    assert run(tmp_path / "parts", stop_after=99) == whole
+    return go_on
+
+
+@pytest.fixture(scope="module")
+def whole(run, tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("whole")
+    run(workdir)
+    return workdir
+
+
+def assert_same_small_run(got: Path, want: Path) -> None:
+    assert metric_lines(got) == metric_lines(want)
     model = open_model_config(ConfigDict({"name": "", "init_from": str(MODEL)}))
-    of_runs = [final_params(tmp_path / name, model) for name in ("parts", "whole")]
-    for a, b in zip(*map(leaves, of_runs), strict=True):
+    for a, b in zip(*(leaves(final_params(x, model)) for x in (got, want)), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_run_that_stops_and_goes_on_is_the_run_that_did_not_bit_for_bit(tmp_path, run, whole):
+    assert [line["step"] for line in run(tmp_path, stop_after=2)] == [0, 1, 2]
+    run(tmp_path)
+    assert_same_small_run(tmp_path, whole)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_from_before_a_damaged_checkpoint_bit_for_bit(tmp_path, run, whole, capsys):
+    run(tmp_path, stop_after=2)
+    run(tmp_path, stop_after=1)
+    state = tmp_path / "checkpoints/3/default"
+    for path in state.rglob("d/*"):
+        path.write_bytes(path.read_bytes()[:-100])
+    capsys.readouterr()
+    run(tmp_path)
+    said = capsys.readouterr().out
+    assert said.count(f"{state} is damaged") == 1 and "resumed after step 2" in said
+    assert_same_small_run(tmp_path, whole)
 
 
 def steps_done(workdir: Path) -> int:

@@ -189,6 +189,10 @@ def test_cached_reference_equals_live_one_and_is_checked(tmp_path, rows):
     part = next(cache.glob("part-*"))
     arrays = load_file(part)
     save_file(arrays | {"logps": arrays["logps"] + np.float32(1)}, part)
+    with pytest.raises(UserError, match=f"{part} is damaged"):
+        run(tmp_path / "damaged", rows, *cached)
+    del arrays["digest"]  # as of an older version, which had none
+    save_file(arrays | {"logps": arrays["logps"] + np.float32(1)}, part)
     with pytest.raises(UserError, match="policy and reference start equal"):
         run(tmp_path / "wrong", rows, *cached)
 
@@ -201,6 +205,16 @@ def test_non_finite_loss_names_step_and_rows_and_keeps_the_last_checkpoint(tmp_p
         run(tmp_path / "run", rows, *flags)
     assert [line["step"] for line in metric_lines(tmp_path / "run", "train")] == [1, 2]
     assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == ["1", "2"]
+
+
+@pytest.mark.slow
+def test_a_last_step_after_which_nothing_is_finite_is_not_saved(tmp_path, rows):
+    flags = ("--config.optim.lr=1e30", "--config.steps=1", "--config.optim.warmup_frac=0")
+    flags += ("--config.eval_every=1", "--config.data.eval_fraction=0.3")
+    with pytest.raises(UserError, match="Step 1, eval: .* is nan.*it has no checkpoint yet"):
+        run(tmp_path / "run", rows, *flags)
+    assert list((tmp_path / "run/checkpoints").iterdir()) == []
+    assert [line["step"] for line in metric_lines(tmp_path / "run")] == [0, 1]
 
 
 @pytest.mark.slow

@@ -154,7 +154,14 @@ class Encoder:
                 reason=TOO_FEW_LEFT,
             )
         scores = parts.scores.copy()
-        scores[0] += self.config.first_bonus
+        with np.errstate(over="ignore"):  # said next
+            scores[0] += self.config.first_bonus
+        if not np.isfinite(scores[0]):
+            raise RecordError(
+                f"the first score is {parts.scores[0]:g}, and float32 does not hold it with "
+                f"data.first_bonus={self.config.first_bonus} added; scale the scores",
+                reason="scores",
+            )
         arrays = [self._checked(ids[k], f"response {k}") for k in stay]
         return arrays, scores[stay], (NO_TOKEN,) * (len(ids) - len(stay))
 

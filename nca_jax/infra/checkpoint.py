@@ -2,15 +2,25 @@
 
 workdir/checkpoints/N/default  the TrainState after N updates
 workdir/checkpoints/N/metrics  those of an evaluation after N updates, where the best is kept
+workdir/checkpoints/N/_CHECKPOINT_METADATA
+                               what reading compares with: a digest of each array, the metrics
+workdir/damaged/N              one that was found damaged by a run that went on from an earlier one
+
+A checkpoint of an older version has no digests and is read without them.
 """
 
+import contextlib
 import dataclasses
+import json
 import math
-from collections.abc import Callable, Collection, Sequence
-from typing import Any, Protocol
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from orbax.checkpoint.checkpoint_managers import (
     AnyPreservationPolicy,
@@ -20,10 +30,21 @@ from orbax.checkpoint.checkpoint_managers import (
 )
 
 from nca_jax.axes import Params, Tree, flatten_paths
-from nca_jax.checks import UserError
+from nca_jax.checks import UserError, first_few
 from nca_jax.files import AnyPath, absolute
+from nca_jax.infra import distributed
+from nca_jax.infra.fingerprint import array_digests, array_kind
+from nca_jax.infra.finite import not_finite
 from nca_jax.infra.mesh import param_shardings
 from nca_jax.protocols import CheckpointSection
+
+RECORD = "_CHECKPOINT_METADATA"  # orbax's file, which holds a dict of ours
+
+T = TypeVar("T")
+
+
+class Damaged(UserError):
+    """A checkpoint is not what was saved; says which file or array, and what is wrong with it."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -65,12 +86,18 @@ def open_checkpoints(
         preservation_policy=AnyPreservationPolicy(policies),
         best_fn=best and best.value,  # it decides nothing; without one the metrics are not stored
         cleanup_tmp_directories=True,
+        lightweight_initialize=True,
     )
-    return ocp.CheckpointManager(
+    manager = ocp.CheckpointManager(
         absolute(workdir / "checkpoints"),
         options=options,
         item_handlers=ocp.StandardCheckpointHandler(),
     )
+    with contextlib.suppress(Damaged):  # `restore_latest` says it, and reads the others' metrics
+        for step in manager.all_steps():
+            _read_digests(manager.directory / str(step))
+        manager.reload()
+    return manager
 
 
 class State(Protocol):
@@ -88,7 +115,79 @@ def save(
     Args:
       eval_metrics: of an evaluation of this state, which the best is chosen by; None without one.
     """
-    manager.save(int(state.step), args=ocp.args.StandardSave(state), metrics=eval_metrics)
+    manager.save(
+        int(state.step),
+        args=ocp.args.StandardSave(state),
+        metrics=eval_metrics,
+        custom_metadata={"digests": array_digests(state), "metrics": eval_metrics},
+    )
+
+
+def last_good(manager: ocp.CheckpointManager | None) -> str:
+    """Says which checkpoint a run that stops leaves."""
+    step = None if manager is None else manager.latest_step()
+    if step is None:
+        return "The run stops; it has no checkpoint yet."
+    return f"The run stops; its last checkpoint, of step {step}, is good."
+
+
+def restore_latest(
+    manager: ocp.CheckpointManager,
+    abstract: Tree,
+    shardings: Tree,
+    *,
+    dropped: Collection[str] = (),
+    on_damage: str,
+) -> Tree | None:
+    """Returns the latest TrainState that is as it was saved, as `restore`; None: none was saved.
+
+    Args:
+      on_damage: "previous": a damaged checkpoint is said and moved to workdir/damaged, so that a
+        run that goes on from an earlier one may save its step again; "stop".
+    Raises:
+      UserError: as `restore`; a checkpoint is damaged, and `on_damage` is "stop"; or no checkpoint
+        is whole, and all stay where they are.
+    """
+    state, damaged = None, {}
+    for step in sorted(manager.all_steps(), reverse=True):
+        try:
+            if state is None:
+                state = restore(manager, step, abstract, shardings, dropped=dropped)
+            else:
+                _in_all(_read_digests, manager.directory / str(step))
+        except Damaged as error:
+            if on_damage == "stop":
+                raise _to_stop(error) from None
+            damaged[step] = error
+    if damaged and state is None:
+        raise UserError(
+            f"No checkpoint is whole: {'; '.join(map(str, damaged.values()))}. Restore one from a "
+            "copy, or use a new --workdir."
+        )
+    if damaged:
+        _set_aside(manager, damaged)
+    return state
+
+
+def _to_stop(error: Damaged) -> UserError:
+    return UserError(
+        f"{error}. Remove this folder to use the checkpoint before it, or restore it from a copy."
+    )
+
+
+def _set_aside(manager: ocp.CheckpointManager, damaged: dict[int, Damaged]) -> None:
+    """Moves damaged checkpoints to workdir/damaged, and says so."""
+    folder = manager.directory.parent / "damaged"
+    for step, error in damaged.items():
+        aside = folder / str(step)
+        print(f"{error}. It is now in {aside}.")
+        if distributed.is_first():
+            folder.mkdir(exist_ok=True)
+            if aside.exists():  # of an earlier time
+                aside.rmtree()
+            (manager.directory / str(step)).rename(aside)
+    multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+    manager.reload()
 
 
 def restore(
@@ -105,7 +204,8 @@ def restore(
       abstract, shardings: trees of shapes and dtypes, and of where they go.
       dropped: "/" paths of arrays that an older state had; where they are there they are not read.
     Raises:
-      UserError: the checkpoint is of another model; names the arrays that differ.
+      Damaged: the checkpoint is not what was saved.
+      UserError: it is of another model, or not finite; names the arrays.
     """
     path = manager.directory / str(step)
     return _read(path, abstract, shardings, is_left=lambda array: array in dropped)
@@ -130,7 +230,7 @@ def restore_params(workdir: AnyPath, abstract: Params, mesh: Mesh, *, step: int 
     """Returns the params alone of a checkpoint of a run; step 0 is the latest.
 
     Raises:
-      UserError: there is no checkpoint, or it is of another model.
+      UserError: there is no checkpoint, or it is damaged, of another model, or not finite.
     """
     folder = absolute(workdir / "checkpoints")
     path = folder / str(saved_step(workdir, step))
@@ -139,7 +239,10 @@ def restore_params(workdir: AnyPath, abstract: Params, mesh: Mesh, *, step: int 
     def is_other(array: str) -> bool:
         return not array.startswith("params/")
 
-    return _read(path, {"params": abstract}, shardings, is_left=is_other)["params"]
+    try:
+        return _read(path, {"params": abstract}, shardings, is_left=is_other)["params"]
+    except Damaged as error:
+        raise _to_stop(error) from None
 
 
 def _read(
@@ -151,38 +254,107 @@ def _read(
       is_left: whether an array of the checkpoint that `abstract` lacks may be left there, by its
         "/" path.
     Raises:
-      UserError: the checkpoint has other arrays; names them.
+      Damaged: the checkpoint is not what was saved.
+      UserError: it has other arrays, or they are not finite; names them.
     """
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        saved = flatten_paths(checkpointer.metadata(path / "default").item_metadata.tree)
+    tree, digests = _in_all(_read_unchecked, path, abstract, shardings, is_left)
+    if digests:
+        differ = [name for name, now in array_digests(tree).items() if now != digests[name]]
+        if differ:
+            raise Damaged(f"{path} is damaged: {first_few(differ)} changed since it was saved")
+    bad = not_finite(tree)
+    if bad:
+        raise UserError(f"{path}: {bad} hold NaN or infinity; use another checkpoint.")
+    return tree
+
+
+def _in_all(read: Callable[..., T], *args: Any) -> T:
+    """Returns `read(*args)`. Raises Damaged in all processes where it does in one of them."""
+    try:
+        found = read(*args)
+    except Damaged as error:
+        found = error
+    said = distributed.gather(str(found).encode() if isinstance(found, Damaged) else b"")
+    problems = [one.decode() for one in said if one]
+    if isinstance(found, Damaged) or problems:
+        raise Damaged(problems[0])
+    return found
+
+
+def _read_unchecked(
+    path: AnyPath, abstract: Tree, shardings: Tree, is_left: Callable[[str], bool]
+) -> tuple[Tree, dict[str, str]]:
+    """Returns the arrays, as far as this process holds them, and the digests of all that are there.
+
+    It waits for no other process, so each may fail by itself.
+    """
+    digests = _read_digests(path)
+    folder = epath.Path(path / "default")
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+        with _reading(folder):
+            saved = flatten_paths(handler.metadata(folder).tree)
+            kinds = {name: array_kind(x) for name, x in saved.items()}
+        if digests and kinds != {name: x.rpartition(" ")[0] for name, x in digests.items()}:
+            raise Damaged(f"{folder} is damaged: it describes other arrays than were saved")
         wanted = flatten_paths(abstract)
         saved = {name: x for name, x in saved.items() if name in wanted or not is_left(name)}
         _check_same_arrays(path, saved, wanted)
         target = _with_shardings(abstract, shardings)
         restore_args = ocp.checkpoint_utils.construct_restore_args(target)
-        return checkpointer.restore(
-            path / "default",
-            args=ocp.args.PyTreeRestore(
-                item=target, restore_args=restore_args, partial_restore=True
-            ),
-        )
+        args = ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=True)
+        with _reading(folder):
+            return handler.restore(folder, args=args), digests
+
+
+def _read_digests(path: AnyPath) -> dict[str, str]:
+    """Returns {array: kind and digest} as they were saved; empty in an older checkpoint.
+
+    Raises:
+      Damaged: these, or the metrics that the best is chosen by, are not as they were written.
+    """
+    with _reading(path / RECORD) as file:
+        record = json.loads(file.read_text())["custom_metadata"] or {"digests": {}}
+        digests = dict(record["digests"])
+    with _reading(path / "metrics" / "metrics") as file:
+        if file.exists():
+            metrics = {name: float(x) for name, x in json.loads(file.read_text()).items()}
+            if metrics != record.get("metrics", metrics):
+                raise ValueError("not the metrics that were saved")
+    return digests
+
+
+@contextlib.contextmanager
+def _reading(path: AnyPath) -> Iterator[AnyPath]:
+    """Makes what goes wrong while a file or folder is read a `Damaged` that names it.
+
+    Whatever may be in a damaged file, its readers raise what they like. One that fails leaves
+    others behind, which fail later, in threads and on collection: their tracebacks say no more.
+    """
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        yield path
+    except (MemoryError, jax.errors.JaxRuntimeError):  # no fault of the file
+        raise
+    except Exception as error:
+        cause = error.__cause__ or error
+        said = " ".join(f"{type(cause).__name__}: {cause}".split())
+        raise Damaged(f"{path} is damaged ({said:.300})") from error
+    sys.unraisablehook = hook
 
 
 def _check_same_arrays(where: AnyPath, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
     differs = [
-        f"{path} is {_shape(saved, path)} there and {_shape(wanted, path)} here"
+        f"{path} is {_kind(saved, path)} there and {_kind(wanted, path)} here"
         for path in sorted(saved.keys() | wanted.keys())
-        if _shape(saved, path) != _shape(wanted, path)
+        if _kind(saved, path) != _kind(wanted, path)
     ]
     if differs:
-        more = f" and {len(differs) - 3} more" if len(differs) > 3 else ""
-        raise UserError(
-            f"{where} is of another model or optimizer: {'; '.join(differs[:3])}{more}."
-        )
+        said = first_few(differs, between="; ")
+        raise UserError(f"{where} is of another model or optimizer: {said}.")
 
 
-def _shape(arrays: dict[str, Any], path: str) -> tuple[int, ...] | str:
-    return tuple(arrays[path].shape) if path in arrays else "missing"
+def _kind(arrays: dict[str, Any], path: str) -> str:
+    return array_kind(arrays[path]) if path in arrays else "missing"
 
 
 def _with_shardings(abstract: Tree, shardings: Tree) -> Tree:

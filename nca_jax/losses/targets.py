@@ -16,8 +16,9 @@ def targets_from_scores(
 ) -> jax.Array:
     """Soft labels p = softmax(scores / alpha) of each row (section 3).
 
-    The row's largest score is subtracted before the division, so any alpha > 0 is safe. alpha = 0
-    is the limit: one-hot on the best response, shared evenly among ties.
+    The row's largest score is subtracted before the division, so any alpha > 0 that float32 has is
+    safe; a config has no other. alpha = 0 is the limit: one-hot on the best response, shared evenly
+    among ties.
 
     Args:
       scores: rewards r(x, y) in the data's own unit, [B, K].
