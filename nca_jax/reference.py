@@ -12,7 +12,6 @@ every K, choice of responses, loss and seed.
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -25,7 +24,7 @@ from nca_jax.build import Run
 from nca_jax.checks import UserError
 from nca_jax.data.encode import Example
 from nca_jax.data.sources import list_files
-from nca_jax.files import AnyPath, as_path, write_whole
+from nca_jax.files import AnyPath, as_path, read_json, write_whole
 from nca_jax.infra.fingerprint import files_fingerprint, params_fingerprint, tokenizer_fingerprint
 from nca_jax.params import reference_init_from, start_params
 
@@ -63,7 +62,8 @@ def make_reference(run: Run) -> Reference:
     if kind == "none":
         return Reference(None, None, "none")
     if kind == "cached":
-        return Reference(None, read_cached_logps(run), "cached")
+        parts = sorted(map(str, as_path(run.config.reference.cache).glob("part-*.safetensors")))
+        return Reference(None, read_cached_logps(run), files_fingerprint(parts))
     params = open_reference(run)
     return Reference(params, None, params_fingerprint(params))
 
@@ -112,9 +112,11 @@ def example_key(example: Example) -> int:
 
 
 def examples_fingerprint(examples: Sequence[Example]) -> str:
-    """A digest of the tokens of examples, in their order."""
-    keys = np.array([example_key(example) for example in examples], np.uint64)
-    return hashlib.sha256(keys.tobytes()).hexdigest()[:16]
+    """A digest of the tokens and scores of examples, in their order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(np.uint64(example_key(example)).tobytes() + example.scores.tobytes())
+    return digest.hexdigest()[:16]
 
 
 def write_part(folder: AnyPath, part: int, examples: Sequence[Example], logps: np.ndarray) -> None:
@@ -164,9 +166,15 @@ def read_cached_logps(run: Run) -> Lookup:
     return lookup
 
 
+def cache_date(folder: AnyPath) -> str:
+    """Returns the date that chat templates wrote into a cache; "" where none is recorded."""
+    path = folder / "fingerprint.json"
+    return read_json(path).get("date", "") if path.exists() else ""
+
+
 def check_fingerprint(folder: AnyPath, now: dict[str, str | int]) -> None:
     """Raises UserError, naming what differs, unless the cache was made from the same things."""
-    saved = json.loads((folder / "fingerprint.json").read_text())
+    saved = read_json(folder / "fingerprint.json")
     differs = [
         f"{name}: {saved.get(name)} there, {value} here"
         for name, value in now.items()

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 from commands import ROOT, write_records
 
-from experiments import results, sweep
+from experiments import sweep
 from nca_jax.checks import UserError
 from nca_jax.config import flatten
+from nca_jax.files import whole_lines
 from nca_jax.flags import parse_flags
 
 # In the place of nca_jax.train: leaves what train leaves, and a line a start in starts.txt.
@@ -109,7 +110,7 @@ def test_points_share_a_cached_reference_that_is_made_once(stub, tmp_path):
 
 def test_a_workdir_of_another_config_is_refused_by_field(stub, tmp_path, capsys):
     workdir = tmp_path / "out/loss.alpha=1/seed=0"
-    workdir.mkdir(parents=True)
+    (workdir / "checkpoints" / "1").mkdir(parents=True)
     config, _ = parse_flags(["x", CONFIG, "--config.loss.alpha=1", "--config.optim.lr=0.5"])
     (workdir / "config.json").write_text(json.dumps(flatten(config)))
     assert stub("loss.alpha=1") == 1
@@ -197,7 +198,7 @@ def test_a_killed_sweep_goes_on_and_waits_for_the_run_that_it_left_behind(stub, 
     released.touch()
     assert second.wait(timeout=60) == 0
     assert starts(workdir) == ["train"]
-    assert [line["step"] for line in results.read_lines(workdir / "metrics.jsonl")] == [1, 2]
+    assert [line["step"] for line in whole_lines(workdir / "metrics.jsonl")] == [1, 2]
 
 
 def test_sigterm_stops_the_runs_and_the_same_command_goes_on(stub, tmp_path, capsys):
