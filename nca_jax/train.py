@@ -106,18 +106,6 @@ def train(config: ConfigDict, workdir: AnyPath, traced: range, check_held: lock.
             f"{len(dataset)} training prompts, {len(data.heldout)} held out, {steps} steps of "
             f"{config.data.batch_size} prompts on {run.mesh.size} devices"
         )
-
-        # ---- State: 1. own workdir, 2. init_from, 3. random ----------------------------------
-        optimizer = build_optimizer(config, steps)
-        restored_step = checkpoints.latest_step()
-        if restored_step is None:
-            state = start_state(run, optimizer, start_params(run, config.model.init_from))
-        else:
-            abstract, shardings = abstract_state(run, optimizer.tx)
-            state = checkpoint.restore(
-                checkpoints, restored_step, abstract, shardings, dropped=DROPPED
-            )
-            print(f"resumed after step {restored_step} from {workdir}")
         now = {
             "reference": reference.fingerprint,
             "tokenizer": tokenizer_fingerprint(run.tokenizer),
@@ -131,6 +119,18 @@ def train(config: ConfigDict, workdir: AnyPath, traced: range, check_held: lock.
             print(note)
         if distributed.is_first():
             write_json(workdir / CONFIG, config_json(config))
+
+        # ---- State: 1. own workdir, 2. init_from, 3. random ----------------------------------
+        optimizer = build_optimizer(config, steps)
+        restored_step = checkpoints.latest_step()
+        if restored_step is None:
+            state = start_state(run, optimizer, start_params(run, config.model.init_from))
+        else:
+            abstract, shardings = abstract_state(run, optimizer.tx)
+            state = checkpoint.restore(
+                checkpoints, restored_step, abstract, shardings, dropped=DROPPED
+            )
+            print(f"resumed after step {restored_step} from {workdir}")
 
         # ---- Compile -------------------------------------------------------------------------
         frozen = Frozen(reference=reference.params)

@@ -11,6 +11,7 @@ import types
 from pathlib import Path
 
 import jax
+import memory_gcs
 import numpy as np
 import pytest
 from commands import ROOT
@@ -173,10 +174,12 @@ def test_a_number_that_is_not_finite_is_refused_and_no_file_is_left(tmp_path, ba
 # Metrics
 
 
-def writer_of(workdir: Path, *, restored_step=None, **log) -> MetricWriter:
+def writer_of(workdir, *, restored_step=None, check_held=lambda: None, **log) -> MetricWriter:
     workdir.mkdir(parents=True, exist_ok=True)
     log = ConfigDict({"tensorboard": False, "wandb_project": ""} | log)
-    return MetricWriter(workdir, log, restored_step=restored_step, num_steps=4)
+    return MetricWriter(
+        workdir, log, restored_step=restored_step, num_steps=4, check_held=check_held
+    )
 
 
 def test_a_metric_that_is_not_finite_is_named_and_no_line_is_written(tmp_path):
@@ -263,6 +266,24 @@ def test_a_workdir_deleted_under_a_run_stops_it_at_the_next_write(tmp_path, when
         writer.write(2, "train", {"loss": 1.5}) if when == "write" else writer.sync()
     writer.close()
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_on_gs_that_lost_its_workdir_leaves_the_records_of_the_other_alone(monkeypatch):
+    workdir, is_held = memory_gcs.serve(monkeypatch) / "run", [True]
+
+    def check_held() -> None:
+        if not is_held:
+            raise UserError("taken over")
+
+    writer = writer_of(workdir, check_held=check_held)
+    writer.write(1, "train", {"loss": 1.5})
+    writer.sync()
+    is_held.clear()
+    writer.write(2, "train", {"loss": 1.5})
+    for save_or_close in (writer.sync, writer.close):
+        with pytest.raises(UserError, match="taken over"):
+            save_or_close()
+    assert (workdir / "metrics.jsonl").read_text().count("step") == 1
 
 
 @pytest.fixture

@@ -92,6 +92,28 @@ def test_one_workdir_is_a_page_of_its_own(tmp_path):
     assert (tmp_path / "page.html").read_text().count("<svg") == 2
 
 
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("metrics.jsonl", '{"step": 1, "split": "train"}\n\0\0\n'),
+        ("metrics.jsonl", '[1]\n{"step": 1, "split": "train"}\n'),
+        ("evaluation.json", ""),
+        ("evaluation.json", '{"metrics": {"kl"'),
+        ("evaluation.json", "{}"),
+        ("samples.jsonl", "{\n{}\n"),
+    ],
+)
+def test_a_damaged_run_is_named_and_the_others_are_shown(tmp_path, capsys, name, damage):
+    for run in ("algo=nca", "algo=dpo"):
+        write_run(tmp_path / run / "seed=0", kl=1.0)
+    (tmp_path / "algo=dpo" / "seed=0" / name).write_text(damage)
+    out = tmp_path / "page.html"
+    assert report.main(["report", str(tmp_path), f"--out={out}"]) == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"left out: {tmp_path}/algo=dpo/seed=0/{name}")
+    assert "<td>nca</td>" in out.read_text() and "<td>dpo</td>" not in out.read_text()
+
+
 def test_a_folder_without_runs_is_named(tmp_path):
     with pytest.raises(UserError, match="holds no metrics.jsonl"):
         report.main(["report", str(tmp_path)])

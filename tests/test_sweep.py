@@ -117,6 +117,22 @@ def test_a_workdir_of_another_config_is_refused_by_field(stub, tmp_path, capsys)
     assert "optim.lr: 0.5 there, 5e-06 here" in capsys.readouterr().out
 
 
+def test_a_damaged_run_is_named_and_stops_no_other(stub, tmp_path, capsys):
+    assert stub("loss.alpha=1,2") == 0
+    workdir = tmp_path / "out/loss.alpha=1/seed=0"
+    with open(workdir / "metrics.jsonl", "a") as file:
+        file.write("\0\0\n")
+    (workdir / "run.json").write_text('{"ste')
+    assert stub("loss.alpha=1,2,3") == 1
+    table = (tmp_path / "out/table.md").read_text()
+    assert "| 2 | 1 | training step 2 |" in table
+    assert starts(workdir) == ["train", "train"]  # which says what is wrong
+    with open(workdir / "metrics.jsonl", "a") as file:
+        file.write("\0\0\n")
+    assert stub("loss.alpha=1,2") == 1
+    assert f"left out: {workdir}/metrics.jsonl is damaged (line 3)" in capsys.readouterr().out
+
+
 def test_print_gives_a_line_for_every_point_that_is_left(stub, tmp_path, capsys):
     assert stub("loss.alpha=1") == 0
     capsys.readouterr()
