@@ -103,15 +103,23 @@ def test_one_workdir_is_a_page_of_its_own(tmp_path):
         ("samples.jsonl", "{\n{}\n"),
     ],
 )
-def test_a_damaged_run_is_named_and_the_others_are_shown(tmp_path, capsys, name, damage):
+def test_a_damaged_run_is_named_and_the_others_are_read(tmp_path, name, damage):
     for run in ("algo=nca", "algo=dpo"):
         write_run(tmp_path / run / "seed=0", kl=1.0)
     (tmp_path / "algo=dpo" / "seed=0" / name).write_text(damage)
-    out = tmp_path / "page.html"
-    assert report.main(["report", str(tmp_path), f"--out={out}"]) == 1
-    (said,) = capsys.readouterr().err.splitlines()
-    assert said.startswith(f"left out: {tmp_path}/algo=dpo/seed=0/{name}")
-    assert "<td>nca</td>" in out.read_text() and "<td>dpo</td>" not in out.read_text()
+    (run,), (said,) = results.find_whole_runs([tmp_path])
+    assert run.setting == "algo=nca"
+    assert said.startswith(f"{tmp_path}/algo=dpo/seed=0/{name} is damaged")
+
+
+def test_a_page_of_runs_of_which_one_is_damaged_shows_the_others(tmp_path, capsys):
+    for run in ("algo=nca", "algo=dpo"):
+        write_run(tmp_path / run / "seed=0")
+    (tmp_path / "algo=dpo/seed=0/metrics.jsonl").write_text("[1]\n")
+    assert report.main(["report", str(tmp_path), f"--out={tmp_path}/page.html"]) == 1
+    assert f"left out: {tmp_path}/algo=dpo/seed=0/metrics.jsonl" in capsys.readouterr().err
+    page = (tmp_path / "page.html").read_text()
+    assert "<td>nca</td>" in page and "<td>dpo</td>" not in page
 
 
 def test_a_folder_without_runs_is_named(tmp_path):

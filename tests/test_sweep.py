@@ -18,6 +18,7 @@ from nca_jax.checks import UserError
 from nca_jax.config import flatten
 from nca_jax.files import whole_lines
 from nca_jax.flags import parse_flags
+from nca_jax.saved_config import check_same_run
 
 # In the place of nca_jax.train: leaves what train leaves, and a line a start in starts.txt.
 STUB = """
@@ -58,6 +59,12 @@ def stub(tmp_path, monkeypatch):
     (tmp_path / "stub.py").write_text(STUB)
     monkeypatch.setattr(sweep, "nca_jax", lambda *x: [sys.executable, f"{tmp_path}/stub.py", *x])
     monkeypatch.setattr(sweep, "write_page", lambda out: 0)
+
+    def check_if_there(config, file):  # the stub writes no config.json
+        if file.exists():
+            check_same_run(config, file)
+
+    monkeypatch.setattr(sweep, "check_same_run", check_if_there)
 
     def run(grid: str, *flags: str) -> int:
         grids = [f"--grid={grid}"] if grid else []
@@ -126,7 +133,7 @@ def test_a_damaged_run_is_named_and_stops_no_other(stub, tmp_path, capsys):
     assert stub("loss.alpha=1,2,3") == 1
     table = (tmp_path / "out/table.md").read_text()
     assert "| 2 | 1 | training step 2 |" in table
-    assert starts(workdir) == ["train", "train"]  # which says what is wrong
+    assert starts(workdir) == ["train", "train"]  # which says what is wrong with run.json
     with open(workdir / "metrics.jsonl", "a") as file:
         file.write("\0\0\n")
     assert stub("loss.alpha=1,2") == 1
