@@ -3,13 +3,15 @@
     python -m experiments.report DIR... [--out=report.html] [--title=TEXT]
 
 DIR is a workdir, a folder of workdirs such as a sweep makes, or a .jsonl file of sampled rows.
-Only metrics.jsonl, evaluation.json and rows of nca_jax.generate are read. The figures are written
-beside the page too: report.curves.png and report.front.png.
+Only metrics.jsonl, evaluation.json and rows of nca_jax.generate are read; a run where one of them
+is damaged is named and left out, and the exit status is then 1. The figures are written beside the
+page too: report.curves.png and report.front.png.
 """
 
 import argparse
 import html
 import io
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -57,12 +59,14 @@ def main(argv: list[str]) -> int:
         if not path.exists():
             raise UserError(f"{path} is not there; give workdirs of runs or files of samples.")
     files = [path for path in args.dirs if path.is_file()]
-    runs = results.find_runs([path for path in args.dirs if path.is_dir()])
+    runs, damaged = results.find_whole_runs([path for path in args.dirs if path.is_dir()])
+    for said in damaged:
+        print(f"left out: {said}", file=sys.stderr)
     samples = samples_by_column(runs) | {path.stem: results.read_samples(path) for path in files}
     title = args.title or "Runs in " + ", ".join(map(str, args.dirs))
     write_page(args.out, title, runs, samples)
     print(f"written to {args.out}")
-    return 0
+    return bool(damaged)
 
 
 def write_page(

@@ -4,7 +4,6 @@ A run is a folder with a metrics.jsonl. Folders SETTING/seed=N, as a sweep makes
 of one setting; any other folder is a setting of one run.
 """
 
-import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
@@ -12,6 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nca_jax.checks import UserError
+from nca_jax.files import read_json, whole_lines
+from nca_jax.infra.records import METRICS as METRICS_FILE
+from nca_jax.infra.records import is_metrics
 
 # The columns of a table, where a run has them.
 METRICS = {
@@ -38,50 +40,74 @@ class Run(NamedTuple):
     samples: dict[str, Answers]  # by who answered
 
 
-def read_lines(path: Path) -> list[dict]:
-    """Returns the objects of a .jsonl file; a last line that a kill has torn is left out."""
-    # Not splitlines: a string of JSON may hold other ends of lines, such as U+2028.
-    *lines, _ = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines if line]
-
-
 def find_runs(folders: Iterable[Path]) -> list[Run]:
     """Returns the runs in and below the folders, by setting and seed.
 
     Raises:
+      UserError: there is none in one of them, or one is damaged.
+    """
+    return [read_run(*place) for place in find_places(folders)]
+
+
+def find_whole_runs(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
+    """Returns the runs as `find_runs`, but for those that are damaged, and what is said of these.
+
+    Raises:
+      UserError: there is none in one of the folders.
+    """
+    runs, damaged = [], []
+    for place in find_places(folders):
+        try:
+            runs.append(read_run(*place))
+        except UserError as error:
+            damaged.append(str(error))
+    return runs, damaged
+
+
+def find_places(folders: Iterable[Path]) -> list[tuple[Path, str]]:
+    """Returns (workdir, setting) of every run in and below the folders.
+
+    Raises:
       UserError: there is none in one of them.
     """
-    folders, runs = list(folders), []
+    folders, places = list(folders), []
     for folder in folders:
-        found = sorted(path.parent for path in folder.rglob("metrics.jsonl"))
+        found = sorted(path.parent for path in folder.rglob(METRICS_FILE))
         if not found:
-            raise UserError(f"{folder} holds no metrics.jsonl; give the workdir of runs.")
+            raise UserError(f"{folder} holds no {METRICS_FILE}; give the workdir of runs.")
         for workdir in found:
             place = workdir.parent if workdir.name.startswith("seed=") else workdir
             is_below = place != folder and folder in place.parents
             name = str(place.relative_to(folder)) if is_below else place.absolute().name
             is_one_of_several = len(folders) > 1 and is_below
-            runs.append(read_run(workdir, f"{folder.name}/{name}" if is_one_of_several else name))
-    return runs
+            setting = f"{folder.name}/{name}" if is_one_of_several else name
+            places.append((workdir, setting))
+    return places
 
 
 def read_run(workdir: Path, setting: str) -> Run:
-    """Reads one workdir: its metrics, its evaluation, and rows that nca_jax.generate sampled."""
+    """Reads one workdir: its metrics, its evaluation, and rows that nca_jax.generate sampled.
+
+    Raises:
+      UserError: one of these files is damaged.
+    """
     evaluation, samples = {}, {}
     if (workdir / "evaluation.json").exists():
-        content = json.loads((workdir / "evaluation.json").read_text())
+        content = read_json(workdir / "evaluation.json")
+        if not {"metrics", "samples"} <= content.keys():
+            raise UserError(f"{workdir}/evaluation.json is damaged; evaluate that run again.")
         evaluation = content["metrics"]
         for who in ("reference", "policy") if content["samples"] else ():
             samples[who] = _answers(content["samples"], who, f"{who}_scores")
     for path in sorted(workdir.glob("*.jsonl")):
-        if path.name != "metrics.jsonl":
+        if path.name != METRICS_FILE:
             samples[path.stem] = read_samples(path)
-    return Run(setting, read_lines(workdir / "metrics.jsonl"), evaluation, samples)
+    return Run(setting, whole_lines(workdir / METRICS_FILE, is_metrics), evaluation, samples)
 
 
 def read_samples(path: Path) -> Answers:
     """Reads rows of nca_jax.generate or nca_jax.score."""
-    rows = read_lines(path)
+    rows = whole_lines(path)
     if not all("prompt" in row and "responses" in row for row in rows):
         raise UserError(f"{path}: wanted rows with 'prompt' and 'responses', as generate writes.")
     return _answers(rows, "responses", "scores")

@@ -38,10 +38,12 @@ from experiments.tasks import TRAINED, Task, commands_left, run_tasks
 from nca_jax.checks import UserError, run_main
 from nca_jax.files import local_path
 from nca_jax.flags import parse_flags
+from nca_jax.infra.checkpoint import saved_steps
 from nca_jax.infra.fingerprint import text_fingerprint
+from nca_jax.infra.records import METRICS
 from nca_jax.params import reference_init_from
 from nca_jax.reference import ENCODING
-from nca_jax.saved_config import check_same_run
+from nca_jax.saved_config import CONFIG, check_same_run
 
 CACHE = "--config.reference.cache="
 
@@ -191,8 +193,8 @@ def make_point(args, overrides: list[str], setting: dict, seed: int, name: str) 
         flags.append(f"{CACHE}{args.out / 'reference' / digest}")
     read, _ = parse_flags(["sweep", *flags])
     workdir = args.out / name
-    if (workdir / "config.json").exists():
-        check_same_run(read, workdir / "config.json")
+    if saved_steps(workdir):
+        check_same_run(read, workdir / CONFIG)
 
     cache = None
     if read.reference.kind == "cached":
@@ -238,13 +240,14 @@ def report(out: Path, broken: dict[str, str]) -> int:
     Returns the exit status: 1 if a point is broken, or the page could not be written.
     """
     print()
+    runs, damaged = results.find_whole_runs([out]) if any(out.rglob(METRICS)) else ([], [])
     lines = "".join(f"- broken {name}: {why}\n" for name, why in broken.items())
+    lines += "".join(f"- left out: {said}\n" for said in damaged)
     print(lines, end="")
-    runs = results.find_runs([out]) if any(out.rglob("metrics.jsonl")) else []
     table = results.markdown(results.table(runs)) if runs else "No run has begun.\n"
     (out / "table.md").write_text(table + ("\n" + lines if lines else ""))
     print(table)
-    return bool(broken or not runs or write_page(out))
+    return bool(broken or damaged or not runs or write_page(out))
 
 
 def write_page(out: Path) -> int:

@@ -6,7 +6,6 @@ stdout.log and stderr.log there.
 """
 
 import fcntl
-import json
 import signal
 import subprocess
 import time
@@ -16,7 +15,9 @@ from typing import IO, NamedTuple
 
 from tqdm import tqdm
 
-from experiments.results import read_lines
+from nca_jax.checks import UserError
+from nca_jax.files import read_json, read_lines
+from nca_jax.infra.records import METRICS, RUN, is_metrics
 
 SECONDS = 0.2  # between two looks at what is running
 TRAINED = "the last checkpoint"  # in place of the file that a training run makes
@@ -100,7 +101,7 @@ def run_tasks(tasks: Sequence[Task], *, jobs: int, env: dict[str, str]) -> dict[
 def _start(task: Task, env: dict[str, str]) -> Running | None:
     """Starts the first command that is left; None while another process works in the folder."""
     task.folder.mkdir(parents=True, exist_ok=True)
-    lock = open(task.folder / "lock", "w")
+    lock = open(task.folder / "task.lock", "w")  # "lock" is the command's own
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -133,12 +134,15 @@ def _reason(now: Running) -> str:
 
 def _progress(now: Running) -> str:
     """Returns "name step/steps" of a training run, or the name alone."""
-    path = now.task.folder / "metrics.jsonl"
-    lines = read_lines(path) if path.exists() else []
+    path = now.task.folder / METRICS
+    lines, _ = read_lines(path, is_metrics) if path.exists() else ([], [])
     step = f" {lines[-1]['step']}/{_num_steps(now.task.folder)}" if lines else ""
     return f"{now.task.name}{step}"
 
 
 def _num_steps(workdir: Path) -> int | None:
-    path = workdir / "run.json"
-    return json.loads(path.read_text())["steps"] if path.exists() else None
+    """Returns how many a run has; None where run.json does not say, which the run itself will."""
+    try:
+        return read_json(workdir / RUN).get("steps")
+    except UserError:
+        return None

@@ -3,6 +3,7 @@
 config -> mesh, model, tokenizer -> parameters, optimizer, shardings -> input.
 """
 
+import datetime
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -33,6 +34,7 @@ class Run(NamedTuple):
     mesh: Mesh
     model: Model
     tokenizer: Tokenizer | None  # None: records are token ids
+    date: str = ""  # YYYY-MM-DD, which chat templates that write a date take for today
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -55,14 +57,18 @@ class Run(NamedTuple):
         )
 
 
-def build(config: ConfigDict) -> Run:
+def build(config: ConfigDict, date: str = "") -> Run:
     """Opens the mesh, the model's sizes and the tokenizer; reads no weights yet.
 
+    Args:
+      config: of the run.
+      date: YYYY-MM-DD, what chat templates take for today; "": it is today.
     Raises:
       UserError: a part of the config does not exist or does not fit the others.
     """
     model_config = open_model_config(config.model)
-    return _assemble(config, None, model_config, _tokenizer(config, model_config))
+    run = _assemble(config, None, model_config, _tokenizer(config, model_config))
+    return run._replace(date=date or datetime.date.today().isoformat())
 
 
 def build_for(config: ConfigDict, devices: Sequence[Device]) -> Run:

@@ -40,6 +40,7 @@ from nca_jax.flags import parse_flags
 from nca_jax.infra import distributed
 from nca_jax.infra.finite import bad_metrics
 from nca_jax.infra.mesh import compiler_options, rows_here
+from nca_jax.infra.records import date_of
 from nca_jax.params import policy_params
 from nca_jax.reference import reference_params
 from nca_jax.rewards.scorers import Scorer, get_scorer, score_all
@@ -53,7 +54,7 @@ def main(argv: list[str]) -> int:
     beside = as_path(flags.workdir or ".") / "evaluation.json"
     out = out_file(flags.out) if flags.out else beside
     scorers = {"reward": get_scorer(config.generate.scorer), "judge": get_scorer(flags.judge)}
-    run = build.build(config)
+    run = build.build(config, date_of(flags.workdir))
     texts = read_texts(run, flags.text) if flags.text else []
     data = build.read_data(run)
     if not data.heldout:

@@ -21,17 +21,18 @@ from nca_jax import build
 from nca_jax.axes import Params, flatten_paths
 from nca_jax.checks import UserError, run_main
 from nca_jax.config import flatten
-from nca_jax.files import AnyPath, as_path, whole_folder
+from nca_jax.files import AnyPath, as_path, whole_folder, whole_lines
 from nca_jax.flags import parse_own_flags
 from nca_jax.infra.checkpoint import restore_params, saved_step
 from nca_jax.infra.mesh import host_mesh
+from nca_jax.infra.records import METRICS, is_metrics, read_run
 from nca_jax.losses import LOSSES
 from nca_jax.models.decoder import Model
 from nca_jax.models.formats.hf_export import DTYPES, write_hf
 from nca_jax.models.formats.names import Param
 from nca_jax.models.formats.pretrained import resolve, save_tokenizer
 from nca_jax.protocols import ModelSection
-from nca_jax.saved_config import read_saved
+from nca_jax.saved_config import CONFIG, read_saved
 
 
 def main(argv: list[str]) -> int:
@@ -42,7 +43,8 @@ def main(argv: list[str]) -> int:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out={out} is not an empty folder; give another, or remove it first.")
     step = saved_step(workdir, flags.step)
-    config = read_saved(workdir / "config.json")
+    config = read_saved(workdir / CONFIG)
+    card = model_card(workdir, config, step)
     model_config = build.open_model_config(config.model)
 
     with whole_folder(out) as folder:
@@ -54,7 +56,7 @@ def main(argv: list[str]) -> int:
         abstract = Model(model_config).abstract_params()
         params = opened(restore_params(workdir, abstract, host_mesh(), step=step))
         write_hf(folder, model_config, params, dtype=flags.dtype, origin=origin(config.model))
-        (folder / "README.md").write_text(model_card(workdir, config, step), encoding="utf-8")
+        (folder / "README.md").write_text(card, encoding="utf-8")
     print(f"step {step} of {workdir} in {out}, {flags.dtype}")
     return 0
 
@@ -75,7 +77,7 @@ def model_card(workdir: AnyPath, config: ConfigDict, step: int) -> str:
     """Returns README.md: what was trained, from what, and what it reached."""
     start, loss = config.model.init_from or "random weights", config.loss
     hyperparameters = ", ".join(f"{name} = {loss[name]}" for name in LOSSES[loss.name].fields)
-    commit = json.loads((workdir / "run.json").read_text())["commit"]
+    commit = read_run(workdir)["commit"]
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -108,8 +110,7 @@ Models with Explicit Rewards" (arXiv:2402.05369).
 def _metric_rows(workdir: AnyPath, step: int) -> str:
     """The last training and evaluation metrics up to `step`, a row each."""
     last = {}
-    for line in (workdir / "metrics.jsonl").read_text().splitlines():
-        metrics = json.loads(line)
+    for metrics in whole_lines(workdir / METRICS, is_metrics):
         if metrics["step"] <= step:
             last[metrics.pop("split")] = metrics
     return "\n".join(

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from pathlib import Path
@@ -97,6 +97,66 @@ def write_json(path: AnyPath, content: dict[str, Any]) -> None:
       ValueError: a number is not finite; JSON has none that are not. Nothing is written.
     """
     write_whole(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: AnyPath) -> dict[str, Any]:
+    """Returns the object of a JSON file that `write_json` wrote.
+
+    Raises:
+      UserError: it is not there, or damaged: cut, empty or overwritten.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+        damage = "" if isinstance(content, dict) else "it is no object"
+    except FileNotFoundError:
+        raise UserError(f"{path} is not there; restore it, or use another folder.") from None
+    except (ValueError, RecursionError) as error:  # bad JSON or bad UTF-8
+        content, damage = {}, str(error)
+    if damage:
+        raise UserError(f"{path} is damaged ({damage}); restore it, or use another folder.")
+    return content
+
+
+def read_lines(
+    path: AnyPath, is_good: Callable[[dict[str, Any]], bool] = lambda line: True
+) -> tuple[list[dict[str, Any]], list[int]]:
+    """Returns the good objects of a .jsonl file, and the numbers, from 1, of all other lines.
+
+    Blank lines are none, and neither is a last one that a kill has torn.
+    """
+    # Not splitlines: a string of JSON may hold other ends of lines, such as U+2028.
+    lines = path.read_bytes().split(b"\n")
+    good, bad = [], []
+    for number, line in enumerate(lines, start=1):
+        try:
+            found = json.loads(line) if line.strip() else None
+        except (ValueError, RecursionError):
+            found = None
+            if number == len(lines) and line.startswith(b"{") and b"\0" not in line:
+                break
+        if isinstance(found, dict) and is_good(found):
+            good.append(found)
+        elif line.strip():
+            bad.append(number)
+    return good, bad
+
+
+def whole_lines(
+    path: AnyPath, is_good: Callable[[dict[str, Any]], bool] = lambda line: True
+) -> list[dict[str, Any]]:
+    """Returns `read_lines` of a file. Raises UserError if one is bad, or there is no such file."""
+    if not path.exists():
+        raise UserError(f"{path} is not there.")
+    good, bad = read_lines(path, is_good)
+    if bad:
+        raise UserError(f"{path} is damaged ({said_lines(bad)}); restore it, or remove them.")
+    return good
+
+
+def said_lines(numbers: Sequence[int]) -> str:
+    """Returns the numbers of lines in words, the first few of many."""
+    more = f" and {len(numbers) - 5} more" if len(numbers) > 5 else ""
+    return f"line{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers[:5]))}{more}"
 
 
 def copy_into(folder: Path, target: AnyPath) -> None:

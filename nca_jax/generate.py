@@ -18,6 +18,7 @@ from nca_jax.data.sources import write_records
 from nca_jax.files import out_file
 from nca_jax.flags import parse_flags
 from nca_jax.infra import distributed
+from nca_jax.infra.records import date_of
 from nca_jax.params import policy_params
 from nca_jax.rewards.scorers import get_scorer
 from nca_jax.rollout import check_scorable, rollout
@@ -26,7 +27,7 @@ from nca_jax.rollout import check_scorable, rollout
 def main(argv: list[str]) -> int:
     config, flags = parse_flags(argv, sections=("generate",), prompts=None, out=None, workdir="")
     out, scorer = out_file(flags.out), get_scorer(config.generate.scorer)
-    run = build.build(config)
+    run = build.build(config, date_of(flags.workdir))
     if run.tokenizer is None:
         raise UserError("Generation needs a tokenizer: set config.data.tokenizer.")
     prompts, counts = load_prompts(flags.prompts, run.encoder)

@@ -13,15 +13,16 @@ import time
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from nca_jax import build, programs, reference
 from nca_jax.checks import UserError, run_main
 from nca_jax.data.room import row_layout
 from nca_jax.evaluators import score_responses
-from nca_jax.files import as_path, write_json
+from nca_jax.files import AnyPath, as_path, write_json
 from nca_jax.flags import parse_flags
-from nca_jax.infra import distributed
+from nca_jax.infra import distributed, lock
 
 PART = 64  # examples in a part: what a stop can lose
 
@@ -32,7 +33,13 @@ def main(argv: list[str]) -> int:
         raise UserError("Set --config.reference.kind=cached and --config.reference.cache=FOLDER.")
     folder = as_path(config.reference.cache)
     folder.mkdir(parents=True, exist_ok=True)
-    run = build.build(config)
+    with lock.held(folder) as check_held:
+        return fill_cache(config, folder, check_held)
+
+
+def fill_cache(config: ConfigDict, folder: AnyPath, check_held: lock.CheckHeld) -> int:
+    """Makes the parts of a cache that are missing, and returns the exit status."""
+    run = build.build(config, reference.cache_date(folder))
     data = build.read_data(run)
     examples = [example for source in data.sources for example in source] + data.heldout
     distributed.check_same(rows=reference.examples_fingerprint(examples))
@@ -48,7 +55,7 @@ def main(argv: list[str]) -> int:
         is_made = np.array([is_known and reference.is_whole(path) for path in paths])
         missing = np.flatnonzero(~distributed.from_first(is_made)).tolist()
         if distributed.is_first():
-            write_json(folder / "fingerprint.json", fingerprint)
+            write_json(folder / "fingerprint.json", fingerprint | {"date": run.date})
         num_slots = PART * max(len(example.scores) for example in examples)
         logps = programs.jit_rows_logps(run, num_slots)
         start, tokens = time.perf_counter(), 0
@@ -61,6 +68,7 @@ def main(argv: list[str]) -> int:
                 mesh=run.mesh,
             )
             if distributed.is_first():
+                check_held()
                 reference.write_part(folder, i, parts[i], scored)
             tokens += sum(len(ids) for example in parts[i] for ids in example.group.responses)
     if distributed.is_first():

@@ -19,6 +19,7 @@ from nca_jax.checks import UserError, run_main
 from nca_jax.data.layouts import DATA_SETS
 from nca_jax.data.tfds_source import data_dir
 from nca_jax.files import as_path, is_remote, local_copy
+from nca_jax.infra import lock
 
 
 def main(argv: list[str]) -> int:
@@ -38,10 +39,12 @@ def main(argv: list[str]) -> int:
             f"there (gcloud storage cp -r 'FOLDER/*' {out})."
         )
     files = builders.find_files(raw, origin)
-    builder = builders.ScoredRecords(given.name, given.score, origin, files, out)
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
-    builders.prepare(builder)
+    out.mkdir(parents=True, exist_ok=True)
+    with lock.held(out):
+        builder = builders.ScoredRecords(given.name, given.score, origin, files, out)
+        builders.prepare(builder)
     print(builder.data_dir)
     entry = f"tfds:{given.name}/{given.score}".rstrip("/")
     for split, counts in builder.counts.items():

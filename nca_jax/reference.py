@@ -13,7 +13,6 @@ of responses, loss and seed.
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -27,7 +26,7 @@ from nca_jax.build import Run
 from nca_jax.checks import UserError
 from nca_jax.data.encode import Example
 from nca_jax.data.sources import list_files
-from nca_jax.files import AnyPath, as_path, write_whole
+from nca_jax.files import AnyPath, as_path, read_json, write_whole
 from nca_jax.infra.fingerprint import (
     array_kind,
     files_fingerprint,
@@ -71,7 +70,8 @@ def make_reference(run: Run) -> Reference:
     if kind == "none":
         return Reference(None, None, "none")
     if kind == "cached":
-        return Reference(None, read_cached_logps(run), "cached")
+        parts = sorted(map(str, as_path(run.config.reference.cache).glob("part-*.safetensors")))
+        return Reference(None, read_cached_logps(run), files_fingerprint(parts))
     params = open_reference(run)
     return Reference(params, None, params_fingerprint(params))
 
@@ -120,9 +120,11 @@ def example_key(example: Example) -> int:
 
 
 def examples_fingerprint(examples: Sequence[Example]) -> str:
-    """A digest of the tokens of examples, in their order."""
-    keys = np.array([example_key(example) for example in examples], np.uint64)
-    return hashlib.sha256(keys.tobytes()).hexdigest()[:16]
+    """A digest of the tokens and scores of examples, in their order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(np.uint64(example_key(example)).tobytes() + example.scores.tobytes())
+    return digest.hexdigest()[:16]
 
 
 def write_part(folder: AnyPath, part: int, examples: Sequence[Example], logps: np.ndarray) -> None:
@@ -226,16 +228,15 @@ def read_cached_logps(run: Run) -> Lookup:
     return lookup
 
 
+def cache_date(folder: AnyPath) -> str:
+    """Returns the date that chat templates wrote into a cache; "" where none is recorded."""
+    path = folder / "fingerprint.json"
+    return read_json(path).get("date", "") if path.exists() else ""
+
+
 def check_fingerprint(folder: AnyPath, now: dict[str, str | int]) -> None:
     """Raises UserError, naming what differs, unless the cache was made from the same things."""
-    file = folder / "fingerprint.json"
-    try:
-        saved = dict(json.loads(file.read_text()))
-    except (ValueError, TypeError) as error:
-        raise UserError(
-            f"{file} is damaged ({error}), so nothing says what the cache was made from; remove "
-            f"{folder} and make it again with python -m nca_jax.precompute."
-        ) from None
+    saved = read_json(folder / "fingerprint.json")
     differs = [
         f"{name}: {saved.get(name)} there, {value} here"
         for name, value in now.items()

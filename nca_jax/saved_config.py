@@ -4,16 +4,15 @@ Whatever changes what a run means is a field with a version (`Field.since`), and
 older run means by not having it (`Field.before`): so an older workdir resumes.
 """
 
-import json
-
 from ml_collections import ConfigDict
 
 from nca_jax.checks import UserError
 from nca_jax.config import OPTIONAL, fields_of, flatten
 from nca_jax.field import Value
-from nca_jax.files import AnyPath
+from nca_jax.files import AnyPath, read_json
 
-VERSION = 3  # 1 had none written, and every loss had an alpha; 2 no checkpoint.on_damage
+CONFIG = "config.json"
+VERSION = 3  # 1 had none written, and every loss had an alpha
 NEUTRAL = {"loss.alpha": 0.0}  # fields that older runs have, and the value that meant nothing
 
 
@@ -26,10 +25,8 @@ def read_saved(file: AnyPath) -> ConfigDict:
     """Returns the config of a run from its config.json, of this version or an older one.
 
     Raises:
-      UserError: the file is not there, or of a newer version.
+      UserError: the file is not there, damaged, or of a newer version.
     """
-    if not file.exists():
-        raise UserError(f"{file} is not there; give the --workdir of a training run.")
     nested = {}
     for name, value in _meaning_today(file).items():
         *sections, leaf = name.split(".")
@@ -44,10 +41,8 @@ def check_same_run(config: ConfigDict, saved_file: AnyPath) -> None:
     """Refuses to resume a run under another config, except for fields that may change.
 
     Raises:
-      UserError: names each field that differs, with both values.
+      UserError: names each field that differs, with both values; or as `read_saved`.
     """
-    if not saved_file.exists():
-        return
     now, saved = flatten(config), _meaning_today(saved_file)
     fields = fields_of(config.loss.name)
     differs = [
@@ -68,17 +63,33 @@ def _meaning_today(file: AnyPath) -> dict[str, Value]:
     A field that is newer than the file has the value that "as before" means; one that is no field
     any more is left out where it had the value that meant nothing.
     """
-    saved = json.loads(file.read_text())
+    saved = read_json(file)
     version = saved.pop("version", 1)
+    if not isinstance(version, int):
+        raise UserError(
+            f"{file} is damaged (version {version!r}); restore it, or use a new --workdir."
+        )
     if version > VERSION:
         raise UserError(
             f"{file} was written by a newer nca_jax (version {version}, not {VERSION})."
         )
-    fields = fields_of(saved.get("loss.name", ""))
+    fields = fields_of(str(saved.get("loss.name")))
     newer = {
         name: field.default if field.before is None else field.before
         for name, field in fields.items()
         if field.since > version and name.split(".")[0] not in OPTIONAL
     }
     known = {x: v for x, v in saved.items() if x in fields or NEUTRAL.get(x) != v}
-    return newer | known
+    meant = newer | known
+    wrong = [
+        name
+        for name, field in fields.items()
+        if (name in meant or name.split(".")[0] not in OPTIONAL)
+        and not field.check.accepts(meant.get(name))
+    ]
+    if wrong:
+        raise UserError(
+            f"{file} is damaged ({', '.join(wrong[:5])} lacking or wrong); restore it, or use a "
+            "new --workdir."
+        )
+    return meant

@@ -11,25 +11,29 @@ import contextlib
 import functools
 import json
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 
 from nca_jax import build
 from nca_jax.checks import run_main
 from nca_jax.config import flatten
+from nca_jax.data.encode import Example
 from nca_jax.data.pipeline import Dataset, eval_batches
 from nca_jax.evaluators import fill_reference, heldout_metrics
-from nca_jax.files import as_path, write_json
+from nca_jax.files import AnyPath, as_path, write_json
 from nca_jax.fit import Evaluator, fit
 from nca_jax.flags import parse_flags
-from nca_jax.infra import checkpoint, distributed, profile
-from nca_jax.infra.fingerprint import text_fingerprint
+from nca_jax.infra import checkpoint, distributed, lock, profile
+from nca_jax.infra.fingerprint import text_fingerprint, tokenizer_fingerprint
 from nca_jax.infra.mesh import rows_here
 from nca_jax.infra.preemption import catch_sigterm
-from nca_jax.infra.records import record_run
+from nca_jax.infra.records import read_run, record_run
 from nca_jax.infra.writer import MetricWriter, SilentWriter
 from nca_jax.metrics import IS_BETTER_HIGH
-from nca_jax.params import reference_init_from, start_params
+from nca_jax.params import start_params
 from nca_jax.programs import (
     abstract_state,
     build_optimizer,
@@ -37,8 +41,8 @@ from nca_jax.programs import (
     jit_train_step,
     start_state,
 )
-from nca_jax.reference import examples_fingerprint, make_reference
-from nca_jax.saved_config import check_same_run, config_json
+from nca_jax.reference import cache_date, examples_fingerprint, make_reference
+from nca_jax.saved_config import CONFIG, check_same_run, config_json, read_saved
 from nca_jax.train_step import Frozen
 
 DROPPED = ("key",)  # leaves that older checkpoints have and nothing reads
@@ -50,11 +54,20 @@ def main(argv: list[str]) -> int:
     profile.check_within(traced, config.steps or sys.maxsize)
     workdir = as_path(flags.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
+    with lock.held(workdir) as check_held:
+        return train(config, workdir, traced, check_held)
+
+
+def train(config: ConfigDict, workdir: AnyPath, traced: range, check_held: lock.CheckHeld) -> int:
+    """Trains in a workdir that this process holds, and returns the exit status."""
     asked_to_stop = catch_sigterm()
 
     # ---- Mesh, model, data -------------------------------------------------------------------
-    run = build.build(config)
-    check_same_run(config, workdir / "config.json")
+    began, log_every = None, config.log_every
+    if checkpoint.saved_steps(workdir):
+        check_same_run(config, workdir / CONFIG)
+        began, log_every = read_run(workdir), read_saved(workdir / CONFIG).log_every
+    run = build.build(config, start_date(config, began))
     data = build.read_data(run)
     for note in data.notes():
         print(note)
@@ -93,6 +106,19 @@ def main(argv: list[str]) -> int:
             f"{len(dataset)} training prompts, {len(data.heldout)} held out, {steps} steps of "
             f"{config.data.batch_size} prompts on {run.mesh.size} devices"
         )
+        now = {
+            "reference": reference.fingerprint,
+            "tokenizer": tokenizer_fingerprint(run.tokenizer),
+            "eos_ids": list(run.eos_ids),
+            "date": run.date,
+            "records": " + ".join(map(counted, data.sources)),
+            "heldout": counted(data.heldout),
+            "steps": steps,
+        }
+        for note in record_run(workdir, began, now):
+            print(note)
+        if distributed.is_first():
+            write_json(workdir / CONFIG, config_json(config))
 
         # ---- State: 1. own workdir, 2. init_from, 3. random ----------------------------------
         optimizer = build_optimizer(config, steps)
@@ -109,14 +135,6 @@ def main(argv: list[str]) -> int:
             state = start_state(run, optimizer, start_params(run, config.model.init_from))
         else:
             print(f"resumed after step {restored_step} from {workdir}")
-        record_run(
-            workdir,
-            reference=reference.fingerprint,
-            origin=reference_init_from(config) or "this seed",
-            steps=steps,
-        )
-        if distributed.is_first():
-            write_json(workdir / "config.json", config_json(config))
 
         # ---- Compile -------------------------------------------------------------------------
         frozen = Frozen(reference=reference.params)
@@ -130,7 +148,14 @@ def main(argv: list[str]) -> int:
         # ---- Loop ----------------------------------------------------------------------------
         first = restored_step or 0
         writer = (
-            MetricWriter(workdir, config.log, restored_step=restored_step, num_steps=steps)
+            MetricWriter(
+                workdir,
+                config.log,
+                restored_step=restored_step,
+                num_steps=steps,
+                log_every=log_every,
+                check_held=check_held,
+            )
             if distributed.is_first()
             else SilentWriter()
         )
@@ -159,6 +184,17 @@ def main(argv: list[str]) -> int:
     else:
         print(f"done: {steps} steps in {workdir}")
     return 0
+
+
+def start_date(config: ConfigDict, began: dict[str, Any] | None) -> str:
+    """Returns the date that chat templates write: of the run, else of its cache, else "", today."""
+    cache = config.reference.cache
+    return (began or {}).get("date", "") or (cache and cache_date(as_path(cache)))
+
+
+def counted(examples: Sequence[Example]) -> str:
+    """Returns how many examples there are, and a digest of them, in their order."""
+    return f"{len(examples)} ({examples_fingerprint(examples)})"
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from experiments.claims import (  # noqa: E402
     temperatures,
 )
 from nca_jax.checks import UserError  # noqa: E402
+from nca_jax.files import whole_lines  # noqa: E402
 from nca_jax.flops import needed_flops  # noqa: E402
 from nca_jax.model_config import MODELS  # noqa: E402
 
@@ -213,7 +214,7 @@ def test_the_evaluations_of_a_claim_are_gathered_a_line_a_run(tmp_path, capsys):
         (workdir / "evaluation.json").write_text(json.dumps(content))
     out = tmp_path / "results.jsonl"
     assert collect.main(["collect", str(tmp_path / "demo"), f"--out={out}"]) == 0
-    assert results.read_lines(out) == [
+    assert whole_lines(out) == [
         {"run": "demo/nca/seed=0", "metrics": {"reward": 2.0}},
         {"run": "demo/nca/seed=1", "metrics": {"reward": 0.123457}},
     ]

@@ -205,6 +205,24 @@ def test_a_config_json_of_a_newer_version_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ({"version": "2"}, "version '2'"),
+        ({"optim.lr": "fast"}, "optim.lr lacking or wrong"),
+        ({"loss.name": None}, "loss.name lacking or wrong"),
+        ({"data.rows": [1]}, "data.rows lacking or wrong"),
+    ],
+)
+def test_a_damaged_config_json_is_named(tmp_path, damage, said):
+    file = saved_without(tmp_path, smoke(), **damage)
+    with pytest.raises(UserError, match=f"{file} is damaged .{said}.*; restore it, or use a new"):
+        check_same_run(smoke(), file)
+    file.write_text('{"steps": 10}')
+    with pytest.raises(UserError, match=f"{file} is damaged .*lacking or wrong"):
+        read_saved(file)
+
+
+@pytest.mark.parametrize(
     "flag",
     [
         "data.rows=4",

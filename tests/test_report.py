@@ -92,6 +92,36 @@ def test_one_workdir_is_a_page_of_its_own(tmp_path):
     assert (tmp_path / "page.html").read_text().count("<svg") == 2
 
 
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("metrics.jsonl", '{"step": 1, "split": "train"}\n\0\0\n'),
+        ("metrics.jsonl", '[1]\n{"step": 1, "split": "train"}\n'),
+        ("evaluation.json", ""),
+        ("evaluation.json", '{"metrics": {"kl"'),
+        ("evaluation.json", "{}"),
+        ("samples.jsonl", "{\n{}\n"),
+    ],
+)
+def test_a_damaged_run_is_named_and_the_others_are_read(tmp_path, name, damage):
+    for run in ("algo=nca", "algo=dpo"):
+        write_run(tmp_path / run / "seed=0", kl=1.0)
+    (tmp_path / "algo=dpo" / "seed=0" / name).write_text(damage)
+    (run,), (said,) = results.find_whole_runs([tmp_path])
+    assert run.setting == "algo=nca"
+    assert said.startswith(f"{tmp_path}/algo=dpo/seed=0/{name} is damaged")
+
+
+def test_a_page_of_runs_of_which_one_is_damaged_shows_the_others(tmp_path, capsys):
+    for run in ("algo=nca", "algo=dpo"):
+        write_run(tmp_path / run / "seed=0")
+    (tmp_path / "algo=dpo/seed=0/metrics.jsonl").write_text("[1]\n")
+    assert report.main(["report", str(tmp_path), f"--out={tmp_path}/page.html"]) == 1
+    assert f"left out: {tmp_path}/algo=dpo/seed=0/metrics.jsonl" in capsys.readouterr().err
+    page = (tmp_path / "page.html").read_text()
+    assert "<td>nca</td>" in page and "<td>dpo</td>" not in page
+
+
 def test_a_folder_without_runs_is_named(tmp_path):
     with pytest.raises(UserError, match="holds no metrics.jsonl"):
         report.main(["report", str(tmp_path)])

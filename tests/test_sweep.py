@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 from commands import ROOT, write_records
 
-from experiments import results, sweep
+from experiments import sweep
 from nca_jax.checks import UserError
 from nca_jax.config import flatten
+from nca_jax.files import whole_lines
 from nca_jax.flags import parse_flags
+from nca_jax.saved_config import check_same_run
 
 # In the place of nca_jax.train: leaves what train leaves, and a line a start in starts.txt.
 STUB = """
@@ -57,6 +59,12 @@ def stub(tmp_path, monkeypatch):
     (tmp_path / "stub.py").write_text(STUB)
     monkeypatch.setattr(sweep, "nca_jax", lambda *x: [sys.executable, f"{tmp_path}/stub.py", *x])
     monkeypatch.setattr(sweep, "write_page", lambda out: 0)
+
+    def check_if_there(config, file):  # the stub writes no config.json
+        if file.exists():
+            check_same_run(config, file)
+
+    monkeypatch.setattr(sweep, "check_same_run", check_if_there)
 
     def run(grid: str, *flags: str) -> int:
         grids = [f"--grid={grid}"] if grid else []
@@ -109,11 +117,27 @@ def test_points_share_a_cached_reference_that_is_made_once(stub, tmp_path):
 
 def test_a_workdir_of_another_config_is_refused_by_field(stub, tmp_path, capsys):
     workdir = tmp_path / "out/loss.alpha=1/seed=0"
-    workdir.mkdir(parents=True)
+    (workdir / "checkpoints" / "1").mkdir(parents=True)
     config, _ = parse_flags(["x", CONFIG, "--config.loss.alpha=1", "--config.optim.lr=0.5"])
     (workdir / "config.json").write_text(json.dumps(flatten(config)))
     assert stub("loss.alpha=1") == 1
     assert "optim.lr: 0.5 there, 5e-06 here" in capsys.readouterr().out
+
+
+def test_a_damaged_run_is_named_and_stops_no_other(stub, tmp_path, capsys):
+    assert stub("loss.alpha=1,2") == 0
+    workdir = tmp_path / "out/loss.alpha=1/seed=0"
+    with open(workdir / "metrics.jsonl", "a") as file:
+        file.write("\0\0\n")
+    (workdir / "run.json").write_text('{"ste')
+    assert stub("loss.alpha=1,2,3") == 1
+    table = (tmp_path / "out/table.md").read_text()
+    assert "| 2 | 1 | training step 2 |" in table
+    assert starts(workdir) == ["train", "train"]  # which says what is wrong with run.json
+    with open(workdir / "metrics.jsonl", "a") as file:
+        file.write("\0\0\n")
+    assert stub("loss.alpha=1,2") == 1
+    assert f"left out: {workdir}/metrics.jsonl is damaged (line 3)" in capsys.readouterr().out
 
 
 def test_print_gives_a_line_for_every_point_that_is_left(stub, tmp_path, capsys):
@@ -197,7 +221,7 @@ def test_a_killed_sweep_goes_on_and_waits_for_the_run_that_it_left_behind(stub, 
     released.touch()
     assert second.wait(timeout=60) == 0
     assert starts(workdir) == ["train"]
-    assert [line["step"] for line in results.read_lines(workdir / "metrics.jsonl")] == [1, 2]
+    assert [line["step"] for line in whole_lines(workdir / "metrics.jsonl")] == [1, 2]
 
 
 def test_sigterm_stops_the_runs_and_the_same_command_goes_on(stub, tmp_path, capsys):

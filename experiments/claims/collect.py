@@ -6,12 +6,12 @@ A line is {"run": "FOLDER/ARM/seed=N", "metrics": those of its evaluation.json},
 """
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from nca_jax.checks import UserError, run_main
 from nca_jax.data.sources import write_records
+from nca_jax.files import read_json
 
 
 def main(argv: list[str]) -> int:
@@ -36,7 +36,7 @@ def evaluations(folders: Sequence[Path]) -> Iterator[dict]:
         if not found:
             raise UserError(f"{folder} holds no evaluation.json; give the --out of a claim.")
         for path in found:
-            metrics = json.loads(path.read_text(encoding="utf-8"))["metrics"]
+            metrics = read_json(path)["metrics"]
             rounded = {name: float(f"{value:.6g}") for name, value in metrics.items()}
             run = path.parent.relative_to(folder.parent).as_posix()
             yield {"run": run, "metrics": rounded}

@@ -26,6 +26,7 @@ from experiments.claims import study
 from experiments.claims.rows import without_empty, write_new
 from experiments.tasks import Task, run_tasks
 from nca_jax.checks import run_main
+from nca_jax.files import whole_lines
 from nca_jax.rewards.scorers import SCORERS
 
 matplotlib.use("agg")
@@ -164,7 +165,7 @@ def sample_task(
 
 
 def scored(out: Path, name: str) -> list[dict]:
-    return results.read_lines(out / "samples" / name / "scored.jsonl")
+    return whole_lines(out / "samples" / name / "scored.jsonl")
 
 
 def train_round(args: argparse.Namespace, round_: int) -> int:

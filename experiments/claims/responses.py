@@ -21,6 +21,7 @@ from experiments.claims.rows import DEMO, split_rows, take, without_empty, write
 from experiments.claims.study import ALPHA, BATCH, NUM_HELDOUT
 from experiments.tasks import Task, run_tasks
 from nca_jax.checks import run_main
+from nca_jax.files import whole_lines
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend)
@@ -47,7 +48,7 @@ def main(argv: list[str]) -> int:
     args = study.make_parser("responses", __doc__, "responses").parse_args(argv[1:])
     out = args.out
     study.share_compiled(out)
-    heldout, training = split_rows(results.read_lines(DEMO), NUM_HELDOUT, NUM_PROMPTS, args.seeds)
+    heldout, training = split_rows(whole_lines(DEMO), NUM_HELDOUT, NUM_PROMPTS, args.seeds)
     write_new(out / "rows/heldout.jsonl", heldout)
     tasks = []
     for seed, rows in enumerate(training):
@@ -57,7 +58,7 @@ def main(argv: list[str]) -> int:
     if run_tasks(tasks, jobs=args.jobs, env=dict(os.environ)):
         return 1
     for seed in range(args.seeds):
-        sampled = results.read_lines(out / f"samples/seed={seed}/sampled.jsonl")
+        sampled = whole_lines(out / f"samples/seed={seed}/sampled.jsonl")
         rows = [without_empty(row) for row in sampled]
         for k in RESPONSES:
             write_new(out / f"rows/k{k}-{seed}.jsonl", [with_k(row, k, seed) for row in rows])

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.results import read_lines
 from nca_jax.checks import UserError
 from nca_jax.data.sources import write_records
+from nca_jax.files import whole_lines
 
 DEMO = Path(__file__).parents[1] / "demo/rows.jsonl"
 PER_RESPONSE = ("responses", "scores", "response_ids", "finished")
@@ -74,5 +74,5 @@ def write_new(path: Path, rows: Iterable[dict]) -> None:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_records(str(path), rows)
-    elif read_lines(path) != json.loads(json.dumps(rows)):
+    elif whole_lines(path) != json.loads(json.dumps(rows)):
         raise UserError(f"{path} holds other rows than these settings make; give another --out.")

@@ -15,6 +15,7 @@ import numpy as np
 
 from experiments import results, sweep
 from experiments.claims.rows import DEMO, pairs, split_rows, write_new
+from nca_jax.files import whole_lines
 from nca_jax.flops import head_params, trunk_params
 from nca_jax.model_config import MODELS
 
@@ -90,7 +91,7 @@ def row_shape(row_len: int) -> dict[str, int]:
 
 def write_all_rows(out: Path, num_seeds: int) -> None:
     """Writes the held-out rows, and each seed's rows of four and of pairs."""
-    heldout, training = split_rows(results.read_lines(DEMO), NUM_HELDOUT, NUM_TRAIN, num_seeds)
+    heldout, training = split_rows(whole_lines(DEMO), NUM_HELDOUT, NUM_TRAIN, num_seeds)
     write_new(out / "rows/heldout.jsonl", heldout)
     for seed, rows in enumerate(training):
         write_new(out / f"rows/train-{seed}.jsonl", rows)

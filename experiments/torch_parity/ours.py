@@ -1,6 +1,5 @@
 """nca_jax on the same rows: the train command, then its last checkpoint scored once more."""
 
-import json
 import shutil
 import subprocess
 import sys
@@ -10,7 +9,9 @@ import jax
 
 from nca_jax import build, programs
 from nca_jax.data.pipeline import Dataset
+from nca_jax.files import whole_lines
 from nca_jax.flags import parse_flags
+from nca_jax.infra.records import METRICS, is_metrics
 from nca_jax.params import policy_params
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +39,7 @@ def train(model_dir: Path, rows_file: Path, settings, k: int, workdir: Path) -> 
     config_flag = f"--config={ROOT}/configs/torch_parity.py:{arg}"
     command = [sys.executable, "-m", "nca_jax.train", config_flag, f"--workdir={workdir}"]
     subprocess.run(command, cwd=ROOT, check=True)
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    lines = whole_lines(workdir / METRICS, is_metrics)
     log = [line for line in lines if line["split"] == "train"]
     return {"log": log, "final_logps": final_logps(config_flag, workdir)}
 

@@ -211,14 +211,19 @@ def restore(
     return _read(path, abstract, shardings, is_left=lambda array: array in dropped)
 
 
+def saved_steps(workdir: AnyPath) -> list[int]:
+    """Returns the steps of a run's checkpoints, ascending; without any it has not begun."""
+    folder = absolute(workdir / "checkpoints")
+    return sorted(ocp.utils.checkpoint_steps(folder)) if folder.exists() else []
+
+
 def saved_step(workdir: AnyPath, step: int = 0) -> int:
     """Returns `step` if the run has a checkpoint of it; 0 asks for the latest.
 
     Raises:
       UserError: there is none; names those that are there.
     """
-    folder = absolute(workdir / "checkpoints")
-    steps = sorted(ocp.utils.checkpoint_steps(folder)) if folder.exists() else []
+    steps = saved_steps(workdir)
     if not steps:
         raise UserError(f"{workdir} has no checkpoint; give the --workdir of a training run.")
     if step and step not in steps:

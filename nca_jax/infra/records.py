@@ -1,61 +1,113 @@
-"""What a workdir says of its run beside metrics and checkpoints: run.json.
+"""What a workdir says of its run beside checkpoints: run.json, and the lines of metrics.jsonl.
 
-reference  a fingerprint of what the policy is held against; a resume must find the same
-commit     of the code that began the run
-commits    of the code of the start and of every resume, in order; one that follows itself once
-steps      how many updates the whole run has
+run.json holds what a run depends on beside its config (`DEPENDS`), which a resume must find again,
+and
+    commit     of the code that began the run
+    commits    of the code of the start and of every resume, in order; one that follows itself once
+    jax        its versions, likewise
+
+A run has begun once it has a checkpoint. What is there without one is of a run that was stopped
+before, and means nothing.
 """
 
-import json
 import os
 import subprocess
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from nca_jax.checks import UserError
-from nca_jax.files import AnyPath, write_json
+from nca_jax.files import AnyPath, as_path, read_json, write_json
 from nca_jax.infra import distributed
 
-RUN = "run.json"
+RUN, METRICS = "run.json", "metrics.jsonl"
 PACKAGE = Path(__file__).parent.parent
 
+# {key: what it is, and where a user changes it}. An older run.json has some of them, and those that
+# it lacks are not compared.
+DEPENDS = {
+    "reference": "reference (config.reference, config.model.init_from)",
+    "tokenizer": "tokenizer or its chat template (config.data.tokenizer)",
+    "eos_ids": "ids that end a turn (of model and tokenizer)",
+    "date": "date that a chat template writes",
+    "records": "training records (config.data.files)",
+    "heldout": "held-out records (config.data.eval_files, eval_fraction)",
+    "steps": "steps (config.steps, epochs)",
+}
+KINDS = {"commit": str, "commits": list, "jax": list, "steps": int, "eos_ids": list}  # else str
 
-def record_run(workdir: AnyPath, *, reference: str, origin: str, steps: int) -> None:
+
+def record_run(workdir: AnyPath, began: dict[str, Any] | None, now: dict[str, Any]) -> list[str]:
     """Adds a start or a resume to run.json, which process 0 writes and all of them check.
 
     Args:
-      reference: the fingerprint of the reference that this start has, or what kind it is.
-      origin: where that reference comes from, for the message.
-      steps: updates of the whole run.
+      began: what `read_run` gave, of a run that has begun.
+      now: {key of DEPENDS: its value}, of this start.
+    Returns:
+      What is to be said: the code or JAX is another than that which began the run.
     Raises:
-      UserError: the run began with another reference; nothing is written.
+      UserError: the run depends on something that has changed; names all, and nothing is written.
     """
-    began = read_run(workdir)
-    if began and began["reference"] != reference:
+    began = began or {}
+    differs = [
+        f"{words}: {began[name]} there, {now[name]} here"
+        for name, words in DEPENDS.items()
+        if name in began and began[name] != now[name]
+    ]
+    if differs:
         raise UserError(
-            f"{workdir} was trained against another reference than {origin} now gives; restore "
-            "that one, or use a new --workdir."
+            f"{workdir} holds a run that began with something else ({'; '.join(differs)}); restore "
+            "that, or use a new --workdir."
         )
-    if not distributed.is_first():
-        return
-    commit = git_commit()
-    commits = began["commits"] if began else []
-    if commits[-1:] != [commit]:
-        commits = [*commits, commit]
-    first = {"reference": reference, "commit": commits[0]}
-    write_json(workdir / RUN, first | {"steps": steps, "commits": commits})
+    versions, notes = {"commits": git_commit(), "jax": jax.__version__}, []
+    history = {}
+    for name, version in versions.items():
+        known = began.get(name, [])
+        history[name] = known if known[-1:] == [version] else [*known, version]
+        if version != history[name][0]:
+            what = {"commits": "commit", "jax": "JAX"}[name]
+            notes.append(f"this run began with {what} {history[name][0]}; this is {version}")
+    if distributed.is_first():
+        run = began | now | {"commit": history["commits"][0]} | history
+        write_json(workdir / RUN, run)
+    return notes
 
 
-def read_run(workdir: AnyPath) -> dict[str, Any] | None:
-    """Returns run.json of a workdir, or None where no run has begun.
+def read_run(workdir: AnyPath) -> dict[str, Any]:
+    """Returns run.json of a run that has begun.
 
-    One that was written before there was `commits` knows a single commit.
+    One that was written before there was `commits` knows a single commit, and says "cached" of
+    every cached reference, which tells nothing and is left out.
+
+    Raises:
+      UserError: it is not there, or damaged.
     """
     path = workdir / RUN
-    if not path.exists():
-        return None
-    run = json.loads(path.read_text())
-    return {"commits": [run["commit"]]} | run
+    run = read_json(path)
+    wrong = [
+        name
+        for name in {"commit", "steps"} | run.keys()
+        if not isinstance(run.get(name), KINDS.get(name, str))
+    ]
+    if wrong:
+        raise UserError(
+            f"{path} is damaged ({', '.join(sorted(wrong))}); restore it, or use a new --workdir."
+        )
+    return {"commits": [run["commit"]]} | {x: v for x, v in run.items() if v != "cached"}
+
+
+def date_of(workdir: str) -> str:
+    """Returns the date that a run's chat templates write; "" where none is known, or for ""."""
+    folder = as_path(workdir)
+    return read_run(folder).get("date", "") if workdir and (folder / RUN).exists() else ""
+
+
+def is_metrics(line: dict[str, Any]) -> bool:
+    """Whether an object is a line of metrics.jsonl."""
+    numbers = [value for name, value in line.items() if name != "split"]
+    is_kind = isinstance(line.get("step"), int) and isinstance(line.get("split"), str)
+    return is_kind and all(isinstance(value, int | float) for value in numbers)
 
 
 def git_commit(package: Path = PACKAGE) -> str:

@@ -1,0 +1,152 @@
+"""A run that has begun goes on only as what it was: its records of itself, and what it depends on.
+
+The run is that of data/old_run: records of ids, a model of a few thousand parameters.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from old_run import FLAGS, OLD
+from safetensors.numpy import load_file, save_file
+
+from nca_jax import evaluate, export, precompute, train
+from nca_jax.checks import UserError
+from nca_jax.files import read_json
+from nca_jax.fit import fit
+from nca_jax.infra.records import DEPENDS
+
+
+def flags_of(folder: Path) -> list[str]:
+    return [*FLAGS, f"--config.data.files={folder}/rows.jsonl", "--config.eval_every=0"]
+
+
+def go_on(folder: Path, *flags: str) -> None:
+    train.main(["train", *flags_of(folder), f"--workdir={folder}/run", *flags])
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A folder with the records of the old run and its workdir, which a resume has completed."""
+    folder = tmp_path_factory.mktemp("begun")
+    shutil.copy(OLD / "rows.jsonl", folder)
+    shutil.copytree(OLD / "workdir", folder / "run")
+    config = read_json(folder / "run" / "config.json")
+    config |= {"data.files": f"{folder}/rows.jsonl"}
+    (folder / "run" / "config.json").write_text(json.dumps(config))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "fit", no_step)
+        go_on(folder)
+    return folder
+
+
+def no_step(run, state, *args, **kwargs):
+    """Stands for `fit` where a run that goes on would train."""
+    return state
+
+
+@pytest.fixture
+def run(begun, monkeypatch):
+    """The same, put back as it was when the test ends."""
+    monkeypatch.setattr(train, "fit", no_step)
+    kept = shutil.copytree(begun, begun.with_name("kept"))
+    yield begun
+    shutil.rmtree(begun)
+    kept.rename(begun)
+
+
+def edit_rows(folder: Path, change) -> None:
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    lines = [json.dumps(row) + "\n" for row in change(rows)]
+    (folder / "rows.jsonl").write_text("".join(lines))
+
+
+def with_other_scores(rows):
+    return [row | {"scores": [x + 1.0 for x in row["scores"]]} for row in rows]
+
+
+def test_run_json_holds_all_that_a_run_depends_on(begun):
+    written = read_json(begun / "run" / "run.json")
+    assert written.keys() == {*DEPENDS, "commit", "commits", "jax"}
+    assert written["tokenizer"] == "none" and written["steps"] == 6
+
+
+@pytest.mark.parametrize(
+    "change",
+    [with_other_scores, lambda rows: rows[::-1], lambda rows: rows[1:]],
+    ids=["other scores", "reordered", "one less"],
+)
+def test_changed_records_are_refused_by_name(run, change):
+    edit_rows(run, change)
+    with pytest.raises(UserError, match="training records .config.data.files.: .* there, .* here"):
+        go_on(run)
+
+
+@pytest.mark.slow
+def test_another_cache_is_refused_by_name(run, tmp_path, monkeypatch):
+    cached = ["--config.reference.kind=cached", f"--config.reference.cache={run}/cache"]
+    precompute.main(["precompute", *flags_of(run), *cached])
+    flags = [*cached, f"--workdir={tmp_path}", "--config.steps=1"]
+    monkeypatch.setattr(train, "fit", fit)
+    go_on(run, *flags)
+    part = next((run / "cache").glob("part-*"))
+    arrays = load_file(part)
+    save_file(arrays | {"logps": arrays["logps"] + np.float32(1e-6)}, part)
+    with pytest.raises(UserError, match="something else .reference .config.reference"):
+        go_on(run, *flags)
+
+
+@pytest.mark.parametrize("name", ["config.json", "run.json"])
+@pytest.mark.parametrize(
+    "damage", [None, b"", b"{", b"\0" * 99], ids=["removed", "empty", "cut", "zeros"]
+)
+def test_a_run_whose_records_are_removed_or_damaged_does_not_go_on(run, name, damage):
+    file = run / "run" / name
+    whole = file.read_bytes()
+    file.unlink()
+    if damage is not None:
+        file.write_bytes(whole[: len(whole) // 2] if damage == b"{" else damage)
+    said = "is not there" if damage is None else "is damaged"
+    with pytest.raises(UserError, match=f"{file} {said}"):
+        go_on(run)
+    with pytest.raises(UserError, match=f"{file} {said}"):
+        export.main(["export", f"--workdir={run}/run", f"--out={run}/out"])
+    assert not (run / "out").exists()
+    if name == "run.json" and damage is not None:
+        with pytest.raises(UserError, match=f"{file} {said}"):
+            evaluate.main(["evaluate", *flags_of(run), f"--workdir={run}/run"])
+
+
+def test_what_was_killed_before_its_first_save_starts_anew_whatever_it_left(run):
+    shutil.rmtree(run / "run" / "checkpoints")
+    (run / "run" / "config.json").write_text('{"steps": 3, "se')
+    (run / "run" / "run.json").unlink()
+    go_on(run)
+    assert read_json(run / "run" / "run.json")["steps"] == 6
+    assert read_json(run / "run" / "config.json")["steps"] == 6
+
+
+def test_an_export_of_damaged_metrics_says_so_before_it_writes(run):
+    with open(run / "run" / "metrics.jsonl", "a") as file:
+        file.write("\0\0\n")
+    with pytest.raises(UserError, match="metrics.jsonl is damaged .line 6."):
+        export.main(["export", f"--workdir={run}/run", f"--out={run}/out"])
+    assert not (run / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_workdir_deleted_under_a_run_stops_it(begun, tmp_path, monkeypatch, step):
+    workdir, calls = tmp_path / "run", []
+
+    def asked() -> bool:
+        calls.append(workdir)
+        if len(calls) == step:
+            shutil.rmtree(workdir)
+        return False
+
+    monkeypatch.setattr(train, "catch_sigterm", lambda: asked)
+    with pytest.raises(UserError, match=f"{workdir}/metrics.jsonl was removed"):
+        train.main(["train", *flags_of(begun), f"--workdir={workdir}"])
