@@ -29,7 +29,7 @@ from nca_jax.files import AnyPath, as_path, write_whole
 from nca_jax.infra.fingerprint import files_fingerprint, params_fingerprint, tokenizer_fingerprint
 from nca_jax.params import reference_init_from, start_params
 
-ENCODING = ("format", "max_prompt_len", "max_response_len", "prompt_keep", "too_long")
+ENCODING = ("format", "join", "max_prompt_len", "max_response_len", "prompt_keep", "too_long")
 
 
 Lookup = Callable[[Sequence[Example]], list[np.ndarray]]
@@ -166,7 +166,7 @@ def read_cached_logps(run: Run) -> Lookup:
 
 def check_fingerprint(folder: AnyPath, now: dict[str, str | int]) -> None:
     """Raises UserError, naming what differs, unless the cache was made from the same things."""
-    saved = json.loads((folder / "fingerprint.json").read_text())
+    saved = {"join": "apart"} | json.loads((folder / "fingerprint.json").read_text())
     differs = [
         f"{name}: {saved.get(name)} there, {value} here"
         for name, value in now.items()
