@@ -16,6 +16,7 @@ from nca_jax.checks import UserError
 from nca_jax.data.encode import Encoder
 from nca_jax.data.load import Share
 from nca_jax.data.pipeline import Data, load_data
+from nca_jax.data.template import Turn, usual_turn
 from nca_jax.infra.distributed import gather
 from nca_jax.infra.fingerprint import tokenizer_fingerprint
 from nca_jax.infra.mesh import check_divides, make_mesh
@@ -34,14 +35,17 @@ class Run(NamedTuple):
     mesh: Mesh
     model: Model
     tokenizer: Tokenizer | None  # None: records are token ids
-    date: str = ""  # YYYY-MM-DD, which chat templates that write a date take for today
+    turn: Turn | None = None  # what the chat template writes around a response, where there is one
+    date: str = ""  # YYYY-MM-DD, the day that a chat template may write
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """Every id that ends a turn: the model's and the tokenizer's."""
+        """Every id that ends a turn: the model's, the tokenizer's and the chat template's."""
         ids = set(self.model.config.eos_ids)
         if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
             ids.add(self.tokenizer.eos_token_id)
+        if self.turn is not None:
+            ids.add(self.turn.end_id)
         return tuple(sorted(ids))
 
     @property
@@ -54,6 +58,7 @@ class Run(NamedTuple):
             self.eos_ids,
             least_responses=LOSSES[self.config.loss.name].k[0],
             digest=tokenizer_fingerprint(self.tokenizer),
+            date=self.date,
         )
 
 
@@ -61,14 +66,15 @@ def build(config: ConfigDict, date: str = "") -> Run:
     """Opens the mesh, the model's sizes and the tokenizer; reads no weights yet.
 
     Args:
-      config: of the run.
-      date: YYYY-MM-DD, what chat templates take for today; "": it is today.
+      date: YYYY-MM-DD, the day that a chat template may write; empty: today.
     Raises:
       UserError: a part of the config does not exist or does not fit the others.
     """
     model_config = open_model_config(config.model)
-    run = _assemble(config, None, model_config, _tokenizer(config, model_config))
-    return run._replace(date=date or datetime.date.today().isoformat())
+    tokenizer = _tokenizer(config, model_config)
+    run = _assemble(config, None, model_config, tokenizer)
+    day = date or datetime.date.today().isoformat()
+    return run._replace(turn=usual_turn(tokenizer, model_config.eos_ids), date=day)
 
 
 def build_for(config: ConfigDict, devices: Sequence[Device]) -> Run:

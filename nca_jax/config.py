@@ -88,6 +88,13 @@ FIELDS: dict[str, Field] = {
         "", TEXT, "as model.init_from, byte, or none; empty: that of model.init_from"
     ),
     "data.format": Field("chat", one_of(*FORMATS), "how text is rendered"),
+    "data.join": Field(
+        "together",
+        one_of("together", "apart"),
+        "prompt and response become ids as one text where that can be cut; released: apart",
+        since=3,
+        before="apart",
+    ),
     "data.num_responses": Field(4, COUNT, "K, responses of a prompt in a step"),
     "data.choose": Field(
         "best_worst_random",

@@ -1,7 +1,8 @@
 """Show what the model will see: python -m nca_jax.inspect --config=FILE[:args] [--rows=2].
 
-For the first prompts of step 1: rendered text, tokens with their segment and whether they are
-scored, scores and targets; then how the step is packed, and the histogram of lengths.
+What the chat template adds to a response. For the first prompts of step 1: rendered text, tokens
+with their segment and whether they are scored, scores and targets; then how the step is packed, and
+the histogram of lengths.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from nca_jax import build
 from nca_jax.batch import Batch
 from nca_jax.checks import run_main
 from nca_jax.data.pipeline import Dataset
+from nca_jax.data.template import Turn
 from nca_jax.flags import parse_flags
 from nca_jax.losses import Fields, Loss, targets_from_scores
 from nca_jax.protocols import Tokenizer
@@ -25,6 +27,8 @@ def main(argv: list[str]) -> int:
     config, flags = parse_flags(argv, rows=2)
     run = build.build(config)
     data = build.read_data(run)
+    if run.turn is not None and config.data.format == "chat":
+        print_turn(run.turn)
     dataset = Dataset(data.sources, config.data, seed=config.seed)
     host = dataset.batch_at(0)
     for b, where in enumerate(host.examples[: flags.rows]):
@@ -38,6 +42,15 @@ def main(argv: list[str]) -> int:
         print(note)
     print(f"{len(dataset)} prompts to train on, {len(data.heldout)} held out")
     return 0
+
+
+def print_turn(turn: Turn) -> None:
+    """Prints what the chat template adds to a response to a plain question."""
+    begun = f"begins a response with {turn.prefill!r}, which it must have, " if turn.prefill else ""
+    print(
+        f"the chat template {begun}writes {turn.prefix!r} before a response and "
+        f"{turn.closing + turn.end!r} after it; id {turn.end_id} ends a turn"
+    )
 
 
 def print_prompt(

@@ -5,7 +5,7 @@ this file what it reads. The table in `nca_jax.config` is where fields are made;
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, overload
 
 if TYPE_CHECKING:  # what reads text imports no jax, and a loss not even numpy
     import numpy as np
@@ -21,19 +21,27 @@ class Tokenizer(Protocol):
     special_tokens_map: Mapping[str, str | list[str]]
 
     def __len__(self) -> int: ...
+    @overload
     def __call__(
         self, text: str, *, add_special_tokens: bool = True
     ) -> Mapping[str, list[int]]: ...
+    @overload
+    def __call__(
+        self, text: list[str], *, add_special_tokens: bool = True
+    ) -> Mapping[str, list[list[int]]]: ...
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
     def decode(self, token_ids: "Sequence[int] | np.ndarray") -> str: ...
     def apply_chat_template(
         self,
         conversation: list[dict[str, Any]],
         *,
+        chat_template: str,
         tokenize: bool,
         add_generation_prompt: bool,
     ) -> str: ...
     def convert_ids_to_tokens(self, ids: int) -> str | None: ...
+    def get_added_vocab(self) -> dict[str, int]: ...
+    def get_chat_template(self) -> str: ...
     def get_vocab(self) -> dict[str, int]: ...
 
 
@@ -55,6 +63,7 @@ class DataSection(Protocol):
     bad_rows: str
     tokenizer: str
     format: str
+    join: str
     max_prompt_len: int
     max_response_len: int
     prompt_keep: str

@@ -36,7 +36,7 @@ from nca_jax.infra.fingerprint import (
 from nca_jax.params import reference_init_from, start_params
 
 PART_ARRAYS = ("keys", "sizes", "logps")
-ENCODING = ("format", "max_prompt_len", "max_response_len", "prompt_keep", "too_long")
+ENCODING = ("format", "join", "max_prompt_len", "max_response_len", "prompt_keep", "too_long")
 
 
 Lookup = Callable[[Sequence[Example]], list[np.ndarray]]
@@ -236,7 +236,7 @@ def cache_date(folder: AnyPath) -> str:
 
 def check_fingerprint(folder: AnyPath, now: dict[str, str | int]) -> None:
     """Raises UserError, naming what differs, unless the cache was made from the same things."""
-    saved = read_json(folder / "fingerprint.json")
+    saved = {"join": "apart"} | read_json(folder / "fingerprint.json")
     differs = [
         f"{name}: {saved.get(name)} there, {value} here"
         for name, value in now.items()

@@ -92,15 +92,18 @@ def _make_record(prompt: Prompt, responses: Sequence[Response], digest: str) -> 
 
 
 def read_response(run: Run, ids: np.ndarray) -> Response:
-    """Returns what a sample says: its text has no end-of-turn token, and ends before the stop."""
+    """Returns what a sample says: its text ends before its end of turn, or the stop."""
     if run.tokenizer is None:
         raise UserError("Generation needs a tokenizer: set config.data.tokenizer.")
-    stop, sampled = run.config.generate.stop, ids.tolist()
-    whole = run.tokenizer.decode([i for i in sampled if i not in run.eos_ids])
+    stop, sampled, ends = run.config.generate.stop, ids.tolist(), set(run.eos_ids)
+    whole = run.tokenizer.decode([i for i in sampled if i not in ends])
     text = whole.split(stop)[0] if stop else whole
     if text != whole:
         return Response(text, None, True)
-    return Response(text, sampled, sampled[-1] in run.eos_ids)
+    is_finished = sampled[-1] in ends
+    if is_finished and run.turn is not None and run.config.data.format == "chat":
+        text = text.removesuffix(run.turn.closing)  # the template writes it again
+    return Response(text, sampled, is_finished)
 
 
 def make_generator(run: Run) -> Generate:

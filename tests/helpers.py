@@ -20,6 +20,7 @@ BASE = dict(
     eval_files="",
     eval_fraction=0.0,
     format="plain",
+    join="together",
     num_responses=3,
     choose="first",
     max_prompt_len=16,

@@ -144,8 +144,13 @@ class BosTokenizer:
 
     bos_token_id, eos_token_id, eos_token, chat_template = 2, EOS, "</s>", None
 
+    def get_added_vocab(self):
+        return {}
+
     def __call__(self, text, add_special_tokens=True):
-        return {"input_ids": [2] * add_special_tokens + [ord(c) for c in text]}
+        texts = [text] if isinstance(text, str) else text
+        ids = [[2] * add_special_tokens + [ord(c) for c in one] for one in texts]
+        return {"input_ids": ids[0] if isinstance(text, str) else ids}
 
 
 def test_a_bos_is_put_before_a_plain_prompt_where_the_tokenizer_adds_one():
@@ -153,19 +158,6 @@ def test_a_bos_is_put_before_a_plain_prompt_where_the_tokenizer_adds_one():
     assert encode_one(
         TEXT | {"prompt": ""}, data_config(), BosTokenizer()
     ).group.prompt.tolist() == [2]
-
-
-def test_chat_prompt_and_response_together_are_the_template_up_to_the_eos(tokenizer):
-    config = data_config(format="chat", max_prompt_len=99, max_response_len=99)
-    example = encode_one(TEXT, config, tokenizer)
-    for ids, response in zip(example.group.responses, "ab", strict=True):
-        text = f"<|user|>p</s>\n<|assistant|>{response}</s>"  # without the line break at the end
-        expected = tokenizer(text, add_special_tokens=False)["input_ids"]
-        assert [*example.group.prompt, *ids] == expected and ids[-1] == EOS
-    assert example.group.prompt.tolist() == chat.encode_prompt("p", tokenizer, "chat")
-    assert example.record == {"prompt": "p"}
-    _, (added, _) = chat.render("p", ["a", "b"], tokenizer, [])
-    assert added == "a</s>"
 
 
 def test_messages_and_text_make_the_same_example(tokenizer):
@@ -183,38 +175,6 @@ def test_messages_and_text_make_the_same_example(tokenizer):
         np.testing.assert_array_equal(example.scores, [1.0, 0.0])
         for ids, wanted in zip(example.group.responses, expected.group.responses, strict=True):
             np.testing.assert_array_equal(ids, wanted)
-
-
-def test_a_template_without_an_end_of_turn_gets_the_eos_appended(tokenizer):
-    tokenizer.chat_template = "{% for m in messages %}|{{ m.content }}{% endfor %}"
-    assert chat.render("p", ["a"], tokenizer, [EOS]) == ("|p", ["|a</s>"])
-
-
-def test_an_end_of_turn_token_other_than_the_eos_ends_the_response(tokenizer):
-    end_id = tokenizer.convert_tokens_to_ids("<extra_id_0>")
-    tokenizer.chat_template = TEMPLATE.replace("</s>", "<extra_id_0>")
-    _, (response,) = chat.render("p", ["a"], tokenizer, [EOS, end_id])
-    assert response == "a<extra_id_0>"
-    ids = chat.encode_responses("p", ["a"], tokenizer, "chat", [EOS, end_id])
-    assert ids == [[*byte_ids("a"), end_id]]
-
-
-def test_a_template_that_rewrites_the_prompt_is_refused(tokenizer):
-    tokenizer.chat_template = "{{ messages | length }}"
-    with pytest.raises(UserError, match="not prefix-stable"):
-        chat.render("p", ["a"], tokenizer, [EOS])
-
-
-def test_a_tokenizer_without_a_template_is_refused_with_a_word_about_plain(tokenizer):
-    tokenizer.chat_template = None
-    with pytest.raises(UserError, match=r"no chat template; set data\.format=plain"):
-        chat.encode_prompt("p", tokenizer, "chat")
-
-
-def test_a_record_that_the_template_refuses_is_at_fault_itself(tokenizer):
-    tokenizer.chat_template = "{{ raise_exception('no system role') }}"
-    with pytest.raises(RecordError, match=r"f:1: the chat template refuses it \(no system role\)"):
-        encode_one(TEXT, data_config(format="chat"), tokenizer)
 
 
 def test_the_eos_is_scored_where_pad_is_eos(tokenizer):

@@ -227,7 +227,7 @@ def test_a_sample_is_finished_by_its_end_of_turn_token_or_the_stop_string_which_
 
     def read(ids: list[int], stop: str) -> Response:
         config = SimpleNamespace(generate=SimpleNamespace(stop=stop))
-        run = SimpleNamespace(config=config, tokenizer=tokenizer, eos_ids=(1,))
+        run = SimpleNamespace(config=config, tokenizer=tokenizer, eos_ids=(1,), turn=None)
         return read_response(run, np.array(ids))
 
     for stop in ("", "four"):

@@ -95,7 +95,7 @@ def test_the_first_user_turn_alone_is_the_prompt_and_later_ones_go_to_the_respon
     assert tokenizer.decode(first) == (
         "<|system|>\n<|im_end|>\n<|user|>\na<|im_end|>\n<|assistant|>\n"
     )
-    (ids,) = chat.encode_responses("a", [turns], tokenizer, "released", ())
+    (ids,), _ = chat.encode_responses("a", [turns], tokenizer, "released", ())
     assert tokenizer.decode(ids) == (
         "b<|im_end|>\n<|user|>\nc<|im_end|>\n<|assistant|>\nd<|im_end|>\n<|im_end|>"
     )

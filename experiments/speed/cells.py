@@ -121,7 +121,7 @@ def real_rows(cell: Cell, data: Path) -> list[dict]:
         chosen = by_rank[np.linspace(0, len(by_rank) - 1, cell.k).round().astype(int)]
         responses = [text["responses"][i] for i in chosen]
         prompt_ids = chat.encode_prompt(text["prompt"], tokenizer, "chat")
-        response_ids = chat.encode_responses(
+        response_ids, _ = chat.encode_responses(
             text["prompt"], responses, tokenizer, "chat", config.eos_ids
         )
         prompt_ids, response_ids = truncated(prompt_ids, response_ids)

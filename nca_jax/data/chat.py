@@ -3,43 +3,58 @@
 Formats:  "chat"      the tokenizer's chat template; a prompt is a text (one user turn) or messages.
           "plain"     [bos] + prompt and response + [eos]; bos only if the tokenizer adds one.
           "released"  that of the PyTorch release, see `nca_jax.data.released`.
-A message is {"role": str, "content": str}. Prompt and response are tokenised apart, so that all
-responses of a prompt share exactly the same prompt ids, and generation starts from them too.
+A message is {"role": str, "content": str}. All responses of a prompt share exactly its ids, from
+which generation starts too. They are what follows them in the ids of prompt and response as one
+text, where these begin with the prompt's; else, and in released format, the ids of their own text.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from nca_jax.checks import UserError
 from nca_jax.data import released
 from nca_jax.data.sources import RecordError
+from nca_jax.data.template import (
+    apply_template,
+    check_names_no_end,
+    learn_turn,
+    special_ids,
+    write_response,
+)
 from nca_jax.protocols import Tokenizer
 
 FORMATS = ("chat", "plain", "released")
+APART = "records whose responses are encoded apart: with them the prompt has other ids"
 
 
-def encode_prompt(prompt: str | list[dict], tokenizer: Tokenizer, format: str) -> list[int]:
+class Encoded(NamedTuple):
+    """The ids of responses, and what is counted and said of them."""
+
+    ids: list[list[int]]
+    notes: tuple[str, ...]
+
+
+def encode_prompt(
+    prompt: str | list[dict], tokenizer: Tokenizer, format: str, *, date: str = ""
+) -> list[int]:
     """Returns the ids of a prompt, up to where the response begins.
 
+    Args:
+      date: YYYY-MM-DD, the day that a template may write; empty: today.
     Raises:
       RecordError: the prompt is not a text or messages, or the template refuses it.
       UserError: the tokenizer has no chat template, or no eos where one is written.
     """
     if format == "chat":
-        return _ids(_apply_template(_messages(prompt), tokenizer, generate=True), tokenizer)
+        text = apply_template(_messages(prompt), tokenizer, generate=True, date=date)
+        return _ids(text, tokenizer)
     if format == "released":
         messages = _messages(prompt)
         if not any(message["role"] == "user" for message in messages):
             raise RecordError("released format wants a user's message", reason="prompt")
         eos, _ = _eos(tokenizer, format)
         return _ids(released.prompt_text(messages, eos), tokenizer)
-    if not isinstance(prompt, str):
-        raise RecordError(
-            f"plain format wants a prompt of text, got {type(prompt).__name__}; messages want "
-            "data.format=chat",
-            reason="prompt",
-        )
-    return _added_bos(tokenizer) + _ids(_text(prompt), tokenizer)
+    return _added_bos(tokenizer) + _ids(_plain_text(prompt), tokenizer)
 
 
 def encode_responses(
@@ -50,7 +65,9 @@ def encode_responses(
     eos_ids: Sequence[int],
     *,
     finished: Sequence[bool] | None = None,
-) -> list[list[int]]:
+    join: str = "together",
+    date: str = "",
+) -> Encoded:
     """Returns the ids of each response, ended by its end-of-turn token if it ended its turn.
 
     A sampled response says so in `finished`. One that was cut off goes on from the prompt as it
@@ -62,102 +79,84 @@ def encode_responses(
         format all messages from the first assistant's on.
       eos_ids: ids that end a turn; empty: the tokenizer's eos.
       finished: whether each response ended its turn. None: all did, and none may be empty.
+      join: "together" with the prompt, as one text, where that is possible, or "apart".
+      date: as in `encode_prompt`.
     Raises:
-      RecordError: a response is malformed, or empty where it must not be.
-      UserError: the tokenizer has no eos, or its template is not prefix-stable.
+      RecordError: a response is malformed, empty where it must not be, names a token that ends a
+        turn, or the template does not write it as it is.
+      UserError: the tokenizer has no eos, or no chat template.
     """
-    texts = [_response_content(response) for response in responses]
-    is_ended = [True] * len(texts) if finished is None else finished
-    ended = [response for response, yes in zip(responses, is_ended, strict=True) if yes]
-    with_end = iter(_encode_ended(prompt, ended, tokenizer, format, eos_ids))
-    ids = []
-    for k, text in enumerate(texts):
-        response = next(with_end) if is_ended[k] else _ids(text, tokenizer)
-        if is_ended[k] and (not text or len(response) < 2):
-            if finished is None:
-                raise RecordError(f"response {k} is empty; leave it out", reason="response")
-            response = response[-1:]
-        ids.append(response)
-    return ids
+    contents = [_response_content(response) for response in responses]
+    is_ended = [True] * len(contents) if finished is None else finished
+    is_written = [yes and content != "" for yes, content in zip(is_ended, contents, strict=True)]
+    written = _write(prompt, responses, is_written, tokenizer, format, eos_ids, date)
+    ids = None
+    if format != "released":
+        ends = {written.end_id, tokenizer.eos_token_id, *eos_ids}
+        names = [name for name, i in special_ids(tokenizer).items() if i in ends]
+        for content in contents:
+            check_names_no_end(content, names)
+        ids = _ids_after(written, tokenizer) if join == "together" else None
+    is_apart = ids is None and format != "released" and join == "together"
+    if ids is None:
+        ids = _ids_of_all(written.texts, tokenizer)
+    for k, text_ids in enumerate(ids):
+        if is_ended[k]:
+            ids[k] = text_ids + written.appended
+            if not is_written[k] or len(ids[k]) < 2:
+                if finished is None:
+                    raise RecordError(f"response {k} is empty; leave it out", reason="response")
+                ids[k] = [written.end_id]
+    return Encoded(ids, written.notes + (APART,) * is_apart)
 
 
-def _encode_ended(
+class _Written(NamedTuple):
+    """A prompt and its responses as a format writes them."""
+
+    prompt: str
+    texts: list[str]  # what each response adds to the prompt's text
+    appended: list[int]  # ids that a response which ended its turn gets beside its text's
+    end_id: int
+    notes: tuple[str, ...]
+
+
+def _write(
     prompt: str | list[dict],
     responses: Sequence[str | list[dict]],
+    is_written: Sequence[bool],
     tokenizer: Tokenizer,
     format: str,
     eos_ids: Sequence[int],
-) -> list[list[int]]:
-    """Returns the ids of responses that end their turn, as the format writes it."""
-    texts = [_response_content(response) for response in responses]
+    date: str,
+) -> _Written:
+    """Returns texts; those of responses that are not `is_written` are as they came."""
+    texts, notes = [_response_content(response) for response in responses], ()
+    places = [k for k, yes in enumerate(is_written) if yes]
     if format == "chat":
-        _, rendered = render(prompt, texts, tokenizer, eos_ids)
-        return [_ids(text, tokenizer) for text in rendered]
+        messages = _messages(prompt)
+        turn = learn_turn(messages, tokenizer, eos_ids, date)
+        for k in places:
+            texts[k], said = write_response(turn, messages, texts[k], tokenizer, date)
+            notes += said
+        return _Written(turn.prompt, texts, [], turn.end_id, notes)
     eos, eos_id = _eos(tokenizer, format)
-    if format == "released":
-        turns = [_response_turns(response) for response in responses]
-        texts = [released.response_text(messages, eos) for messages in turns]
-    return [[*_ids(text, tokenizer), eos_id] for text in texts]
+    if format == "plain":
+        return _Written(_plain_text(prompt), texts, [eos_id], eos_id, ())
+    for k in places:
+        texts[k] = released.response_text(_response_turns(responses[k]), eos)
+    return _Written("", texts, [eos_id], eos_id, ())
 
 
-def render(
-    prompt: str | list[dict], responses: Sequence[str], tokenizer: Tokenizer, eos_ids: Sequence[int]
-) -> tuple[str, list[str]]:
-    """Returns the prompt's text by the chat template, and what each response adds to it.
+def _ids_after(written: _Written, tokenizer: Tokenizer) -> list[list[int]] | None:
+    """Returns the ids of each text as it goes on from the prompt.
 
-    What a template writes after the last end-of-turn token (often a line break) is dropped, as
-    generation stops before it; a template that writes no such token gets the eos appended.
-
-    Raises:
-      RecordError: the template refuses the messages.
-      UserError: no template, or the text with a response does not start with the prompt's text.
+    None where prompt and text as one do not begin with the ids of the prompt.
     """
-    messages = _messages(prompt)
-    prompt_text = _apply_template(messages, tokenizer, generate=True)
-    ends = _end_texts(tokenizer, eos_ids)
-    added = []
-    for response in responses:
-        turn = {"role": "assistant", "content": response}
-        full = _apply_template([*messages, turn], tokenizer, generate=False)
-        if not full.startswith(prompt_text):
-            raise UserError(
-                "The chat template is not prefix-stable: with a response it no longer starts with "
-                f"the prompt's text ({prompt_text[-40:]!r}); use another template or "
-                "data.format=plain."
-            )
-        added.append(_cut_after_turn(full[len(prompt_text) :], ends))
-    return prompt_text, added
-
-
-def _cut_after_turn(text: str, ends: list[str]) -> str:
-    """Returns the text up to and with its last end-of-turn token, which is appended if absent."""
-    stop = max((text.rfind(end) + len(end) for end in ends if end in text), default=0)
-    return text[:stop] if stop else text + ends[0]
-
-
-def _end_texts(tokenizer: Tokenizer, eos_ids: Sequence[int]) -> list[str]:
-    """Returns the texts of the end-of-turn tokens, the tokenizer's eos first."""
-    texts = [tokenizer.convert_ids_to_tokens(int(i)) for i in eos_ids]
-    if tokenizer.eos_token in texts or not texts:
-        texts.insert(0, tokenizer.eos_token)
-    texts = [text for text in texts if text]
-    if not texts:
-        raise UserError("The tokenizer has no eos token; give one that has an end-of-turn token.")
-    return texts
-
-
-def _apply_template(messages: list[dict], tokenizer: Tokenizer, *, generate: bool) -> str:
-    """Returns the messages as text; with `generate`, up to where the assistant would speak."""
-    if not tokenizer.chat_template:
-        raise UserError("The tokenizer has no chat template; set data.format=plain.")
-    from jinja2 import TemplateError  # an optional part of transformers, for templates alone
-
-    try:
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=generate
-        )
-    except TemplateError as error:
-        raise RecordError(f"the chat template refuses it ({error})", reason="template") from None
+    wholes = [written.prompt + text for text in written.texts]
+    of_prompt, *wholes = _ids_of_all([written.prompt, *wholes], tokenizer)
+    if any(whole[: len(of_prompt)] != of_prompt for whole in wholes):
+        return None
+    return [whole[len(of_prompt) :] for whole in wholes]
 
 
 def _messages(prompt: str | list[dict]) -> list[dict]:
@@ -191,6 +190,17 @@ def _response_turns(response: str | list[dict]) -> list[dict]:
     return response[is_prompt.index(False) :]
 
 
+def _plain_text(prompt: str | list[dict]) -> str:
+    """Returns the prompt of plain format."""
+    if not isinstance(prompt, str):
+        raise RecordError(
+            f"plain format wants a prompt of text, got {type(prompt).__name__}; messages want "
+            "data.format=chat",
+            reason="prompt",
+        )
+    return _text(prompt)
+
+
 def _eos(tokenizer: Tokenizer, format: str) -> tuple[str, int]:
     """Returns the eos token and its id."""
     if tokenizer.eos_token is None or tokenizer.eos_token_id is None:
@@ -211,6 +221,11 @@ def _text(text: Any) -> str:
 
 def _ids(text: str, tokenizer: Tokenizer) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _ids_of_all(texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:
+    """Returns the ids of one or more texts; a tokenizer in Rust reads them at the same time."""
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
 def _added_bos(tokenizer: Tokenizer) -> list[int]:

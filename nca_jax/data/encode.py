@@ -51,6 +51,7 @@ class Encoder:
       eos_ids: ids that end a turn; empty: the tokenizer's eos.
       least_responses: fewer teach the loss nothing.
       digest: of the tokenizer: ids in a record that has another are not used.
+      date: YYYY-MM-DD, the day that a chat template may write; empty: today.
     """
 
     tokenizer: Tokenizer | None
@@ -59,6 +60,7 @@ class Encoder:
     eos_ids: tuple[int, ...] = ()
     least_responses: int = 2
     digest: str = "none"
+    date: str = ""
 
     def prompt(self, prompt: str | list[dict]) -> np.ndarray:
         """Returns the ids of a prompt, cut to length, [P] int32: what a response is sampled from.
@@ -132,17 +134,19 @@ class Encoder:
         Raises:
           RecordError: a response is malformed, or too few are left.
         """
-        ids = list(parts.ids)
+        ids, notes = list(parts.ids), ()
         texts = parts.texts or []
         encoded = [k for k, given in enumerate(ids) if given is None and texts]
         if encoded:
-            found = chat.encode_responses(
+            found, notes = chat.encode_responses(
                 parts.prompt,
                 [texts[k] for k in encoded],
                 self._its_tokenizer(),
                 self.config.format,
                 self.eos_ids,
                 finished=parts.finished and [parts.finished[k] for k in encoded],
+                join=self.config.join,
+                date=self.date,
             )
             for k, of_text in zip(encoded, found, strict=True):
                 ids[k] = of_text
@@ -163,7 +167,7 @@ class Encoder:
                 reason="scores",
             )
         arrays = [self._checked(ids[k], f"response {k}") for k in stay]
-        return arrays, scores[stay], (NO_TOKEN,) * (len(ids) - len(stay))
+        return arrays, scores[stay], notes + (NO_TOKEN,) * (len(ids) - len(stay))
 
     def _cut(self, whole: Group) -> Group:
         """Returns the group cut to length, with its keys."""
@@ -179,7 +183,7 @@ class Encoder:
         return Group(prompt, responses, (released.prompt_keys(prompt, off_ids), keys))
 
     def _encode_prompt(self, prompt: str | list[dict]) -> list[int]:
-        return chat.encode_prompt(prompt, self._its_tokenizer(), self.config.format)
+        return chat.encode_prompt(prompt, self._its_tokenizer(), self.config.format, date=self.date)
 
     def _its_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
