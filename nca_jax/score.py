@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from nca_jax.checks import UserError, run_main
-from nca_jax.data.record import question, read_question
+from nca_jax.data.encode import check_prompt
+from nca_jax.data.record import question
 from nca_jax.data.sources import JsonlSource, RecordError, write_records
 from nca_jax.files import out_file
 from nca_jax.flags import parse_own_flags
@@ -53,7 +54,7 @@ def check_record(where: str, record: dict[str, Any], scorer: Scorer) -> dict[str
       UserError: it lacks what the scorer wants.
     """
     try:
-        read_question(record)
+        check_prompt(record)
         responses = record.get("responses")
         if not isinstance(responses, list) or not responses:
             raise RecordError(

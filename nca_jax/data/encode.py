@@ -11,9 +11,9 @@ import numpy as np
 
 from nca_jax.checks import UserError
 from nca_jax.data import chat, released
-from nca_jax.data.conversation import Messages, as_messages, canonical
+from nca_jax.data.conversation import Messages, as_messages, canonical, read_prompt
 from nca_jax.data.group import Group
-from nca_jax.data.record import Parts, question, read_parts, read_question
+from nca_jax.data.record import Parts, question, read_parts
 from nca_jax.data.sources import RecordError
 from nca_jax.protocols import DataSection, Tokenizer
 
@@ -88,7 +88,8 @@ class Encoder:
           UserError: as `prompt`.
         """
         try:
-            prompt = read_question(record)
+            check_prompt(record)
+            prompt = read_prompt(record["prompt"])
             more = question(record) | {"prompt": prompt}
             return Prompt(where, self.prompt(prompt), more, self._notes_of(prompt))
         except RecordError as error:
@@ -225,6 +226,14 @@ class Encoder:
                 reason="ids",
             )
         return np.asarray(ids, np.int32)
+
+
+def check_prompt(record: dict[str, Any]) -> None:
+    """Raises RecordError unless a record that is to be answered has a prompt, and no empty one."""
+    if "prompt" not in record:
+        raise RecordError(f"wanted a 'prompt', got the keys {sorted(record)}", reason="keys")
+    if record["prompt"] in ("", [], None):
+        raise RecordError("the prompt is empty; write something or leave it out", reason="empty")
 
 
 def hash_prompt(prompt: str | list) -> float:

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nca_jax.data.conversation import Messages, read_prompt, read_responses
+from nca_jax.data.conversation import read_responses
 from nca_jax.data.sources import RecordError
 
 FORMS = (
@@ -59,19 +59,6 @@ class Parts(NamedTuple):
 def question(record: dict[str, Any]) -> dict[str, Any]:
     """Returns the record without its responses: what is answered, and what a scorer is given."""
     return {key: value for key, value in record.items() if key not in ANSWERS + ROLLOUT}
-
-
-def read_question(record: dict[str, Any]) -> str | Messages:
-    """Returns the prompt of a record that is to be answered.
-
-    Raises:
-      RecordError: it has none, or one that is empty or malformed.
-    """
-    if "prompt" not in record:
-        raise RecordError(f"wanted a 'prompt', got the keys {sorted(record)}", reason="keys")
-    if record["prompt"] in ("", [], None):
-        raise RecordError("the prompt is empty; write something or leave it out", reason="empty")
-    return read_prompt(record["prompt"])
 
 
 def read_parts(
