@@ -2,7 +2,7 @@ r"""Align a model on your own scored responses (method: arXiv:2402.05369, sectio
 
 Rows are JSON lines, plain or .gz, one prompt each:
     {"prompt": text or messages, "responses": [text, ...], "scores": [number, ...]}
-    {"prompt": ..., "chosen": ..., "rejected": ...}
+    {"prompt": ..., "chosen": ..., "rejected": ...}, texts or whole conversations without a prompt
     {"prompt_ids": [int, ...], "response_ids": [[int, ...], ...], "scores": [...]}
 
 Run:   python -m nca_jax.train --workdir=runs/mine \

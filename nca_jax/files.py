@@ -61,17 +61,29 @@ def absolute(path: AnyPath) -> AnyPath:
 
 
 def find_files(pattern: str) -> list[str]:
-    """Returns the files that match a glob, sorted; ** is any folders, on a local disk alone.
+    """Returns the file of this name or else the files that match it as a glob, sorted.
+
+    ** is any folders, on a local disk alone.
 
     Raises:
       UserError: as `as_path`, or ** on gs://.
     """
     path = as_path(pattern)
+    if is_file(pattern):
+        return [os.fspath(path)]
     if not is_remote(pattern):
         return sorted(filter(os.path.isfile, glob.glob(os.fspath(path), recursive=True)))
     if "**" in pattern:
         raise UserError(f"{pattern!r}: ** is for a local disk; list the folders on {GS}.")
     return sorted(map(os.fspath, path.parent.glob(path.name)))
+
+
+def is_file(name: str) -> bool:
+    """Whether there is a file of this name, as it stands: neither a glob nor a list of names."""
+    if "://" in name.removeprefix(GS):
+        return False
+    path = as_path(name)
+    return path.is_file() if is_remote(name) else os.path.isfile(path)
 
 
 def num_bytes(path: AnyPath) -> int:

@@ -216,9 +216,7 @@ def test_rows_of_ones_own_may_have_any_number_of_responses(build, tmp_path):
     write(tmp_path / "raw" / "train.jsonl", [*rows, *bad])
     write(tmp_path / "raw" / "test.jsonl", [{"prompt": "P", "chosen": "a", "rejected": "b"}])
     printed = build("scored_jsonl")
-    assert (
-        "2 records kept, 6 dropped (1 text, 2 json, 1 scores, 1 no role, 1 not finished)" in printed
-    )
+    assert "2 records kept, 6 dropped (1 text, 2 json, 1 scores, 1 keys, 1 not finished)" in printed
     first, second = read("tfds:scored_jsonl:train")
     assert first["responses"] == ["a", "é\0", "c"] and first["scores"] == [0.0, 0.5, -2.0]
     assert first["prompt"] == second["prompt"] == "P"  # one user turn is what a text means

@@ -11,7 +11,7 @@ from transformers import ByT5Tokenizer
 from nca_jax.checks import UserError
 from nca_jax.data import chat, pipeline
 from nca_jax.data.load import load_examples
-from nca_jax.data.sources import JsonlSource, RecordError
+from nca_jax.data.sources import JsonlSource, RecordError, list_files
 
 EOS = 1  # of ByT5, whose other ids are bytes + 3
 TEMPLATE = (
@@ -51,6 +51,18 @@ def test_files_of_a_glob_are_read_in_order_with_blank_lines_left_out(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("name", ["data[v1]/a.jsonl", "a,b/a.jsonl", "a, b,c*/a.jsonl", "*.jsonl"])
+def test_a_name_that_exists_is_a_file_before_it_is_a_glob_or_a_list(name, tmp_path):
+    path, other = tmp_path / name, tmp_path / "other.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    write(path, [IDS])
+    write(other, [IDS] * 2)
+    assert len(JsonlSource(str(path))) == 1
+    for files in (f"{path},{other}", f"{other}, {path}"):
+        assert sorted(map(len, load(files, data_config()).sources)) == [1, 2]
+        assert sorted(list_files(files)) == sorted([str(path), str(other)])
+
+
 def test_a_glob_without_files_and_a_file_without_records_are_refused(tmp_path):
     with pytest.raises(UserError, match="No file matches"):
         JsonlSource(str(tmp_path / "*.jsonl"))
@@ -75,15 +87,16 @@ BROKEN = {
     "score infinite": (TEXT | {"scores": [1, float("inf")]}, "scores"),
     "score over float32": (TEXT | {"scores": [1, 10**400]}, "scores"),
     "score bool": (TEXT | {"scores": [1, True]}, "scores"),
-    "score text": (TEXT | {"scores": [1, "0"]}, "scores"),
+    "score text": (TEXT | {"scores": [1, "good"]}, "scores"),
+    "score text of none": (TEXT | {"scores": [1, "nan"]}, "scores"),
     "score null": (TEXT | {"scores": [1, None]}, "scores"),
     "prompt empty": (TEXT | {"prompt": ""}, "empty"),
     "prompt number": (TEXT | {"prompt": 3}, "prompt"),
-    "response empty": (TEXT | {"responses": ["a", ""]}, "response"),
+    "rejected empty": ({"prompt": "p", "chosen": "a", "rejected": ""}, "response"),
     "response number": (TEXT | {"responses": ["a", 3]}, "text"),
     "response without assistant": (
         TEXT | {"responses": ["a", [{"role": "user", "content": "b"}]]},
-        "response",
+        "role",
     ),
     "half a character": ('{"prompt": "\\ud800", "chosen": "a", "rejected": "b"}', "text"),
     "ids out of range": (IDS | {"prompt_ids": [1000]}, "ids"),

@@ -11,7 +11,7 @@ from helpers import read_all, write, write_hf
 
 from nca_jax import export, files, generate, precompute, prepare, train
 from nca_jax.checks import UserError
-from nca_jax.data.sources import JsonlSource, open_source
+from nca_jax.data.sources import JsonlSource, list_files, open_source
 from nca_jax.data.sources import write_records as write_jsonl
 from nca_jax.infra.fingerprint import files_fingerprint
 from nca_jax.models.formats.pretrained import open_pretrained
@@ -35,6 +35,11 @@ def test_rows_are_written_found_and_read_alike(place):
     write_jsonl(f"{place}/b.jsonl", rows[1:])
     write_jsonl(f"{place}/a.jsonl", rows[:1])
     assert files.find_files(f"{place}/*.jsonl") == [f"{place}/a.jsonl", f"{place}/b.jsonl"]
+    assert files.find_files(f"{place}/a.jsonl") == [f"{place}/a.jsonl"]
+    assert list_files(f"{place}/b.jsonl,{place}/a.jsonl") == [
+        f"{place}/b.jsonl",
+        f"{place}/a.jsonl",
+    ]
     source = JsonlSource(f"{place}/*.jsonl")
     found = [source[i] for i in range(len(source))]
     assert found == [(f"{place}/a.jsonl:1", rows[0]), (f"{place}/b.jsonl:1", rows[1])]

@@ -5,9 +5,11 @@ from collections import Counter
 import numpy as np
 import pytest
 from helpers import data_config, encode_one, id_record, make_encoder, write
+from transformers import ByT5Tokenizer
 
 from nca_jax.checks import UserError
 from nca_jax.data import pipeline
+from nca_jax.data.encode import hash_prompt
 
 
 def examples_of(config, num=10, num_responses=3, first=0):
@@ -58,6 +60,36 @@ def test_eval_files_are_held_out_instead_of_a_fraction(tmp_path):
     assert [e.where for e in data.heldout] == [f"{b}:1"] and data.counts == {
         "records skipped: json": 1
     }
+
+
+def test_a_prompt_is_held_out_in_every_form_that_it_is_written_in(tmp_path):
+    def forms(i: int) -> list[dict]:
+        user, answers = {"role": "user", "content": f"Say {i}."}, {"chosen": "a", "rejected": "b"}
+        turns = {key: [user, {"role": "assistant", "content": x}] for key, x in answers.items()}
+        parts = [user | {"content": [{"type": "text", "text": user["content"]}]}]
+        prompts = [user["content"], [user], [user | {"id": 3}], parts]
+        return [*({"prompt": prompt} | answers for prompt in prompts), turns]
+
+    config = data_config(files=write(tmp_path / "a.jsonl", sum(map(forms, range(30)), [])))
+    config.update(format="chat", eval_fraction=0.3, max_prompt_len=99)
+    tokenizer = ByT5Tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+    data = pipeline.load_data(make_encoder(config, tokenizer))
+    held = Counter(tuple(e.group.prompt) for e in data.heldout)
+    assert 4 <= len(held) <= 15 and set(held.values()) == {5}
+    assert data.heldout[0].prompt_hash == hash_prompt(data.heldout[0].record["prompt"])  # a text
+
+
+def test_prompts_of_eval_files_are_left_out_of_training_and_counted(tmp_path):
+    a = write(tmp_path / "a.jsonl", [id_record(i) for i in (0, 1, 2, 1)])
+    b = write(tmp_path / "b.jsonl", [id_record(1, 2), id_record(5)])
+    data = pipeline.load_data(make_encoder(data_config(files=a, eval_files=b)))
+    assert [e.where for e in data.sources[0]] == [f"{a}:1", f"{a}:3"] and len(data.heldout) == 2
+    assert data.notes() == [
+        "2 training records share a prompt with data.eval_files: left out of training"
+    ]
+    with pytest.raises(UserError, match=r"Every prompt of a source of data\.files is one of"):
+        pipeline.load_data(make_encoder(data_config(files=a, eval_files=a)))
 
 
 # Order and choice

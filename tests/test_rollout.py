@@ -144,7 +144,7 @@ def no_weights(monkeypatch):
 @pytest.mark.parametrize(
     ("record", "flags", "said"),
     [
-        ({"prompt": 7}, (), "plain format wants a prompt of text, got int"),
+        ({"prompt": 7}, (), "wanted a prompt of text or messages"),
         ({"prompt": ""}, (), "the prompt is empty"),
         ({"prompt": "a" * 9}, ("--config.data.too_long=stop",), "has 9 tokens where data.max_pro"),
         ({"prompt": "b"}, ("--config.generate.scorer=answer",), 'the scorer answer wants an "answ'),

@@ -155,7 +155,7 @@ def test_a_response_without_a_token_is_left_out_and_a_record_of_too_few_skipped(
 
 def test_a_silent_policy_is_trained_on_its_silence(tokenizer, tmp_path):
     """Every response empty: leaving them out would hide that the policy collapsed."""
-    silent = TEXT | {"responses": ["", ""], "finished": [True, True]}
+    silent = {"prompt": "p", "responses": ["", ""], "scores": [0, 0], "finished": [True, True]}
     path = write(tmp_path / "a.jsonl", [silent] * 2)
     (examples,), counts = load_examples(path, make_encoder(data_config(), tokenizer))
     assert [len(ids) for example in examples for ids in example.group.responses] == [1] * 4

@@ -4,7 +4,6 @@ A raw file is .parquet, .jsonl or .jsonl.gz; `layouts` knows how the records of 
 """
 
 import contextlib
-import glob
 import io
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -127,12 +126,12 @@ def _parquet_records(path: Path) -> Iterator[dict[str, Any]]:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=BATCH):
                 yield from batch.to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
         raise UserError(f"{path}: cannot be read ({error}); fetch it anew.") from None
 
 
 def _json_records(path: Path) -> Iterator[dict[str, Any] | RecordError]:
-    source = JsonlSource(glob.escape(str(path)))
+    source = JsonlSource(str(path))
     for index in range(len(source)):
         try:
             yield source[index][1]

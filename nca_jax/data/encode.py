@@ -2,13 +2,16 @@
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from nca_jax.checks import UserError
 from nca_jax.data import chat, released
+from nca_jax.data.conversation import Messages, as_messages, canonical, read_prompt
 from nca_jax.data.group import Group
 from nca_jax.data.record import Parts, question, read_parts
 from nca_jax.data.sources import RecordError
@@ -16,6 +19,7 @@ from nca_jax.protocols import DataSection, Tokenizer
 
 NO_TOKEN = "responses left out: cut off before their first token"
 TOO_FEW_LEFT = "too few responses with a token"
+RENDERED = "prompts hold marks of the chat template: they seem rendered, and are rendered once more"
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +33,7 @@ class Example:
     prompt_hash: float  # in [0, 1), of the whole prompt: what is held out goes by it
     num_tokens: int  # of prompt and responses, before cutting
     num_cut: int  # how many of these were cut off
+    is_pair: bool = False  # its scores are 1 and 0 since it has none
     notes: tuple[str, ...] = ()  # what is counted and said of it: see `Parts`, `NO_TOKEN`
 
 
@@ -38,6 +43,7 @@ class Prompt(NamedTuple):
     where: str
     ids: np.ndarray  # [P] int32, cut to length: what is sampled from
     record: dict[str, Any]  # as in Example
+    notes: tuple[str, ...] = ()  # as in Example
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +91,9 @@ class Encoder:
         """
         try:
             check_prompt(record)
-            return Prompt(where, self.prompt(record["prompt"]), question(record))
+            prompt = read_prompt(record["prompt"])
+            more = question(record) | {"prompt": prompt}
+            return Prompt(where, self.prompt(prompt), more, self._notes_of(prompt))
         except RecordError as error:
             raise error.at(where) from None
 
@@ -103,20 +111,27 @@ class Encoder:
             raise error.at(where) from None
 
     def _example(self, where: str, record: dict[str, Any]) -> Example:
-        parts = read_parts(record, digest=self.digest, least_responses=self.least_responses)
+        parts = read_parts(
+            record,
+            digest=self.digest,
+            least_responses=self.least_responses,
+            released=self.config.format == "released",
+        )
         prompt = self._prompt_of(parts)
         responses, scores, notes = self._responses_of(parts)
         group = self._cut(Group(prompt, responses))
         num_tokens = len(prompt) + sum(map(len, responses))
+        text, record = parts.prompt, question(record)
         return Example(
             where=where,
             group=group,
             scores=scores,
-            record=question(record),
-            prompt_hash=hash_prompt(parts.prompt_ids if parts.prompt is None else parts.prompt),
+            record=record if text is None else record | {"prompt": text},
+            prompt_hash=hash_prompt(prompt.tolist() if text is None else canonical(text)),
             num_tokens=num_tokens,
             num_cut=num_tokens - sum(group.lengths()),
-            notes=parts.notes + notes,
+            is_pair=parts.is_pair,
+            notes=parts.notes + notes + self._notes_of(text),
         )
 
     def _prompt_of(self, parts: Parts) -> np.ndarray:
@@ -182,6 +197,23 @@ class Encoder:
         keys = tuple(released.response_keys(ids, off_ids)[of_response] for ids in whole.responses)
         return Group(prompt, responses, (released.prompt_keys(prompt, off_ids), keys))
 
+    def _notes_of(self, prompt: str | Messages | None) -> tuple[str, ...]:
+        """Returns what is said of a prompt that a template seems to have written."""
+        if prompt is None or self.config.format != "chat":
+            return ()
+        text = "\n".join(message["content"] for message in as_messages(prompt))
+        return (RENDERED,) if any(marker in text for marker in self._markers) else ()
+
+    @cached_property
+    def _markers(self) -> list[str]:
+        """What the chat template writes before a turn of the user: <|im_start|>, [INST]."""
+        word = "Question"
+        try:
+            text = self._its_tokenizer().decode(self._encode_prompt(word))
+        except RecordError:  # it wants more than a turn of the user
+            return []
+        return re.findall(r"<[^<>\s]+>|\[[A-Z_]+\]", text.partition(word)[0])
+
     def _encode_prompt(self, prompt: str | list[dict]) -> list[int]:
         return chat.encode_prompt(prompt, self._its_tokenizer(), self.config.format, date=self.date)
 
@@ -215,8 +247,8 @@ def check_prompt(record: dict[str, Any]) -> None:
         raise RecordError("the prompt is empty; write something or leave it out", reason="empty")
 
 
-def hash_prompt(prompt: Any) -> float:
-    """Returns sha256 of the prompt's canonical JSON as a number in [0, 1)."""
+def hash_prompt(prompt: str | list) -> float:
+    """Returns sha256 of a `canonical` prompt's, or of ids', JSON as a number in [0, 1)."""
     text = json.dumps(prompt, sort_keys=True, separators=(",", ":"))
     digest = hashlib.sha256(text.encode()).digest()
     return (int.from_bytes(digest[:8], "big") >> 11) / 2**53  # 53 bits: exact in a float64

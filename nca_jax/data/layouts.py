@@ -7,7 +7,6 @@ A record that cannot is a RecordError with the word that it is counted under; a 
 out of a record that stays is counted in `left_out`.
 """
 
-import math
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -15,11 +14,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from nca_jax.data.conversation import Messages, as_messages, read_messages, read_responses
+from nca_jax.data.record import read_parts, read_score
 from nca_jax.data.sources import RecordError
 
 ASPECTS = ("helpfulness", "honesty", "instruction_following", "truthfulness")
-ROLES = {role: role for role in ("system", "user", "assistant")}
-ROLES |= {"human": "user", "gpt": "assistant"}
 NOT_RATED = ("N/A", "", None)
 
 # (the raw record, counts of what is left out) -> the record in the one form
@@ -40,9 +39,9 @@ def numbered_record(record: dict[str, Any], left_out: Counter) -> dict[str, Any]
     names = sorted(
         (key for key in record if re.fullmatch(r"A\d+", key)), key=lambda key: int(key[1:])
     )
-    scores = [_number(_field(record, f"score_{name}", object)) for name in names]
-    prompt, responses = _split_turns([record[name] for name in names])
-    return _scored(prompt, responses, scores)
+    _field(record, "A0", list)
+    prompt, responses = read_responses(None, [record[name] for name in names])
+    return _scored(prompt, responses, [_field(record, f"score_{name}", object) for name in names])
 
 
 def rated_record(record: dict[str, Any], left_out: Counter, *, score: str) -> dict[str, Any]:
@@ -64,7 +63,7 @@ def rated_record(record: dict[str, Any], left_out: Counter, *, score: str) -> di
         else:
             rated.append((value, text))
     rated.sort(key=lambda pair: -pair[0])  # stable: ties stay in the order of the data
-    prompt = [{"role": "user", "content": _field(record, "instruction", str)}]
+    prompt = _field(record, "instruction", str)
     return _scored(prompt, [text for _, text in rated], [value for value, _ in rated])
 
 
@@ -72,45 +71,31 @@ def pair_record(
     record: dict[str, Any], left_out: Counter, *, given: bool = False
 ) -> dict[str, Any]:
     """chosen and rejected: conversations with one prompt. Scores are 1 and 0, or those given."""
-    prompt, responses = _split_turns([_field(record, key, list) for key in ("chosen", "rejected")])
+    conversations = [_field(record, key, list) for key in ("chosen", "rejected")]
+    prompt, responses = read_responses(record.get("prompt"), conversations)
     scores = [1.0, 0.0]
     if given:
-        scores = [
-            _number(_field(record, key, object)) for key in ("score_chosen", "score_rejected")
-        ]
+        scores = [_field(record, key, object) for key in ("score_chosen", "score_rejected")]
     return _pair(prompt, responses, scores)
 
 
 def trajectory_record(record: dict[str, Any], left_out: Counter) -> dict[str, Any]:
     """trajectory: turns of {from, value}, the last one the user's; chosen and rejected: texts."""
-    turns = _field(record, "trajectory", list)
-    unknown = {_field(turn, "from", str) for turn in turns} - ROLES.keys()
-    if unknown:
-        raise RecordError(f"has a turn from {unknown.pop()!r}", reason="role")
-    prompt = [
-        {"role": ROLES[turn["from"]], "content": _field(turn, "value", str)} for turn in turns
-    ]
-    if not prompt or prompt[-1]["role"] != "user":
+    turns = read_messages(_field(record, "trajectory", list), "trajectory")
+    if turns[-1]["role"] != "user":
         raise RecordError("the last turn is not the user's", reason="role")
     responses = [_field(record, key, str) for key in ("chosen", "rejected")]
-    return _pair(prompt, responses, [1.0, 0.0])
+    return _pair(turns, responses, [1.0, 0.0])
 
 
 def own_record(record: dict[str, Any], left_out: Counter) -> dict[str, Any]:
-    """prompt (text or messages), and responses with scores or chosen and rejected, all texts."""
-    prompt = _field(record, "prompt", (str, list))
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    prompt = _turns(prompt)
-    finished = record.get("finished")
-    if isinstance(finished, list) and False in finished:
+    """A record as `nca_jax.data.record` says, of text, whose responses all ended their turn."""
+    parts = read_parts(record, digest="", least_responses=2)
+    if parts.prompt is None or parts.texts is None:
+        raise RecordError("wanted text, got ids", reason="ids")
+    if record.get("finished") and False in record["finished"]:
         raise RecordError("a data set has no responses that were cut off", reason="not finished")
-    if "chosen" in record:
-        return _pair(
-            prompt, [_field(record, key, str) for key in ("chosen", "rejected")], [1.0, 0.0]
-        )
-    scores = [_number(score) for score in _field(record, "scores", list)]
-    return _scored(prompt, _field(record, "responses", list), scores)
+    return _scored(parts.prompt, parts.texts, parts.scores.tolist())
 
 
 PREFERENCES = {"train_prefs": "train_prefs", "test_prefs": "test_prefs"}
@@ -140,7 +125,7 @@ def _rating(completion: dict[str, Any], score: str, left_out: Counter) -> float 
     """Returns the score of a completion; None if it has none."""
     if score == "overall":
         value = completion.get("overall_score")
-        return None if value in NOT_RATED or value != value else _number(value)
+        return None if value in NOT_RATED or value != value else read_score(value, score)
     annotations = _field(completion, "annotations", dict)
     ratings = []
     for aspect in ASPECTS if score == "fine-grained" else (score,):
@@ -148,70 +133,31 @@ def _rating(completion: dict[str, Any], score: str, left_out: Counter) -> float 
         # Files before the hub's have a list of annotations, of which the first is it.
         match found[0] if isinstance(found, list) and found else found:
             case {"Rating": rating} if rating not in NOT_RATED:
-                ratings.append(_number(rating))
+                ratings.append(read_score(rating, aspect))
             case _:
                 left_out["ratings N/A"] += 1
     return sum(ratings) / len(ratings) if ratings else None
 
 
-def _split_turns(conversations: list[list[dict]]) -> tuple[list[dict], list[str]]:
-    """Returns the prompt that the conversations share, and the last turn of each."""
-    prompts, responses = [], []
-    for *prompt, last in (_turns(conversation) for conversation in conversations):
-        if last["role"] != "assistant":
-            raise RecordError("a conversation does not end with the assistant", reason="role")
-        prompts.append(prompt)
-        responses.append(last["content"])
-    if any(prompt != prompts[0] for prompt in prompts):
-        raise RecordError("the responses are to different prompts", reason="prompts differ")
-    return prompts[0] if prompts else [], responses
-
-
-def _turns(conversation: list) -> list[dict]:
-    """Returns the turns as {role, content} alone. Raises RecordError if there is none."""
-    if not isinstance(conversation, list) or not conversation:
-        raise RecordError("wanted a conversation", reason="no turns")
-    return [{key: _field(turn, key, str) for key in ("role", "content")} for turn in conversation]
-
-
-def _pair(prompt: list[dict], responses: list[str], scores: list[float]) -> dict[str, Any]:
+def _pair(prompt: str | Messages, responses: list, scores: list) -> dict[str, Any]:
     if responses[0] == responses[1]:
         raise RecordError("chosen and rejected are the same", reason="same response")
     return _scored(prompt, responses, scores)
 
 
-def _scored(prompt: list[dict], responses: list[str], scores: list[float]) -> dict[str, Any]:
+def _scored(prompt: str | Messages, responses: list, scores: list) -> dict[str, Any]:
     """Returns the record in the one form. Raises RecordError if it would teach nothing."""
     if len(responses) < 2:
         raise RecordError(f"has {len(responses)} responses", reason="fewer than 2 responses")
     if len(responses) != len(scores):
         raise RecordError("responses and scores differ in number", reason="scores")
-    for text in (*responses, *(turn["content"] for turn in prompt)):
-        _check_text(text)
-    if not prompt or not prompt[-1]["content"].strip():
+    turns = [{key: turn[key] for key in ("role", "content")} for turn in as_messages(prompt)]
+    if not turns[-1]["content"].strip():
         raise RecordError("the prompt is empty", reason="empty prompt")
     if not all(text.strip() for text in responses):
         raise RecordError("a response is empty", reason="empty response")
-    return {"prompt": prompt, "responses": responses, "scores": scores}
-
-
-def _check_text(text: Any) -> None:
-    """Raises RecordError unless it is text that UTF-8 can hold (no half of a surrogate pair)."""
-    try:
-        text.encode()
-    except (AttributeError, UnicodeEncodeError):
-        raise RecordError(f"wanted text, got {text!r:.40}", reason="text") from None
-
-
-def _number(value: Any) -> float:
-    """Returns a finite number, also of a text that is one."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise RecordError(f"wanted a score, got {value!r:.40}", reason="scores")
-    return number
+    numbers = [read_score(score, f"score {k}") for k, score in enumerate(scores)]
+    return {"prompt": turns, "responses": responses, "scores": numbers}
 
 
 def _field(record: Any, key: str, kind: type | tuple[type, ...]) -> Any:

@@ -2,8 +2,8 @@
 
 import io
 import json
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import grain
@@ -22,11 +22,12 @@ from nca_jax.data.sources import (
 from nca_jax.data.tfds_source import TfdsSource
 from nca_jax.protocols import DataSection
 
-Item = TypeVar("Item")  # what a record is read as: an Example or a Prompt
+Item = TypeVar("Item", Example, Prompt)  # what a record is read as
 
 READ_THREADS, READ_AHEAD = 2, 64  # records
+SAME_UNIT = 2  # scores whose spans differ by a larger factor are taken to be of different units
 # What of an Example is a JSON value.
-_SIMPLE = ("where", "record", "prompt_hash", "num_tokens", "num_cut", "notes")
+_SIMPLE = ("where", "record", "prompt_hash", "num_tokens", "num_cut", "is_pair", "notes")
 
 
 class Examples(NamedTuple):
@@ -72,9 +73,7 @@ def load_examples(files: str, encoder: Encoder, *, share: Share = ALONE) -> Exam
         _usable(_read(pattern, share, encoder), repr(pattern), encoder.config, counts)
         for pattern in patterns
     ]
-    for source in sources:
-        for example in source:
-            counts.update(example.notes)
+    _count_units(patterns, sources, counts)
     return Examples(sources, counts)
 
 
@@ -106,6 +105,7 @@ def _usable(
     for item in items:
         if not isinstance(item, RecordError):
             usable.append(item)
+            counts.update(item.notes)
             continue
         rules = {"too_long": config.too_long, TOO_FEW_LEFT: "skip"}
         if rules.get(item.reason, config.bad_rows) == "stop":
@@ -114,6 +114,27 @@ def _usable(
     if not usable:
         raise UserError(f"No record of {who} is left: {', '.join(notes_of(counts))}.")
     return usable
+
+
+def _count_units(
+    patterns: Sequence[str], sources: Sequence[Sequence[Example]], counts: Counter[str]
+) -> None:
+    """Counts the records of each entry and kind where their scores seem to be of several units.
+
+    The losses know one unit, that of alpha: scores that span 0 to 10 outweigh those of 0 to 1.
+    """
+    found: dict[tuple[str, str], list[np.ndarray]] = defaultdict(list)
+    for pattern, source in zip(patterns, sources, strict=True):
+        for example in source:
+            found["pairs" if example.is_pair else "records", pattern].append(example.scores)
+    told = {}
+    for (kind, pattern), scores in found.items():
+        low, high = min(map(np.min, scores)), max(map(np.max, scores))
+        what = f"{kind} of {pattern!r} have scores from {low:g} to {high:g}: of several units?"
+        told[what] = (len(scores), float(high) - float(low))
+    spans = [span for _, span in told.values() if span > 0]
+    if spans and max(spans) > SAME_UNIT * min(spans):
+        counts.update({what: number for what, (number, _) in told.items()})
 
 
 def _attempt(

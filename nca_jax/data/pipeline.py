@@ -25,6 +25,7 @@ from nca_jax.data.sources import split_globs
 from nca_jax.protocols import DataSection
 
 PREFETCH = 2  # batches made ahead by a thread: one is packed while the device runs another
+SHARED = "training records share a prompt with data.eval_files: left out of training"
 EVAL_SEED = 0  # of the choice of responses, so that every evaluation of every run sees the same
 
 
@@ -133,7 +134,8 @@ def eval_batches(
 def load_data(encoder: Encoder, *, share: Share = ALONE) -> Data:
     """Reads the encoder's `config.files`, and what is held out from `eval_files` or out of them.
 
-    Each process reads its `share` of the records, and all get all of them.
+    Each process reads its `share` of the records, and all get all of them. What shares a prompt
+    with `eval_files` is left out of training, and counted.
 
     Raises:
       UserError: a file, a record, or the number of weights or of responses is wrong.
@@ -144,8 +146,18 @@ def load_data(encoder: Encoder, *, share: Share = ALONE) -> Data:
     sources, counts = _load_fitting(config.files, encoder, share)
     if not split_globs(config.eval_files):
         return Data(*split_heldout(sources, config.eval_fraction), counts)
-    heldout, more = _load_fitting(config.eval_files, encoder, share)
-    return Data(sources, [example for source in heldout for example in source], counts + more)
+    found, more = _load_fitting(config.eval_files, encoder, share)
+    heldout = [example for source in found for example in source]
+    prompts = {example.prompt_hash for example in heldout}
+    train = [[e for e in source if e.prompt_hash not in prompts] for source in sources]
+    if not all(train):
+        raise UserError(
+            "Every prompt of a source of data.files is one of data.eval_files, and what is held "
+            "out is not trained on; give other records."
+        )
+    counts += more  # without what is counted 0 times
+    counts += Counter({SHARED: sum(map(len, sources)) - sum(map(len, train))})
+    return Data(train, heldout, counts)
 
 
 def _load_fitting(files: str, encoder: Encoder, share: Share) -> Examples:

@@ -4,7 +4,9 @@ A record has one of these forms:
     {"prompt": text or messages, "responses": [text or messages, ..], "scores": [number, ..]}
     {"prompt": text or messages, "chosen": text or messages, "rejected": text or messages}
     {"prompt_ids": [id, ..], "response_ids": [[id, ..], ..], "scores": [number, ..]}
-A pair has the scores 1 and 0. Ids are used as they are: nothing is appended.
+A response that is messages is a whole conversation, which makes "prompt" unnecessary: see
+`conversation`. A number may be a text that says one. A pair has the scores 1 and 0. Ids are used as
+they are: nothing is appended.
 
 A rollout has the first form, and beside its text
     "prompt_ids", "response_ids"  what was sampled after what; null for a response whose text says
@@ -12,7 +14,8 @@ A rollout has the first form, and beside its text
     "tokenizer"                   a digest of the tokenizer whose ids these are
     "finished"                    for each response, whether it ended its turn
 Its ids are used where the tokenizer is the reader's own, else its text. "finished" may be in a
-record of any form; without it all responses are. Every other key goes along to the scorers.
+record of any form; without it all responses are, but empty ones, which hold nothing to learn from.
+Every other key goes along to the scorers.
 """
 
 from collections.abc import Sequence
@@ -20,6 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from nca_jax.data.conversation import read_responses
 from nca_jax.data.sources import RecordError
 
 FORMS = (
@@ -28,19 +32,27 @@ FORMS = (
     ("prompt", "chosen", "rejected"),
 )
 ANSWERS = ("responses", "scores", "chosen", "rejected")
+CHOICES = ("chosen", "rejected")
 ROLLOUT = ("prompt_ids", "response_ids", "finished", "tokenizer")
 OTHER_TOKENIZER = "records of another tokenizer: their text is encoded"
+EQUAL = "records with equal responses of different scores"
+UNREAD_SCORES = (
+    "pairs have the scores 1 and 0, not their score_chosen and score_rejected: for these write "
+    "responses and scores"
+)
+REVERSED = "pairs with a score_chosen below their score_rejected"
 
 
 class Parts(NamedTuple):
     """What a record of any form says of its n responses."""
 
-    prompt: Any  # as it came, which should be text or messages; None: it has ids
+    prompt: Any  # text or messages, see `conversation`; None: it has ids alone
     prompt_ids: list[int] | None  # None: the text is to be encoded
-    texts: list | None  # [n] texts or messages; None: there are ids alone
+    texts: list | None  # [n] texts, in released format also messages; None: there are ids alone
     ids: list  # [n] lists of ids, or None where the text is to be encoded
     scores: np.ndarray  # [n] float32
     finished: Sequence[bool] | None  # [n]; None: the record does not say, so all are
+    is_pair: bool  # its scores are 1 and 0 since it has none
     notes: tuple[str, ...]  # what is to be counted and said of it
 
 
@@ -49,23 +61,28 @@ def question(record: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in record.items() if key not in ANSWERS + ROLLOUT}
 
 
-def read_parts(record: dict[str, Any], *, digest: str, least_responses: int) -> Parts:
-    """Returns what a record says, its shape checked; texts and ids are as they came.
+def read_parts(
+    record: dict[str, Any], *, digest: str, least_responses: int, released: bool = False
+) -> Parts:
+    """Returns what a record says, its shape checked.
 
     Args:
       digest: of the reader's tokenizer.
+      released: the format, see `conversation`.
     Raises:
-      RecordError: it has no form, too few responses, or not a score or `finished` for each.
+      RecordError: it has no form, too few responses, or not a score or `finished` for each; its
+        prompt or a response is malformed; it is a pair of equals.
     """
     digest_there = record.get("tokenizer")
     is_rollout, is_own = digest_there is not None, digest_there == digest
     forms = FORMS[1:] if is_rollout else FORMS
-    form = next((keys for keys in forms if all(key in record for key in keys)), None)
+    form = next((keys for keys in forms if record.keys() >= set(keys) - {"prompt"}), None)
     if form is None:
         wanted = " or ".join(f"({', '.join(keys)})" for keys in forms)
         raise RecordError(f"wanted keys {wanted}, got ({', '.join(record)})", reason="keys")
-    if "chosen" in form:
-        responses, scores = [record["chosen"], record["rejected"]], [1.0, 0.0]
+    is_pair = "chosen" in form
+    if is_pair:
+        responses, scores = [record[key] for key in CHOICES], [1.0, 0.0]
     else:
         responses, scores = _list_of(record, form[1]), _list_of(record, form[2])
     n = len(responses)
@@ -73,18 +90,62 @@ def read_parts(record: dict[str, Any], *, digest: str, least_responses: int) -> 
     checked = _check_scores(scores, n)
     finished = _check_finished(record.get("finished"), n)
     if "prompt_ids" in form:
-        return Parts(None, record["prompt_ids"], None, responses, checked, finished, ())
+        notes = _notes_of(responses, checked, finished)
+        return Parts(None, record["prompt_ids"], None, responses, checked, finished, False, notes)
+    prompt, texts = read_responses(record.get("prompt"), responses, released=released)
+    notes = _notes_of(texts, checked, finished)
+    if is_pair:
+        notes += _notes_of_pair(record, texts)
     has_ids = "prompt_ids" in record and "response_ids" in record
     if not (is_own and has_ids):
-        notes = (OTHER_TOKENIZER,) if is_rollout and not is_own else ()
-        return Parts(record["prompt"], None, responses, [None] * n, checked, finished, notes)
+        notes += (OTHER_TOKENIZER,) if is_rollout and not is_own else ()
+        if finished is None and "" in texts:
+            finished = [text != "" for text in texts]
+        return Parts(prompt, None, texts, [None] * n, checked, finished, is_pair, notes)
     ids = _list_of(record, "response_ids")
     if len(ids) != n:
         raise RecordError(
             f"has {n} responses but {len(ids)} response_ids; give each response its own or null",
             reason="response_ids",
         )
-    return Parts(record["prompt"], record["prompt_ids"], responses, ids, checked, finished, ())
+    return Parts(prompt, record["prompt_ids"], texts, ids, checked, finished, is_pair, notes)
+
+
+def read_score(score: Any, who: str) -> float:
+    """Returns a number, or that of a text. RecordError, naming `who`, unless float32 holds it."""
+    largest = float(np.finfo(np.float32).max)
+    number = score
+    if isinstance(score, str):
+        try:
+            number = float(score)
+        except ValueError:
+            pass
+    # The comparison is False for NaN, and exact for integers too large for any float.
+    if type(number) not in (int, float) or not -largest <= number <= largest:
+        raise RecordError(f"{who} is {str(score)[:40]}; give a finite number", reason="scores")
+    return float(number)
+
+
+def _notes_of(
+    responses: list, scores: np.ndarray, finished: Sequence[bool] | None
+) -> tuple[str, ...]:
+    """Returns what is said of a record that scores one response in two ways."""
+    said = list(map(str, zip(responses, finished or [True] * len(responses), strict=True)))
+    differ = len(set(zip(said, scores.tolist(), strict=True))) > len(set(said))
+    return (EQUAL,) if differ else ()
+
+
+def _notes_of_pair(record: dict[str, Any], texts: list) -> tuple[str, ...]:
+    """Returns what is said of a pair. Raises RecordError if it teaches nothing."""
+    if texts[0] == texts[1]:
+        raise RecordError("chosen and rejected are the same", reason="same response")
+    if "" in texts and record.get("finished") is None:
+        raise RecordError("chosen or rejected is empty", reason="response")
+    try:
+        chosen, rejected = (read_score(record.get(f"score_{x}"), x) for x in CHOICES)
+    except RecordError:  # none, or of another meaning
+        return ()
+    return (UNREAD_SCORES, REVERSED) if chosen < rejected else (UNREAD_SCORES,)
 
 
 def _list_of(record: dict[str, Any], key: str) -> list:
@@ -110,14 +171,7 @@ def _check_scores(scores: list, n: int) -> np.ndarray:
         raise RecordError(
             f"has {n} responses but {len(scores)} scores; give each response one", reason="scores"
         )
-    largest = float(np.finfo(np.float32).max)
-    for k, score in enumerate(scores):
-        # The comparison is False for NaN, and exact for integers too large for any float.
-        if type(score) not in (int, float) or not -largest <= score <= largest:
-            raise RecordError(
-                f"score {k} is {str(score)[:40]}; give a finite number", reason="scores"
-            )
-    return np.asarray(scores, np.float32)
+    return np.array([read_score(score, f"score {k}") for k, score in enumerate(scores)], np.float32)
 
 
 def _check_finished(finished: Any, n: int) -> Sequence[bool] | None:

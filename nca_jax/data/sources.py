@@ -1,6 +1,6 @@
 """Sources of records as grain reads them, and the error that says which record is at fault.
 
-An entry of data.files is a glob of JSON lines, or tfds:NAME[/BUILDER_CONFIG]:SPLIT.
+An entry of data.files is a file of JSON lines, a glob of them, or tfds:NAME[/BUILDER_CONFIG]:SPLIT.
 """
 
 import gzip
@@ -12,7 +12,7 @@ from typing import Any
 
 from nca_jax.checks import UserError
 from nca_jax.data.tfds_source import PREFIX, TfdsSource, record_files
-from nca_jax.files import as_path, find_files, num_bytes, write_whole
+from nca_jax.files import as_path, find_files, is_file, num_bytes, write_whole
 
 
 class RecordError(UserError):
@@ -47,12 +47,20 @@ class JsonlSource:
         return len(self._lines)
 
     def __getitem__(self, index: int) -> tuple[str, dict[str, Any]]:
-        """Returns ("path:line", the record). Raises RecordError if it is not a JSON object."""
+        """Returns ("path:line", the record).
+
+        Raises:
+          RecordError: it is not a JSON object, or a text in it is not Unicode (a lone surrogate).
+        """
         path, number, line = self._lines[index]
         where = f"{path}:{number}"
         try:
             record = json.loads(line)
-        except ValueError as error:  # bad JSON or bad UTF-8
+            json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            what = f"text is not Unicode ({error})"
+            raise RecordError(what, reason="text", where=where) from None
+        except (ValueError, RecursionError) as error:  # bad JSON or bad UTF-8; nested too deep
             raise RecordError(f"not JSON ({error})", reason="json", where=where) from None
         if not isinstance(record, dict):
             raise RecordError(
@@ -77,8 +85,14 @@ def write_records(path: str | os.PathLike, records: Iterable[dict[str, Any]]) ->
 
 
 def split_globs(files: str) -> list[str]:
-    """Returns the entries of a comma-separated list."""
-    return [pattern.strip() for pattern in files.split(",") if pattern.strip()]
+    """Returns the entries of a comma-separated list; a file's name may hold commas itself."""
+    pieces, entries = files.split(","), []
+    while pieces:
+        names = [",".join(pieces[:n]).strip() for n in range(len(pieces), 1, -1)]
+        entry = next((name for name in names if is_file(name)), pieces[0].strip())
+        pieces = pieces[entry.count(",") + 1 :]
+        entries.append(entry)
+    return [entry for entry in entries if entry]
 
 
 def list_files(files: str) -> list[str]:
