@@ -92,6 +92,7 @@ BROKEN = {
     "score null": (TEXT | {"scores": [1, None]}, "scores"),
     "prompt empty": (TEXT | {"prompt": ""}, "empty"),
     "prompt number": (TEXT | {"prompt": 3}, "prompt"),
+    "response empty": (TEXT | {"responses": ["a", ""]}, "response"),
     "rejected empty": ({"prompt": "p", "chosen": "a", "rejected": ""}, "response"),
     "response number": (TEXT | {"responses": ["a", 3]}, "text"),
     "response without assistant": (

@@ -167,12 +167,12 @@ def _unanswered(turns: Messages) -> Messages:
 def _message(message: Any) -> dict[str, str]:
     """Returns one message as texts. Raises RecordError unless it has a role and a content."""
     if not isinstance(message, dict):
-        raise RecordError("wanted messages of a role and a content", reason="prompt")
+        raise RecordError("wanted messages of a role and a content", reason="role")
     role, content = message.get("role"), message.get("content")
     if "role" not in message and "from" in message:
         role, content = _known_role(message["from"]), message.get("value")
     if not isinstance(role, str):
-        raise RecordError("wanted messages of a role and a content", reason="prompt")
+        raise RecordError("wanted messages of a role and a content", reason="role")
     tools = [key for key in TOOL_KEYS if message.get(key)]
     if role in TOOL_ROLES or tools:
         raise RecordError(

@@ -100,7 +100,7 @@ def read_parts(
     if not (is_own and has_ids):
         notes += (OTHER_TOKENIZER,) if is_rollout and not is_own else ()
         if finished is None and "" in texts:
-            finished = [text != "" for text in texts]
+            finished = _left_out(texts, least_responses)
         return Parts(prompt, None, texts, [None] * n, checked, finished, is_pair, notes)
     ids = _list_of(record, "response_ids")
     if len(ids) != n:
@@ -139,13 +139,23 @@ def _notes_of_pair(record: dict[str, Any], texts: list) -> tuple[str, ...]:
     """Returns what is said of a pair. Raises RecordError if it teaches nothing."""
     if texts[0] == texts[1]:
         raise RecordError("chosen and rejected are the same", reason="same response")
-    if "" in texts and record.get("finished") is None:
-        raise RecordError("chosen or rejected is empty", reason="response")
     try:
         chosen, rejected = (read_score(record.get(f"score_{x}"), x) for x in CHOICES)
     except RecordError:  # none, or of another meaning
         return ()
     return (UNREAD_SCORES, REVERSED) if chosen < rejected else (UNREAD_SCORES,)
+
+
+def _left_out(texts: list, least: int) -> list[bool]:
+    """Returns `finished` where no one says how empty responses ended: cut off, so left out.
+
+    Raises:
+      RecordError: of the others there are too few; where all are empty, a policy was silent.
+    """
+    finished = [text != "" for text in texts]
+    if 0 < sum(finished) < least:
+        raise RecordError(f"response {texts.index('')} is empty; leave it out", reason="response")
+    return finished
 
 
 def _list_of(record: dict[str, Any], key: str) -> list:
