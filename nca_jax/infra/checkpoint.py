@@ -264,7 +264,9 @@ def _read(
             raise Damaged(f"{path} is damaged: {first_few(differ)} changed since it was saved")
     bad = not_finite(tree)
     if bad:
-        raise UserError(f"{path}: {bad} hold NaN or infinity; use another checkpoint.")
+        raise UserError(
+            f"{path}: {bad} hold NaN or infinity. Remove this folder to use the checkpoint before it."
+        )
     return tree
 
 
