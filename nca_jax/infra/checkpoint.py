@@ -171,7 +171,7 @@ def restore_latest(
 
 def _to_stop(error: Damaged) -> UserError:
     return UserError(
-        f"{error}. Remove this folder to use the checkpoint before it, or restore it from a copy."
+        f"{error}. Remove this folder to use the one before it, or restore it from a copy."
     )
 
 
@@ -265,7 +265,7 @@ def _read(
     bad = not_finite(tree)
     if bad:
         raise UserError(
-            f"{path}: {bad} hold NaN or infinity. Remove this folder to use the checkpoint before it."
+            f"{path}: {bad} hold NaN or infinity. Remove this folder to use the one before it."
         )
     return tree
 
