@@ -28,8 +28,9 @@ def fails(monkeypatch, capsys):
         monkeypatch.setattr("os._exit", exit_with)
         with pytest.raises(SystemExit) as stopped:
             checks.run_main(MAINS[name].main)
-        error = capsys.readouterr().err.strip().splitlines()[-1]
-        assert stopped.value.code == 2
+        said = capsys.readouterr().err
+        error = said.strip().splitlines()[-1]
+        assert stopped.value.code == 2 and "Traceback" not in said
         assert error.startswith("error: ")
         return error
 
@@ -175,6 +176,23 @@ def test_an_export_without_a_checkpoint_or_into_a_full_folder_is_refused(fails, 
     )
     (tmp_path / "run" / "config.json").unlink()
     assert "config.json is not there" in fails("export", workdir, out)
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_stops_every_command_by_one_line(fails, flags, tmp_path):
+    train.main(["train", *flags, "--config.steps=1", "--config.eval_every=0"])
+    state = tmp_path / "run/checkpoints/1/default"
+    for path in state.rglob("d/*"):
+        path.write_bytes(path.read_bytes()[:-100])
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
+    prompts, out = f"--prompts={tmp_path / 'prompts.jsonl'}", f"--out={tmp_path / 'out'}"
+    said = f"{state} is damaged"
+    assert said in fails("generate", *flags, prompts, out)
+    assert said in fails("evaluate", *flags, out)
+    assert said in fails("export", flags[1], out)
+    flags += ("--config.steps=1", "--config.eval_every=0")
+    assert f"No checkpoint is whole: {said}" in fails("train", *flags)
+    assert said in fails("train", *flags, "--config.checkpoint.on_damage=stop")
 
 
 # Extras

@@ -171,7 +171,7 @@ def restore_latest(
 
 def _to_stop(error: Damaged) -> UserError:
     return UserError(
-        f"{error}. Remove this folder to use the checkpoint before it, or restore it from a copy."
+        f"{error}. Remove this folder to use the one before it, or restore it from a copy."
     )
 
 
@@ -269,7 +269,9 @@ def _read(
             raise Damaged(f"{path} is damaged: {first_few(differ)} changed since it was saved")
     bad = not_finite(tree)
     if bad:
-        raise UserError(f"{path}: {bad} hold NaN or infinity; use another checkpoint.")
+        raise UserError(
+            f"{path}: {bad} hold NaN or infinity. Remove this folder to use the one before it."
+        )
     return tree
 
 
