@@ -191,6 +191,14 @@ def test_a_field_that_is_newer_than_a_run_means_as_before(tmp_path, monkeypatch)
     assert read_saved(file).optim.new == 1.0
 
 
+def test_an_older_run_encoded_responses_apart_and_goes_on_so(tmp_path):
+    file = saved_without(tmp_path, smoke(), "data.join", version=2)
+    assert read_saved(file).data.join == "apart"
+    with pytest.raises(UserError, match="data.join: 'apart' there, 'together' here"):
+        check_same_run(smoke(), file)
+    check_same_run(smoke("--config.data.join=apart"), file)
+
+
 def test_a_field_that_meant_nothing_in_an_older_run_is_left_out_and_no_other(tmp_path):
     config, _ = parse_flags(["x", f"{SMOKE},algo=dpo"])
     check_same_run(config, saved_without(tmp_path, config, **{"loss.alpha": 0.0}))

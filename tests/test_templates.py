@@ -3,6 +3,7 @@
 The templates are those of model families, shortened; the tokenizers are made here.
 """
 
+import datetime
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,10 +13,12 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from nca_jax import build
+from nca_jax.checks import UserError
 from nca_jax.data import chat
 from nca_jax.data.load import load_examples, notes_of
 from nca_jax.data.sources import RecordError
 from nca_jax.data.template import apply_template, usual_turn
+from nca_jax.flags import parse_flags
 from nca_jax.inspect import print_turn
 from nca_jax.rollout import read_response
 
@@ -283,6 +286,15 @@ def test_a_template_writes_the_day_of_the_run(tokenizer):
     assert len(example.group.responses) == 2
 
 
+def test_a_run_has_one_day_which_is_today_or_a_given_one():
+    smoke = "--config=configs/jsonl.py:files=x.jsonl,smoke"
+    config, _ = parse_flags(["train", smoke, "--config.data.rows=8"])
+    given = build.build(config, date="2024-07-06")
+    assert given.date == given.encoder.date == "2024-07-06"
+    before = datetime.date.today().isoformat()
+    assert before <= build.build(config).date <= datetime.date.today().isoformat()
+
+
 @pytest.mark.parametrize("start", ["", "\n", "  ", "\n  \n"])
 def test_a_dated_template_differs_in_its_day_alone(start, tokenizer):
     tokenizer.chat_template = start + "{% if strftime_now is defined %}"
@@ -298,6 +310,6 @@ def test_a_dated_template_differs_in_its_day_alone(start, tokenizer):
 
 def test_a_tokenizer_without_a_template_is_refused_with_a_word_about_plain(tokenizer):
     tokenizer.chat_template = None
-    with pytest.raises(chat.UserError, match=r"no chat template; set data\.format=plain"):
+    with pytest.raises(UserError, match=r"no chat template; set data\.format=plain"):
         chat.encode_prompt("p", tokenizer, "chat")
     assert usual_turn(tokenizer, ()) is None

@@ -90,14 +90,15 @@ def encode_responses(
     is_ended = [True] * len(contents) if finished is None else finished
     is_written = [yes and content != "" for yes, content in zip(is_ended, contents, strict=True)]
     written = _write(prompt, responses, is_written, tokenizer, format, eos_ids, date)
-    ids = None
+    ids, notes = None, written.notes
     if format != "released":
         ends = {written.end_id, tokenizer.eos_token_id, *eos_ids}
         names = [name for name, i in special_ids(tokenizer).items() if i in ends]
         for content in contents:
             check_names_no_end(content, names)
-        ids = _ids_after(written, tokenizer) if join == "together" else None
-    is_apart = ids is None and format != "released" and join == "together"
+        if join == "together":
+            ids = _ids_after(written, tokenizer)
+            notes += (APART,) if ids is None else ()
     if ids is None:
         ids = _ids_of_all(written.texts, tokenizer)
     for k, text_ids in enumerate(ids):
@@ -107,7 +108,7 @@ def encode_responses(
                 if finished is None:
                     raise RecordError(f"response {k} is empty; leave it out", reason="response")
                 ids[k] = [written.end_id]
-    return Encoded(ids, written.notes + (APART,) * is_apart)
+    return Encoded(ids, notes)
 
 
 class _Written(NamedTuple):

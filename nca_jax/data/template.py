@@ -5,6 +5,7 @@ from the eos: the turns of many base models end in another token.
 """
 
 import datetime
+import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -14,7 +15,6 @@ from nca_jax.protocols import Tokenizer
 
 MARKER = "RESPONSE"  # of letters, which a template that trims or splits leaves alone
 SPACES_CHANGED = "responses whose white space the chat template changes"
-DATE_CODES = ("-d", "-m", *"aAbBcdHIjmMpSuUwWxXyY%")  # of strftime; the longer ones come first
 
 
 class Turn(NamedTuple):
@@ -51,10 +51,11 @@ def learn_turn(
     head, found, tail = _render(messages, marker, tokenizer, date).partition(marker)
     if not found:
         raise RecordError("the chat template leaves the response out", reason="template")
-    is_begun = prompt.startswith(head) and head.startswith(
-        apply_template(messages, tokenizer, generate=False, date=date)
+    goes_on = head.startswith(prompt) or (
+        prompt.startswith(head)  # which may begin the response itself
+        and head.startswith(apply_template(messages, tokenizer, generate=False, date=date))
     )
-    if not head.startswith(prompt) and not is_begun:
+    if not goes_on:
         raise RecordError(
             "the chat template is not prefix-stable: with a response it no longer starts with the "
             f"prompt's text ({prompt[-40:]!r}); use another template or data.format=plain",
@@ -174,7 +175,8 @@ def _dated(template: str, date: str) -> str:
     if not date or "strftime_now" not in template:
         return template
     day = datetime.datetime.fromisoformat(date)
-    parts = "".join(f"|replace('%{code}', {day.strftime('%' + code)!r})" for code in DATE_CODES)
+    codes = sorted(set(re.findall(r"%-?[a-zA-Z]|%%", template)), reverse=True)  # "%%" is the last
+    parts = "".join(f"|replace({code!r}, {day.strftime(code)!r})" for code in codes)
     return f"{{% macro strftime_now(format) %}}{{{{ format{parts} }}}}{{% endmacro %}}\n{template}"
 
 
