@@ -19,13 +19,13 @@ from nca_jax.checks import run_main
 from nca_jax.config import flatten
 from nca_jax.data.pipeline import Dataset, eval_batches
 from nca_jax.evaluators import fill_reference, heldout_metrics
-from nca_jax.files import as_path, write_json
+from nca_jax.files import out_folder, write_json
 from nca_jax.fit import Evaluator, fit
 from nca_jax.flags import parse_flags
 from nca_jax.infra import checkpoint, distributed, profile
 from nca_jax.infra.fingerprint import text_fingerprint
 from nca_jax.infra.mesh import rows_here
-from nca_jax.infra.preemption import catch_sigterm
+from nca_jax.infra.preemption import stop_asked
 from nca_jax.infra.records import record_run
 from nca_jax.infra.writer import MetricWriter, SilentWriter
 from nca_jax.metrics import IS_BETTER_HIGH
@@ -48,9 +48,7 @@ def main(argv: list[str]) -> int:
     config, flags = parse_flags(argv, workdir=None, profile="")
     traced = profile.parse_steps(flags.profile)
     profile.check_within(traced, config.steps or sys.maxsize)
-    workdir = as_path(flags.workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    asked_to_stop = catch_sigterm()
+    workdir = out_folder(flags.workdir, "--workdir")
 
     # ---- Mesh, model, data -------------------------------------------------------------------
     run = build.build(config)
@@ -64,8 +62,9 @@ def main(argv: list[str]) -> int:
         records=examples_fingerprint([*training, *data.heldout]),
     )
 
-    # The context waits for a save that is under way, also when the run stops with an error.
+    # The contexts wait for a save that is under way, also when the run stops with an error.
     with (
+        contextlib.ExitStack() as until_saved,
         checkpoint.open_checkpoints(
             workdir,
             config.checkpoint,
@@ -124,6 +123,7 @@ def main(argv: list[str]) -> int:
             evaluators.append(Evaluator("eval", config.eval_every, measure))
 
         # ---- Loop ----------------------------------------------------------------------------
+        stop = until_saved.enter_context(stop_asked())
         first = restored_step or 0
         writer = (
             MetricWriter(workdir, config.log, restored_step=restored_step, num_steps=steps)
@@ -145,17 +145,20 @@ def main(argv: list[str]) -> int:
                 evaluators=evaluators,
                 writer=writer,
                 checkpoints=checkpoints,
-                asked_to_stop=asked_to_stop,
+                asked_to_stop=stop.asked,
             )
 
     # ---- Close -------------------------------------------------------------------------------
     step = int(state.step)
     if step < steps:
-        print(f"SIGTERM: saved after step {step} of {steps}; the same command goes on from there.")
+        print(f"{stop.name}: saved after step {step} of {steps}; the same command goes on.")
     else:
         print(f"done: {steps} steps in {workdir}")
     return 0
 
 
 if __name__ == "__main__":
-    run_main(distributed.together(main, saves_on_sigterm=True))
+    run_main(
+        distributed.together(main, saves_when_stopped=True),
+        interrupted="before the first step; nothing to save",
+    )

@@ -26,6 +26,7 @@ def fails(monkeypatch, capsys):
 
         monkeypatch.setattr("sys.argv", [name, *flags])
         monkeypatch.setattr("os._exit", exit_with)
+        monkeypatch.setattr("nca_jax.signals.watch", lambda: None)  # of pytest itself
         with pytest.raises(SystemExit) as stopped:
             checks.run_main(MAINS[name].main)
         error = capsys.readouterr().err.strip().splitlines()[-1]

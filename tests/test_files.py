@@ -1,5 +1,6 @@
 """A run's files on gs:// are those of a local run: by the real clients, on a bucket in memory."""
 
+import functools
 import json
 import os
 
@@ -7,7 +8,7 @@ import memory_gcs
 import numpy as np
 import pytest
 from commands import metric_lines, write_records
-from helpers import read_all, write, write_hf
+from helpers import read_all, stopping, write, write_hf
 
 from nca_jax import export, files, generate, precompute, prepare, train
 from nca_jax.checks import UserError
@@ -135,7 +136,7 @@ def test_a_run_on_gs_stopped_and_resumed_is_the_local_run(tmp_path, bucket, monk
         steps = ["--config.steps=5", "--config.save_every=2", "--config.optim.lr=1e-3"]
         precompute.main(["precompute", *config])
         asked = iter([False, place == bucket, *[False] * 8])
-        monkeypatch.setattr(train, "catch_sigterm", lambda asked=asked: lambda: next(asked))
+        monkeypatch.setattr(train, "stop_asked", stopping(functools.partial(next, asked)))
         train.main(["train", *config, *steps, workdir])
         if place == bucket:  # it was stopped after step 2
             assert len(metric_lines(place / "run", "train")) == 2

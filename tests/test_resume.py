@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from commands import command, finish, metric_lines, write_records
+from helpers import stopping
 from ml_collections import ConfigDict
 from old_run import ALL_BUT_STEPS, MODEL
 
@@ -67,7 +68,7 @@ def test_a_run_that_stops_and_goes_on_is_the_run_that_did_not_bit_for_bit(tmp_pa
     def run(workdir: Path, stop_after: int) -> list[dict]:
         steps = itertools.count(1)
         asked = lambda: next(steps) == stop_after  # noqa: E731
-        monkeypatch.setattr(train_command, "catch_sigterm", lambda: asked)
+        monkeypatch.setattr(train_command, "stop_asked", stopping(asked))
         flags = ("--config.steps=5", "--config.save_every=4", "--config.eval_every=4")
         train_command.main(["train", *ALL_BUT_STEPS, f"--workdir={workdir}", *flags])
         return metric_lines(workdir)
