@@ -5,6 +5,7 @@ config, data to batch, and checkpoint or Hugging Face to params. Every other exc
 this project and keeps its traceback.
 """
 
+import contextlib
 import errno
 import io
 import os
@@ -76,7 +77,9 @@ def run_main(
         else:
             print(f"error: {' '.join(said.split())}", file=sys.stderr)
         status = 1 if said is None else 2
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # it has been said, where there was somewhere to say it
+            stream.flush()
     # Reader threads and asynchronous writers are closed by then; a plain exit would wait for
     # worker threads that a failed run has left behind, and for the run's other processes.
     os._exit(status or 0)

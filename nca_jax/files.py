@@ -76,11 +76,6 @@ def find_files(pattern: str) -> list[str]:
     return sorted(map(os.fspath, path.parent.glob(path.name)))
 
 
-def num_bytes(path: AnyPath) -> int:
-    """Returns the size of a file."""
-    return path.stat().st_size if isinstance(path, Path) else path.stat().length
-
-
 def write_whole(path: AnyPath, content: bytes) -> None:
     """Writes a file that is whole or absent, also after the machine has lost its power."""
     if is_remote(path):  # an object is there once it is closed
@@ -188,14 +183,14 @@ def _made_whole(out: Path) -> Iterator[Path]:
     If the body fails nothing of it is left: it may have failed because the disk is full.
     """
     partial = out.with_name(out.name + ".partial")
-    _remove(partial)  # of a body that was killed
+    remove(partial)  # of a body that was killed
     try:
         yield partial
         for path in (*partial.rglob("*"), partial):
             _sync(path)
         partial.replace(out)
     except BaseException as error:
-        _remove(partial)
+        remove(partial)
         if isinstance(error, OSError) and error.filename is None:  # as of a write
             error.filename = os.fspath(out)
         raise
@@ -214,12 +209,14 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _remove(path: Path) -> None:
+def remove(path: AnyPath) -> None:
     """Removes a file or a folder, if it is there."""
-    if path.is_dir():
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
+    elif isinstance(path, Path):
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        path.rmtree()
 
 
 def local_copy(path: AnyPath, patterns: Sequence[str] = ("*",)) -> Path:

@@ -5,9 +5,9 @@
 --processes  how many
 --devices    virtual CPU devices of each; 0: the devices as they are
 
-Ctrl-C, SIGTERM and SIGHUP go to each of them once: a training run saves, and is waited for. When one
-ends badly the others are given a minute to see it. One line says what happened, and the exit status
-is that of the first to fail (128 + the signal's number if one ended it).
+Ctrl-C, SIGTERM and SIGHUP go to each of them once: a training run saves, and is waited for. When
+one ends badly the others are given a minute to see it. One line says what happened, and the exit
+status is that of the first to fail (128 + the signal's number if one ended it).
 """
 
 import argparse

@@ -12,7 +12,7 @@ JAX_NUM_PROCESSES=1 says that it is meant to be. Files, the work directory and t
 all processes see them. Who reads and writes what, of n processes:
 
     records      process p parses and encodes the records p, p + n, ..., and sends them to the
-                 others; of a data set it reads these alone, of a file of JSON lines every line
+                 others; each reads every file, to compare its digest
     a step       each packs the rows that its devices hold, by one plan that all make
     model files  the slices that its devices hold; a model on gs:// or the hub is first copied whole
     cache        every process reads all of it: 4 bytes a response

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,8 @@ import jax.numpy as jnp
 from nca_jax.axes import Params, flatten_paths
 from nca_jax.files import as_path
 from nca_jax.protocols import Tokenizer
+
+PACKAGE = Path(__file__).parent.parent
 
 
 @jax.jit
@@ -43,6 +46,11 @@ def files_fingerprint(paths: Iterable[str]) -> str:
         with as_path(path).open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]
+
+
+def code_fingerprint() -> str:
+    """A digest of the source files of this package."""
+    return files_fingerprint(map(str, sorted(PACKAGE.rglob("*.py"))))
 
 
 def text_fingerprint(text: str) -> str:
