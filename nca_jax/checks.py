@@ -10,8 +10,10 @@ import errno
 import io
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable
+from types import TracebackType
 from typing import TYPE_CHECKING
 
 from nca_jax import signals
@@ -64,6 +66,7 @@ def run_main(
     logging.set_verbosity(logging.ERROR)  # libraries warn of what is no concern of a user
     signals.watch()
     _outlive_readers()
+    _hear_threads()
     try:
         status = main(sys.argv)
         sys.stdout.flush()
@@ -110,6 +113,20 @@ def _outlive_readers() -> None:
             lines = stream.line_buffering
             text = io.TextIOWrapper(raw, stream.encoding, stream.errors, line_buffering=lines)
             setattr(sys, name, text)
+
+
+def _hear_threads() -> None:
+    """Leaves to the main thread what a disk refused to others, such as those that save."""
+
+    def of_thread(args: threading.ExceptHookArgs) -> None:
+        if args.exc_value is None or _refused(args.exc_value) is None:
+            threading.__excepthook__(args)
+
+    def of_native_code(kind: type, error: BaseException, trace: TracebackType | None) -> None:
+        if "Event loop is closed" not in str(error):  # what was to hear of it has stopped already
+            sys.__excepthook__(kind, error, trace)
+
+    threading.excepthook, sys.excepthook = of_thread, of_native_code
 
 
 def _to_mend(error: Exception) -> str | None:

@@ -66,6 +66,8 @@ def main(argv: list[str]) -> int:
         ) as checkpoints,
         jax.set_mesh(run.mesh),
     ):
+        if distributed.is_first():
+            until_saved.callback(checkpoint.remove_unfinished, workdir)
         # ---- Reference, batches --------------------------------------------------------------
         # It comes from where it first came, never from the workdir.
         reference = make_reference(run)

@@ -21,9 +21,11 @@ from orbax.checkpoint.checkpoint_managers import (
 
 from nca_jax.axes import Params, Tree, flatten_paths
 from nca_jax.checks import UserError
-from nca_jax.files import AnyPath, absolute
+from nca_jax.files import AnyPath, absolute, remove
 from nca_jax.infra.mesh import param_shardings
 from nca_jax.protocols import CheckpointSection
+
+UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a checkpoint that is being saved
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -89,6 +91,12 @@ def save(
       eval_metrics: of an evaluation of this state, which the best is chosen by; None without one.
     """
     manager.save(int(state.step), args=ocp.args.StandardSave(state), metrics=eval_metrics)
+
+
+def remove_unfinished(workdir: AnyPath) -> None:
+    """Removes what a save that failed has left: it may have failed because the disk is full."""
+    for path in (workdir / "checkpoints").glob(f"*{UNFINISHED}*"):
+        remove(path)
 
 
 def restore(
