@@ -63,7 +63,8 @@ def run_main(
     """
     from absl import logging  # of commands alone: a loss needs jax and no more
 
-    logging.set_verbosity(logging.ERROR)  # libraries warn of what is no concern of a user
+    # Libraries warn of what is no concern of a user, and log the errors that they raise.
+    logging.set_verbosity(logging.FATAL)
     signals.watch()
     _outlive_readers()
     _hear_threads()

@@ -159,9 +159,8 @@ def test_ctrl_c_saves_says_so_and_the_same_command_goes_on(tmp_path):
     assert process.stderr and "Traceback" not in process.stderr.read()
     saved = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
     assert 0 < saved < 200
-    out = finish(command("train", *run, f"--config.steps={saved + 1}"))
-    assert f"resumed after step {saved}" in out
-    assert metric_lines(workdir, "train")[-1]["step"] == saved + 1
+    assert f"resumed after step {saved}" in finish(command("train", *run))
+    assert [line["step"] for line in metric_lines(workdir, "train")] == list(range(1, 201))
 
 
 @pytest.mark.slow
