@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from experiments import plots, results
 from nca_jax.checks import UserError, run_main
-from nca_jax.files import local_path
+from nca_jax.files import local_path, out_file, write_whole
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
@@ -55,6 +55,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--title", default="")
     args = parser.parse_args(argv[1:])
     args.dirs, args.out = list(map(local_path, args.dirs)), local_path(args.out)
+    out_file(args.out)
     for path in args.dirs:
         if not path.exists():
             raise UserError(f"{path} is not there; give workdirs of runs or files of samples.")
@@ -86,15 +87,15 @@ def write_page(
     }
     for name, figure in figures.items():
         if figure:
-            figure.savefig(out.with_suffix(f".{name}.png"), dpi=150)
+            image = io.BytesIO()
+            figure.savefig(image, dpi=150)
+            write_whole(out.with_suffix(f".{name}.png"), image.getvalue())
             sections += [f"<h2>{titles[name]}</h2>", svg(figure)]
             sections.append(f'<p class="note">{notes[name]}</p>')
     if samples:
         sections += ["<h2>Samples</h2>", html_samples(samples)]
     page = PAGE.format(title=html.escape(title), sections="\n".join(sections))
-    partial = out.with_suffix(".partial")
-    partial.write_text(page)
-    partial.replace(out)
+    write_whole(out, page.encode())
 
 
 def samples_by_column(runs: Sequence[results.Run]) -> dict[str, results.Answers]:

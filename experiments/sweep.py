@@ -36,7 +36,7 @@ from typing import NamedTuple
 from experiments import results
 from experiments.tasks import TRAINED, Task, commands_left, run_tasks
 from nca_jax.checks import UserError, run_main
-from nca_jax.files import local_path
+from nca_jax.files import local_path, out_folder
 from nca_jax.flags import parse_flags
 from nca_jax.infra.checkpoint import saved_steps
 from nca_jax.infra.fingerprint import text_fingerprint
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
         print_commands(caches, tasks, broken)
         return bool(broken)
 
-    args.out.mkdir(parents=True, exist_ok=True)
+    out_folder(args.out)
     # Points of one shape share their compiled programs.
     env = {"JAX_COMPILATION_CACHE_DIR": str(args.out.absolute() / "compiled")} | os.environ
     try:

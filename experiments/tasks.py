@@ -5,16 +5,18 @@ itself: where a killed parent left one behind, the next parent waits for it. Its
 stdout.log and stderr.log there.
 """
 
+import contextlib
 import fcntl
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
 from tqdm import tqdm
 
+from nca_jax import signals
 from nca_jax.checks import UserError
 from nca_jax.files import read_json, read_lines
 from nca_jax.infra.records import METRICS, RUN, is_metrics
@@ -57,18 +59,23 @@ def is_trained(workdir: Path) -> bool:
 def run_tasks(tasks: Sequence[Task], *, jobs: int, env: dict[str, str]) -> dict[str, str]:
     """Runs what is left of every task, at most `jobs` at a time; one that breaks stops no other.
 
-    Ctrl-C and SIGTERM are passed on as SIGTERM, upon which a training run saves and stops.
+    Ctrl-C, SIGTERM and SIGHUP are passed on as SIGTERM, upon which a training run saves and stops;
+    it is waited for, unless they come a second time.
 
     Returns:
       {name: why} of the tasks that broke: the last line that the command wrote.
+    Raises:
+      Interrupted: after the tasks have stopped.
     """
     waiting = [task for task in tasks if commands_left(task)]
     running: list[Running] = []
     broken: dict[str, str] = {}
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     bar = tqdm(total=len(tasks), initial=len(tasks) - len(waiting), unit="run", disable=None)
-    try:
+    stops: list[int] = []
+    with signals.caught(stops.append), bar, _stopped_at_end(running):
         while waiting or running:
+            if stops:
+                raise signals.Interrupted(stops[0])
             for task in list(waiting):
                 if len(running) < jobs and (started := _start(task, env)):
                     waiting.remove(task)
@@ -86,16 +93,19 @@ def run_tasks(tasks: Sequence[Task], *, jobs: int, env: dict[str, str]) -> dict[
                     broken[now.task.name] = _reason(now)
                 bar.write(f"{'broken' if left else 'done'} {now.task.name}")
                 bar.update()
+    return broken
+
+
+@contextlib.contextmanager
+def _stopped_at_end(running: list[Running]) -> Iterator[None]:
+    """Stops what still runs when the body ends, and waits for it."""
+    try:
+        yield
     finally:
-        # `timeout` sends SIGTERM twice; the second must not end the wait for what is being saved.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         for now in running:
             now.process.terminate()
         for now in running:
             now.process.wait()
-        bar.close()
-        signal.signal(signal.SIGTERM, before)
-    return broken
 
 
 def _start(task: Task, env: dict[str, str]) -> Running | None:

@@ -12,12 +12,16 @@ Each is imported when it is asked for: a loss in a training loop of one's own ne
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from nca_jax import signals
+
 if TYPE_CHECKING:
     from nca_jax import fit, losses, metrics, rollout
     from nca_jax.models.decoder import Model
 
 __version__ = "0.1.0"
 __all__ = ["Model", "fit", "losses", "metrics", "rollout"]
+
+signals.while_importing(__name__)
 
 
 def __getattr__(name: str) -> Any:

@@ -4,7 +4,9 @@ config -> mesh, model, tokenizer -> parameters, optimizer, shardings -> input.
 """
 
 import datetime
+import json
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import NamedTuple
 
 import jax
@@ -13,12 +15,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from nca_jax.checks import UserError
+from nca_jax.config import flatten
 from nca_jax.data.encode import Encoder
 from nca_jax.data.load import Share
 from nca_jax.data.pipeline import Data, load_data
 from nca_jax.data.template import Turn, usual_turn
-from nca_jax.infra.distributed import gather
-from nca_jax.infra.fingerprint import tokenizer_fingerprint
+from nca_jax.infra import distributed
+from nca_jax.infra.fingerprint import code_fingerprint, text_fingerprint, tokenizer_fingerprint
 from nca_jax.infra.mesh import check_divides, make_mesh
 from nca_jax.losses import LOSSES
 from nca_jax.model_config import MODELS, ModelConfig
@@ -68,13 +71,24 @@ def build(config: ConfigDict, date: str = "") -> Run:
     Args:
       date: YYYY-MM-DD, the day that a chat template may write; empty: today.
     Raises:
-      UserError: a part of the config does not exist or does not fit the others.
+      UserError: a part of the config does not exist or does not fit the others, or the processes of
+        the run have not all the same config, code and JAX.
     """
+    _check_same_start(config)
     model_config = open_model_config(config.model)
     tokenizer = _tokenizer(config, model_config)
     run = _assemble(config, None, model_config, tokenizer)
     day = date or datetime.date.today().isoformat()
     return run._replace(turn=usual_turn(tokenizer, model_config.eos_ids), date=day)
+
+
+def _check_same_start(config: ConfigDict) -> None:
+    if jax.distributed.is_initialized():
+        distributed.check_same(
+            config=text_fingerprint(json.dumps(flatten(config))),
+            code=code_fingerprint(),
+            JAX=text_fingerprint(" ".join(map(version, ("jax", "jaxlib")))),
+        )
 
 
 def build_for(config: ConfigDict, devices: Sequence[Device]) -> Run:
@@ -190,7 +204,7 @@ def read_data(run: Run) -> Data:
       UserError: a file or record is unusable, or evaluation is asked for and none is held out.
     """
     config = run.config
-    share = Share(jax.process_index(), jax.process_count(), gather)
+    share = Share(jax.process_index(), jax.process_count(), distributed.gather)
     data = load_data(run.encoder, share=share)
     if config.eval_every and not data.heldout:
         raise UserError(

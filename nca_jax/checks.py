@@ -5,14 +5,22 @@ config, data to batch, and checkpoint or Hugging Face to params. Every other exc
 this project and keeps its traceback.
 """
 
+import contextlib
+import errno
+import io
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
+from types import TracebackType
 from typing import TYPE_CHECKING
+
+from nca_jax import signals
 
 if TYPE_CHECKING:
     import jax
+    from typing_extensions import Buffer
 
 EXTRAS = {  # libraries that only some commands and files want, and the extra that has them
     "tensorflow_datasets": "tfds",
@@ -20,6 +28,9 @@ EXTRAS = {  # libraries that only some commands and files want, and the extra th
     "pyarrow": "tfds",
     "gguf": "gguf",
 }
+# What a disk says to a file that it does not take.
+REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
+REFUSALS += (errno.ENAMETOOLONG,)
 
 
 class UserError(ValueError):
@@ -44,17 +55,31 @@ def first_few(names: Sequence[str], *, between: str = ", ") -> str:
     return between.join(names[:3]) + more
 
 
-def run_main(main: Callable[[list[str]], int | None]) -> None:
+def run_main(
+    main: Callable[[list[str]], int | None], *, interrupted: str = "nothing half-written is left"
+) -> None:
     """Runs `main(argv)` as a command, and ends the process with its status.
 
-    A UserError becomes one line on stderr and status 2, as does a library of an extra that is not
-    installed; a bug its traceback and status 1.
+    A UserError becomes one line on stderr and status 2, as do a library of an extra that is not
+    installed and a disk that refuses; a bug its traceback and status 1. Ctrl-C and its like are one
+    line and 128 + the signal's number, unless `main` answers them: see `nca_jax.signals`.
+
+    Args:
+      interrupted: what that line says of what was done.
     """
     from absl import logging  # of commands alone: a loss needs jax and no more
 
-    logging.set_verbosity(logging.ERROR)  # libraries warn of what is no concern of a user
+    # Libraries warn of what is no concern of a user, and log the errors that they raise.
+    logging.set_verbosity(logging.FATAL)
+    signals.watch()
+    _outlive_readers()
+    _hear_threads()
     try:
         status = main(sys.argv)
+        sys.stdout.flush()
+    except signals.Interrupted as stop:
+        print(f"{stop}: {interrupted}", file=sys.stderr)
+        status = stop.status
     except Exception as error:
         said = _to_mend(error)
         if said is None:
@@ -62,15 +87,74 @@ def run_main(main: Callable[[list[str]], int | None]) -> None:
         else:
             print(f"error: {' '.join(said.split())}", file=sys.stderr)
         status = 1 if said is None else 2
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # it has been said, where there was somewhere to say it
+            stream.flush()
     # Reader threads and asynchronous writers are closed by then; a plain exit would wait for
     # worker threads that a failed run has left behind, and for the run's other processes.
     os._exit(status or 0)
+
+
+class _Outliving(io.FileIO):
+    """A descriptor whose reader may go away; what is written after that goes nowhere."""
+
+    def write(self, content: "Buffer") -> int:
+        try:
+            return super().write(content)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):  # of a pipe, of a terminal
+                raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+        return super().write(content)
+
+
+def _outlive_readers() -> None:
+    """Makes stdout and stderr outlive their readers: a run must not end with `| head`."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # it was closed when the process began
+            setattr(sys, name, open(os.devnull, "w"))
+        elif stream is getattr(sys, f"__{name}__"):
+            stream.flush()
+            raw = io.BufferedWriter(_Outliving(stream.fileno(), "w", closefd=False))
+            lines = stream.line_buffering
+            text = io.TextIOWrapper(raw, stream.encoding, stream.errors, line_buffering=lines)
+            setattr(sys, name, text)
+
+
+def _hear_threads() -> None:
+    """Leaves to the main thread what a disk refused to others, such as those that save."""
+
+    def of_thread(args: threading.ExceptHookArgs) -> None:
+        if args.exc_value is None or _refused(args.exc_value) is None:
+            threading.__excepthook__(args)
+
+    def of_native_code(kind: type, error: BaseException, trace: TracebackType | None) -> None:
+        if "Event loop is closed" not in str(error):  # what was to hear of it has stopped already
+            sys.__excepthook__(kind, error, trace)
+
+    threading.excepthook, sys.excepthook = of_thread, of_native_code
 
 
 def _to_mend(error: Exception) -> str | None:
     """Returns what the user can mend, in words; None for a bug."""
     if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
         return f"{error.name} is not installed: pip install 'nca_jax[{EXTRAS[error.name]}]'."
-    return str(error) if isinstance(error, UserError) else None
+    return str(error) if isinstance(error, UserError) else _refused(error)
+
+
+def _refused(error: BaseException) -> str | None:
+    """Returns which file or disk refused and why; None if none did.
+
+    Libraries of storage put such an error into one of their own, as a cause or as text.
+    """
+    why = next((text for number in REFUSALS if (text := os.strerror(number)) in str(error)), None)
+    if why:
+        said = str(error)
+        if isinstance(error, OSError):
+            said = f"{error.filename or 'what is written'}: {why}"
+        return (
+            f"{said:.500}. Mend that, or give another place; the same command goes on from there."
+        )
+    inner = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return _refused(inner) if inner else None

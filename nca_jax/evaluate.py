@@ -52,7 +52,8 @@ def main(argv: list[str]) -> int:
         argv, sections=("generate",), workdir="", out="", num_prompts=64, judge="", text=""
     )
     beside = as_path(flags.workdir or ".") / "evaluation.json"
-    out = out_file(flags.out) if flags.out else beside
+    is_missing = not flags.out and not beside.parent.exists()  # the workdir, as will be said
+    out = beside if is_missing else out_file(flags.out or beside)
     scorers = {"reward": get_scorer(config.generate.scorer), "judge": get_scorer(flags.judge)}
     run = build.build(config, date_of(flags.workdir))
     texts = read_texts(run, flags.text) if flags.text else []

@@ -21,7 +21,7 @@ from nca_jax import build
 from nca_jax.axes import Params, flatten_paths
 from nca_jax.checks import UserError, run_main
 from nca_jax.config import flatten
-from nca_jax.files import AnyPath, as_path, whole_folder, whole_lines
+from nca_jax.files import AnyPath, as_path, new_folder, whole_folder, whole_lines
 from nca_jax.flags import parse_own_flags
 from nca_jax.infra.checkpoint import restore_params, saved_step
 from nca_jax.infra.mesh import host_mesh
@@ -37,11 +37,10 @@ from nca_jax.saved_config import CONFIG, read_saved
 
 def main(argv: list[str]) -> int:
     flags = parse_own_flags(argv, workdir=None, out=None, dtype="float32", step=0)
-    workdir, out = as_path(flags.workdir), as_path(flags.out)
+    workdir = as_path(flags.workdir)
     if flags.dtype not in DTYPES:
         raise UserError(f"--dtype must be one of {', '.join(DTYPES)}; it is {flags.dtype!r}.")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out={out} is not an empty folder; give another, or remove it first.")
+    out = new_folder(flags.out)
     step = saved_step(workdir, flags.step)
     config = read_saved(workdir / CONFIG)
     card = model_card(workdir, config, step)

@@ -6,6 +6,7 @@ event files, traces) is done there: read from a copy, or written and copied.
 """
 
 import contextlib
+import errno
 import functools
 import glob
 import hashlib
@@ -13,6 +14,7 @@ import json
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
@@ -86,19 +88,13 @@ def is_file(name: str) -> bool:
     return path.is_file() if is_remote(name) else os.path.isfile(path)
 
 
-def num_bytes(path: AnyPath) -> int:
-    """Returns the size of a file."""
-    return path.stat().st_size if isinstance(path, Path) else path.stat().length
-
-
 def write_whole(path: AnyPath, content: bytes) -> None:
-    """Writes a file that is whole or absent."""
+    """Writes a file that is whole or absent, also after the machine has lost its power."""
     if is_remote(path):  # an object is there once it is closed
         path.write_bytes(content)
         return
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    partial.replace(path)
+    with _made_whole(path) as partial:
+        partial.write_bytes(content)
 
 
 def write_json(path: AnyPath, content: dict[str, Any]) -> None:
@@ -180,22 +176,63 @@ def copy_into(folder: Path, target: AnyPath) -> None:
     _copy(pairs)
 
 
-def out_file(name: str | os.PathLike) -> AnyPath:
+def out_file(name: str | os.PathLike, flag: str = "--out") -> AnyPath:
     """Returns the path of a file that a command will write at its end, its folder made.
 
     Raises:
       UserError: it cannot be written there.
     """
     path = as_path(name)
-    if is_remote(path):
-        return path
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out={path}: its folder cannot be made ({error}).") from None
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UserError(f"--out={path}: a file cannot be written there; give another one.")
+    if path.exists() and not path.is_file():  # a folder, or a device, which root would replace
+        raise UserError(f"{flag}={path}: a file cannot be written there; give another one.")
+    _check_writable(path, f"{flag}={path}")
     return path
+
+
+def out_folder(name: str | os.PathLike, flag: str = "--out") -> AnyPath:
+    """Returns the path of a folder that a command will write into, made.
+
+    Raises:
+      UserError: it cannot be made, or nothing can be written there.
+    """
+    path = as_path(name)
+    _check_writable(path / "probe", f"{flag}={path}")
+    return path
+
+
+def new_folder(name: str | os.PathLike, flag: str = "--out") -> AnyPath:
+    """Returns the path of a folder that `whole_folder` will make.
+
+    Raises:
+      UserError: it is there and is not empty, or cannot be written there.
+    """
+    path = as_path(name)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{flag}={path} is not an empty folder; give another, or remove it first.")
+    _check_writable(path, f"{flag}={path}")
+    return path
+
+
+def _check_writable(file: AnyPath, said: str) -> None:
+    """Raises UserError unless a file of about this name can be written; makes its folder.
+
+    It is tried: root may write where no mode allows it, and nobody on a disk that is read-only.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = error.strerror or error
+        raise UserError(f"{said}: its folder cannot be made ({why}); give another.") from None
+    # A name of its own: several processes may try at a time.
+    probe = file.with_name(f"{file.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        try:
+            probe.write_bytes(bytes(4096))
+        finally:
+            probe.unlink(missing_ok=True)
+    except Exception as error:  # the client of gs:// has errors of its own
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"{said} cannot be written ({why}); give another place.") from None
 
 
 @contextlib.contextmanager
@@ -206,11 +243,52 @@ def whole_folder(out: AnyPath) -> Iterator[Path]:
             yield Path(partial)
             copy_into(Path(partial), out)
         return
+    with _made_whole(out) as partial:
+        partial.mkdir(parents=True)
+        yield partial
+
+
+@contextlib.contextmanager
+def _made_whole(out: Path) -> Iterator[Path]:
+    """Gives a name beside `out`; what the body makes there is stored, and then is `out`.
+
+    If the body fails nothing of it is left: it may have failed because the disk is full.
+    """
     partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a body that was killed
-    partial.mkdir(parents=True)
-    yield partial
-    partial.replace(out)
+    remove(partial)  # of a body that was killed
+    try:
+        yield partial
+        for path in (*partial.rglob("*"), partial):
+            _sync(path)
+        partial.replace(out)
+    except BaseException as error:
+        remove(partial)
+        if isinstance(error, OSError) and error.filename is None:  # as of a write
+            error.filename = os.fspath(out)
+        raise
+    _sync(out.parent)
+
+
+def _sync(path: Path) -> None:
+    """Returns when a file or a folder is on the disk; not every file system syncs folders."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: AnyPath) -> None:
+    """Removes a file or a folder, if it is there."""
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
+    elif isinstance(path, Path):
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.rmtree()
 
 
 def local_copy(path: AnyPath, patterns: Sequence[str] = ("*",)) -> Path:

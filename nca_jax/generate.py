@@ -6,22 +6,29 @@ r"""Sample responses: python -m nca_jax.generate --config=FILE[:args] --prompts=
            scorer (see nca_jax.score): nca_jax.train reads them as they were sampled
 --workdir  of a training run: its latest checkpoint; without it the model of init_from
 
-A prompt is cut, refused or skipped as in training: data.max_prompt_len, too_long and bad_rows.
+What is sampled is kept in OUT.pieces until OUT is whole: after a stop the same command goes on from
+there, and gives the same responses. A prompt is cut, refused or skipped as in training:
+data.max_prompt_len, too_long and bad_rows.
 """
 
+import json
+
 import jax
+import numpy as np
 
 from nca_jax import build
 from nca_jax.checks import UserError, run_main
+from nca_jax.config import flatten
+from nca_jax.data import pieces
 from nca_jax.data.load import load_prompts, notes_of
-from nca_jax.data.sources import write_records
 from nca_jax.files import out_file
 from nca_jax.flags import parse_flags
 from nca_jax.infra import distributed
+from nca_jax.infra.fingerprint import params_fingerprint, text_fingerprint
 from nca_jax.infra.records import date_of
 from nca_jax.params import policy_params
 from nca_jax.rewards.scorers import get_scorer
-from nca_jax.rollout import check_scorable, rollout
+from nca_jax.rollout import check_scorable, rollout_batches, with_scores
 
 
 def main(argv: list[str]) -> int:
@@ -34,12 +41,28 @@ def main(argv: list[str]) -> int:
     for note in notes_of(counts):
         print(note)
     check_scorable(prompts, scorer)
+    asked = [[prompt.ids.tolist(), prompt.record] for prompt in prompts]
+    made_from = {
+        "config": text_fingerprint(json.dumps(flatten(config))),
+        "prompts": text_fingerprint(json.dumps(asked)),
+        "tokenizer": run.encoder.digest,
+    }
+    distributed.check_same(prompts=made_from["prompts"])
     with jax.set_mesh(run.mesh):
         params = policy_params(run, flags.workdir)
-        records = rollout(run, params, prompts, scorer, config.seed)
+        made_from["parameters"] = params_fingerprint(params)
+        records = pieces.begin(out, made_from) if distributed.is_first() else []
+        start = int(distributed.from_first(np.array(len(records), np.int32)))
+        if start:
+            print(f"goes on after {start} of {len(prompts)} prompts")
+        for batch in rollout_batches(run, params, prompts, config.seed, start):
+            if distributed.is_first():
+                pieces.add(out, len(records), batch)
+            records += batch
     if not distributed.is_first():
         return 0
-    write_records(out, records)
+    records = with_scores(prompts, records, scorer)
+    pieces.finish(out, records)
     cut_off = sum(not finished for record in records for finished in record["finished"])
     print(
         f"{len(records)} prompts x {config.generate.num_samples} responses in {out}, {cut_off} of "
@@ -49,4 +72,7 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_main(distributed.together(main))
+    run_main(
+        distributed.together(main),
+        interrupted="what was sampled is kept in OUT.pieces; the same command goes on from there",
+    )

@@ -20,7 +20,7 @@ from nca_jax import build, programs, reference
 from nca_jax.checks import UserError, run_main
 from nca_jax.data.room import row_layout
 from nca_jax.evaluators import score_responses
-from nca_jax.files import AnyPath, as_path, write_json
+from nca_jax.files import AnyPath, out_folder, write_json
 from nca_jax.flags import parse_flags
 from nca_jax.infra import distributed, lock
 
@@ -31,8 +31,7 @@ def main(argv: list[str]) -> int:
     config, _ = parse_flags(argv)
     if config.reference.kind != "cached":
         raise UserError("Set --config.reference.kind=cached and --config.reference.cache=FOLDER.")
-    folder = as_path(config.reference.cache)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = out_folder(config.reference.cache, "--config.reference.cache")
     with lock.held(folder) as check_held:
         return fill_cache(config, folder, check_held)
 
@@ -82,4 +81,7 @@ def fill_cache(config: ConfigDict, folder: AnyPath, check_held: lock.CheckHeld) 
 
 
 if __name__ == "__main__":
-    run_main(distributed.together(main))
+    run_main(
+        distributed.together(main),
+        interrupted="the parts that were made are kept; the same command goes on",
+    )

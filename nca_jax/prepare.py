@@ -18,7 +18,7 @@ from absl import flags
 from nca_jax.checks import UserError, run_main
 from nca_jax.data.layouts import DATA_SETS
 from nca_jax.data.tfds_source import data_dir
-from nca_jax.files import as_path, is_remote, local_copy
+from nca_jax.files import as_path, is_remote, local_copy, out_folder
 from nca_jax.infra import lock
 
 
@@ -29,19 +29,19 @@ def main(argv: list[str]) -> int:
     from nca_jax.data import builders
 
     origin = DATA_SETS[given.name][given.score]
-    raw = local_copy(as_path(given.raw)) if given.raw else builders.fetch(origin)
-    if not raw.exists():
-        raise UserError(f"--raw={given.raw} is not there; give a folder or file of raw rows.")
     out = as_path(given.out) if given.out else data_dir()
     if is_remote(out):
         raise UserError(
             f"Records are written to a local disk, not to {out}: give --out=FOLDER, then copy it "
             f"there (gcloud storage cp -r 'FOLDER/*' {out})."
         )
+    out_folder(out)
+    raw = local_copy(as_path(given.raw)) if given.raw else builders.fetch(origin)
+    if not raw.exists():
+        raise UserError(f"--raw={given.raw} is not there; give a folder or file of raw rows.")
     files = builders.find_files(raw, origin)
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
-    out.mkdir(parents=True, exist_ok=True)
     with lock.held(out):
         builder = builders.ScoredRecords(given.name, given.score, origin, files, out)
         builders.prepare(builder)

@@ -1,6 +1,6 @@
 """Sampling responses from a policy: what `generate`, `evaluate` and on-policy training share."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -51,8 +51,24 @@ def rollout(
       UserError: a prompt lacks what the scorer wants, or the scorer fails.
     """
     check_scorable(prompts, scorer)
-    samples = make_generator(run)(params, [prompt.ids for prompt in prompts], seed)
-    return make_records(run, prompts, samples, scorer) if distributed.is_first() else []
+    batches = rollout_batches(run, params, prompts, seed)
+    return with_scores(prompts, [record for batch in batches for record in batch], scorer)
+
+
+def rollout_batches(
+    run: Run, params: Params, prompts: Sequence[Prompt], seed: int, start: int = 0
+) -> Iterator[list[Record]]:
+    """Yields what `rollout` returns for a batch of prompts at a time, not scored.
+
+    Args:
+      start: the first prompt: those before it are done. The others have the samples that they have
+        in a whole rollout.
+    """
+    sample = make_batch_generator(run)
+    for samples in sample(params, [prompt.ids for prompt in prompts], seed, start):
+        now = prompts[start : start + len(samples)]
+        yield make_records(run, now, samples, None) if distributed.is_first() else []
+        start += len(samples)
 
 
 def check_scorable(prompts: Sequence[Prompt], scorer: Scorer | None) -> None:
@@ -71,7 +87,14 @@ def make_records(
         _make_record(prompt, [read_response(run, ids) for ids in of_prompt], digest)
         for prompt, of_prompt in zip(prompts, samples, strict=True)
     ]
-    if scorer is None:
+    return with_scores(prompts, records, scorer)
+
+
+def with_scores(
+    prompts: Sequence[Prompt], records: list[Record], scorer: Scorer | None
+) -> list[Record]:
+    """Returns the records of prompts with their scores; as they are without a scorer, or none."""
+    if scorer is None or not records:
         return records
     asked = [prompt.record for prompt in prompts]
     scores = score_all(scorer, asked, [record["responses"] for record in records])
@@ -112,15 +135,31 @@ def make_generator(run: Run) -> Generate:
     `prompts` are token ids; samples[n] holds `num_samples` int32 arrays, each with its end-of-turn
     token where it has one. A prompt's samples depend on its index and the seed, not on its batch.
     """
+    sample = make_batch_generator(run)
+
+    def generate(params: Params, prompts: Sequence[np.ndarray], seed: int) -> Samples:
+        return [of_prompt for batch in sample(params, prompts, seed, 0) for of_prompt in batch]
+
+    return generate
+
+
+def make_batch_generator(
+    run: Run,
+) -> Callable[[Params, Sequence[np.ndarray], int, int], Iterator[Samples]]:
+    """Returns `sample(params, prompts, seed, start)`, of which `make_generator` is the whole.
+
+    It yields the samples of a batch of prompts at a time, from prompt `start` on.
+    """
     how = run.config.generate
     sampler = jit_sampler(run)
     batch, rows = prompts_at_once(run), NamedSharding(run.mesh, P(ROWS))
 
-    def generate(params: Params, prompts: Sequence[np.ndarray], seed: int) -> Samples:
+    def sample(
+        params: Params, prompts: Sequence[np.ndarray], seed: int, start: int
+    ) -> Iterator[Samples]:
         width = -(-max(map(len, prompts)) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
         key = jax.random.key(seed)
-        samples = []
-        for first in tqdm(range(0, len(prompts), batch), unit="batch", disable=None):
+        for first in tqdm(range(start, len(prompts), batch), unit="batch", disable=None):
             now = prompts[first : first + batch]
             filled = [*now, *[now[-1]] * (batch - len(now))]  # one shape
             padded = np.stack([np.pad(ids, (0, width - len(ids))) for ids in filled])
@@ -133,13 +172,12 @@ def make_generator(run: Run) -> Generate:
                 keys,
             )
             tokens, sizes = jax.device_get(sampled)
-            samples += [
+            yield [
                 [tokens[n, s, : sizes[n, s]] for s in range(how.num_samples)]
                 for n in range(len(now))
             ]
-        return samples
 
-    return generate
+    return sample
 
 
 make_callable(__name__)

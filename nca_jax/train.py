@@ -9,7 +9,6 @@ after any stop, and it goes on where the last checkpoint is, bit for bit.
 
 import contextlib
 import functools
-import json
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -19,17 +18,16 @@ from ml_collections import ConfigDict
 
 from nca_jax import build
 from nca_jax.checks import run_main
-from nca_jax.config import flatten
 from nca_jax.data.encode import Example
 from nca_jax.data.pipeline import Dataset, eval_batches
 from nca_jax.evaluators import fill_reference, heldout_metrics
-from nca_jax.files import AnyPath, as_path, write_json
+from nca_jax.files import AnyPath, as_path, out_folder, write_json
 from nca_jax.fit import Evaluator, fit
 from nca_jax.flags import parse_flags
 from nca_jax.infra import checkpoint, distributed, lock, profile
-from nca_jax.infra.fingerprint import text_fingerprint, tokenizer_fingerprint
+from nca_jax.infra.fingerprint import tokenizer_fingerprint
 from nca_jax.infra.mesh import rows_here
-from nca_jax.infra.preemption import catch_sigterm
+from nca_jax.infra.preemption import stop_asked
 from nca_jax.infra.records import read_run, record_run
 from nca_jax.infra.writer import MetricWriter, SilentWriter
 from nca_jax.metrics import IS_BETTER_HIGH
@@ -52,16 +50,13 @@ def main(argv: list[str]) -> int:
     config, flags = parse_flags(argv, workdir=None, profile="")
     traced = profile.parse_steps(flags.profile)
     profile.check_within(traced, config.steps or sys.maxsize)
-    workdir = as_path(flags.workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
+    workdir = out_folder(flags.workdir, "--workdir")
     with lock.held(workdir) as check_held:
         return train(config, workdir, traced, check_held)
 
 
 def train(config: ConfigDict, workdir: AnyPath, traced: range, check_held: lock.CheckHeld) -> int:
     """Trains in a workdir that this process holds, and returns the exit status."""
-    asked_to_stop = catch_sigterm()
-
     # ---- Mesh, model, data -------------------------------------------------------------------
     began, log_every = None, config.log_every
     if checkpoint.saved_steps(workdir):
@@ -72,13 +67,11 @@ def train(config: ConfigDict, workdir: AnyPath, traced: range, check_held: lock.
     for note in data.notes():
         print(note)
     training = [example for source in data.sources for example in source]
-    distributed.check_same(
-        config=text_fingerprint(json.dumps(flatten(config))),
-        records=examples_fingerprint([*training, *data.heldout]),
-    )
+    distributed.check_same(records=examples_fingerprint([*training, *data.heldout]))
 
-    # The context waits for a save that is under way, also when the run stops with an error.
+    # The contexts wait for a save that is under way, also when the run stops with an error.
     with (
+        contextlib.ExitStack() as until_saved,
         checkpoint.open_checkpoints(
             workdir,
             config.checkpoint,
@@ -86,6 +79,8 @@ def train(config: ConfigDict, workdir: AnyPath, traced: range, check_held: lock.
         ) as checkpoints,
         jax.set_mesh(run.mesh),
     ):
+        if distributed.is_first():
+            until_saved.callback(checkpoint.remove_unfinished, workdir)
         # ---- Reference, batches --------------------------------------------------------------
         # It comes from where it first came, never from the workdir.
         reference = make_reference(run)
@@ -146,6 +141,7 @@ def train(config: ConfigDict, workdir: AnyPath, traced: range, check_held: lock.
             evaluators.append(Evaluator("eval", config.eval_every, measure))
 
         # ---- Loop ----------------------------------------------------------------------------
+        stop = until_saved.enter_context(stop_asked())
         first = restored_step or 0
         writer = (
             MetricWriter(
@@ -174,13 +170,13 @@ def train(config: ConfigDict, workdir: AnyPath, traced: range, check_held: lock.
                 evaluators=evaluators,
                 writer=writer,
                 checkpoints=checkpoints,
-                asked_to_stop=asked_to_stop,
+                asked_to_stop=stop.asked,
             )
 
     # ---- Close -------------------------------------------------------------------------------
     step = int(state.step)
     if step < steps:
-        print(f"SIGTERM: saved after step {step} of {steps}; the same command goes on from there.")
+        print(f"{stop.name}: saved after step {step} of {steps}; the same command goes on.")
     else:
         print(f"done: {steps} steps in {workdir}")
     return 0
@@ -198,4 +194,7 @@ def counted(examples: Sequence[Example]) -> str:
 
 
 if __name__ == "__main__":
-    run_main(distributed.together(main, saves_on_sigterm=True))
+    run_main(
+        distributed.together(main, saves_when_stopped=True),
+        interrupted="before the first step; nothing to save",
+    )

@@ -1,13 +1,16 @@
-"""What several test files write and read: records of ids, and small checkpoints."""
+"""What several test files write and stand in for: records of ids, stops, small checkpoints."""
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Callable
 
 import numpy as np
 from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
 from nca_jax.data.encode import Encoder
+from nca_jax.infra.preemption import Stop
 from nca_jax.model_config import ModelConfig
 from nca_jax.models.formats import names
 from nca_jax.models.formats.hf import tensor_names
@@ -66,6 +69,14 @@ def make_encoder(config, tokenizer=None, vocab_size=1000, eos_ids=(), **more) ->
 
 def encode_one(record, config, tokenizer=None, *, where="f:1", **more):
     return make_encoder(config, tokenizer, **more).record(where, record)
+
+
+# Stops
+
+
+def stopping(asked: Callable[[], bool]) -> Callable:
+    """Stands for `preemption.stop_asked` in `train`, with another `asked_to_stop`."""
+    return lambda: contextlib.nullcontext(Stop(asked, []))
 
 
 # Checkpoints

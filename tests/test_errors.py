@@ -1,5 +1,6 @@
 """What a user gets wrong is answered by one line that says what to do, and exit status 2."""
 
+import errno
 import json
 import re
 import subprocess
@@ -26,6 +27,8 @@ def fails(monkeypatch, capsys):
 
         monkeypatch.setattr("sys.argv", [name, *flags])
         monkeypatch.setattr("os._exit", exit_with)
+        monkeypatch.setattr("nca_jax.signals.watch", lambda: None)  # of pytest itself
+        monkeypatch.setattr(checks, "_hear_threads", lambda: None)
         with pytest.raises(SystemExit) as stopped:
             checks.run_main(MAINS[name].main)
         said = capsys.readouterr().err
@@ -193,6 +196,41 @@ def test_a_damaged_checkpoint_stops_every_command_by_one_line(fails, flags, tmp_
     flags += ("--config.steps=1", "--config.eval_every=0")
     assert f"No checkpoint is whole: {said}" in fails("train", *flags)
     assert said in fails("train", *flags, "--config.checkpoint.on_damage=stop")
+
+
+# Disks
+
+
+def failing(error: Exception):
+    """Returns a command in which a library of storage meets `error`."""
+
+    def main(argv):
+        try:
+            raise error
+        except OSError as inner:
+            raise ValueError("saving failed") from inner
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "what is written: No space left on dev"),
+        (OSError(errno.EROFS, "Read-only file system", "a/b"), "a/b: Read-only file system"),
+        (PermissionError(errno.EACCES, "Permission denied", "a/b"), "a/b: Permission denied"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "a/b"), "a/b: Disk quota exceeded"),
+        (OSError(errno.EFBIG, "File too large", "a/b"), "a/b: File too large"),
+        (RuntimeError("Error writing x/d/1: No space left on device"), "x/d/1: No space left"),
+    ],
+)
+def test_a_disk_that_refuses_is_one_line_whoever_says_so(fails, monkeypatch, error, said):
+    monkeypatch.setattr(MAINS["train"], "main", failing(error))
+    assert said in fails("train")
+
+
+def test_other_errors_of_the_system_keep_their_traceback(monkeypatch):
+    assert checks._to_mend(FileNotFoundError(errno.ENOENT, "No such file", "a")) is None
 
 
 # Extras

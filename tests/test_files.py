@@ -1,5 +1,7 @@
 """A run's files on gs:// are those of a local run: by the real clients, on a bucket in memory."""
 
+import errno
+import functools
 import json
 import os
 
@@ -7,7 +9,7 @@ import memory_gcs
 import numpy as np
 import pytest
 from commands import metric_lines, write_records
-from helpers import read_all, write, write_hf
+from helpers import read_all, stopping, write, write_hf
 
 from nca_jax import export, files, generate, precompute, prepare, train
 from nca_jax.checks import UserError
@@ -86,6 +88,62 @@ def test_a_folder_is_there_whole_or_not_at_all(place):
     assert [x.name for x in (place / "out").iterdir()] == ["b"]
 
 
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()])
+def test_what_could_not_be_made_whole_leaves_nothing_and_what_was_there_stays(
+    tmp_path, monkeypatch, error
+):
+    files.write_whole(tmp_path / "file", b"before")
+
+    def refuse(descriptor):
+        raise error
+
+    monkeypatch.setattr("os.fsync", refuse)
+    with pytest.raises(type(error)) as refused:
+        files.write_whole(tmp_path / "file", b"after")
+    if isinstance(error, OSError):
+        assert refused.value.filename == str(tmp_path / "file")
+    with pytest.raises(type(error)), files.whole_folder(tmp_path / "folder") as folder:
+        (folder / "a").mkdir()
+        (folder / "a" / "b").write_text("b")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_bytes() == b"before"
+
+
+def test_a_file_and_its_folder_are_synced_around_the_rename(tmp_path, monkeypatch):
+    synced = []
+
+    def note(descriptor):
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        assert (tmp_path / "file").exists() == (synced[-1] == str(tmp_path))
+
+    monkeypatch.setattr("os.fsync", note)
+    files.write_whole(tmp_path / "file", b"content")
+    assert synced == [f"{tmp_path}/file.partial", str(tmp_path)]
+
+
+@pytest.mark.parametrize("check", [files.out_file, files.out_folder, files.new_folder])
+def test_a_place_that_refuses_is_said_before_work_and_one_that_lacks_is_made(
+    check, tmp_path, monkeypatch
+):
+    assert check(tmp_path / "a" / "b" / "out") == tmp_path / "a" / "b" / "out"
+    assert (tmp_path / "a" / "b").is_dir()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="its folder cannot be made"):
+        check(tmp_path / "file" / "out" / "x")
+    with pytest.raises(UserError, match="--flag=/dev/full"):
+        check("/dev/full", "--flag")
+    with pytest.raises((UserError, OSError), match="File name too long"):
+        check(tmp_path / ("x" * 300))
+
+    def refuse(path, content):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", refuse)
+    with pytest.raises(UserError, match=r"out cannot be written \(Read-only file system\)"):
+        check(tmp_path / "out")
+
+
 def test_a_model_on_gs_is_copied_once_and_again_when_it_has_changed(tmp_path, bucket):
     (tmp_path / "hf").mkdir()
     write_hf(tmp_path / "hf")
@@ -140,7 +198,7 @@ def test_a_run_on_gs_stopped_and_resumed_is_the_local_run(tmp_path, bucket, monk
         steps = ["--config.steps=5", "--config.save_every=2", "--config.optim.lr=1e-3"]
         precompute.main(["precompute", *config])
         asked = iter([False, place == bucket, *[False] * 8])
-        monkeypatch.setattr(train, "catch_sigterm", lambda asked=asked: lambda: next(asked))
+        monkeypatch.setattr(train, "stop_asked", stopping(functools.partial(next, asked)))
         train.main(["train", *config, *steps, workdir])
         if place == bucket:  # it was stopped after step 2
             assert len(metric_lines(place / "run", "train")) == 2

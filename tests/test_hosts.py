@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,7 +16,10 @@ from commands import ROOT, command, finish, metric_lines, write_records
 from jax.experimental import multihost_utils
 from safetensors.numpy import load_file
 
+from experiments.launch import local
+from nca_jax import build
 from nca_jax.checks import UserError
+from nca_jax.flags import parse_flags
 from nca_jax.infra import distributed
 from nca_jax.infra.checkpoint import saved_step
 
@@ -169,6 +173,34 @@ def test_when_one_is_killed_all_stop_and_one_process_goes_on(tmp_path, rows, alo
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_one_hangs_the_others_stop_within_the_limit(tmp_path, rows, victim):
+    workdir = tmp_path / "run"
+    flags = train_flags(workdir, rows, 3000)
+    launcher = launch("train", *flags, "--host_timeout=5", processes=2)
+    wait_for_checkpoint(workdir, 4, launcher)
+    pids = of_launcher(launcher)
+    os.kill(pids[victim], signal.SIGSTOP)
+    end = time.monotonic() + 60
+    while Path(f"/proc/{pids[1 - victim]}").exists():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    os.kill(pids[victim], signal.SIGKILL)  # a launcher would give it a minute
+    _, err = launcher.communicate(timeout=60)
+    assert f"launch: process {1 - victim} of 2 ended with signal SIGABRT" in err
+
+
+@pytest.mark.slow
+def test_ctrl_c_at_the_launcher_saves_once_on_all(tmp_path, rows):
+    workdir = tmp_path / "run"
+    launcher = launch("train", *train_flags(workdir, rows, 3000), processes=2)
+    wait_for_checkpoint(workdir, 4, launcher)
+    launcher.send_signal(signal.SIGINT)
+    out = finish(launcher)
+    assert f"SIGINT: saved after step {saved_step(workdir)} of 3000" in out
+
+
+@pytest.mark.slow
 def test_sigterm_to_one_saves_on_all_and_another_number_of_processes_goes_on(tmp_path, rows, alone):
     workdir = tmp_path / "run"
     flags = train_flags(workdir, rows, STEPS)
@@ -272,6 +304,44 @@ def test_a_process_that_is_alone_or_is_said_to_be_runs(monkeypatch, variables):
     monkeypatch.setattr(distributed, "_has_tpu", lambda: False)
     set_only(monkeypatch, variables)
     assert distributed.together(lambda argv: len(argv))(["a", "b"]) == 2
+
+
+def test_what_says_nothing_is_killed_and_named(monkeypatch):
+    monkeypatch.setattr(local, "GRACE", 0.2)
+    commands = (["true"], ["sleep", "60"])
+    assert local.wait_or_kill([subprocess.Popen(command) for command in commands]) == [1]
+
+
+@pytest.mark.parametrize(
+    ("argv", "seconds", "rest"),
+    [
+        (["x", "--a"], 40, ["x", "--a"]),
+        (["x", "--host_timeout=7", "--a"], 7, ["x", "--a"]),
+    ],
+)
+def test_how_long_a_process_may_say_nothing_is_a_flag(argv, seconds, rest):
+    assert distributed._host_timeout(argv) == (seconds, rest)
+
+
+@pytest.mark.parametrize("value", ["0", "soon", "-1", "1.5"])
+def test_a_limit_that_is_no_number_of_seconds_is_refused(value):
+    with pytest.raises(UserError, match="--host_timeout"):
+        distributed.together(lambda argv: 0)(["x", f"--host_timeout={value}"])
+
+
+@pytest.mark.parametrize("what", ["config", "code", "JAX"])
+def test_a_start_with_another_config_code_or_jax_is_refused_by_name(monkeypatch, what):
+    def gather(mine):  # of two processes, the second of which differs in one thing
+        asked.append(None)
+        is_other = ("config", "code", "JAX")[len(asked) - 1] == what
+        return np.stack([mine, mine + is_other])
+
+    asked = []
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(multihost_utils, "process_allgather", gather)
+    config, _ = parse_flags(["x", "--config=configs/jsonl.py:files=x.jsonl,smoke"])
+    with pytest.raises(UserError, match=rf"processes \[1\] do not have the same {what};"):
+        build.build(config)
 
 
 def gathered_by(num_processes: int):

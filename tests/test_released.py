@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import metric_lines
-from helpers import data_config, encode_one, write
+from helpers import data_config, encode_one, stopping, write
 from loss_cases import PAIRS
 from transformers import PreTrainedTokenizerFast
 
@@ -327,7 +327,7 @@ def test_thirty_steps_equal_the_released_pytorch_trainer(
 def train_some_steps(monkeypatch, num_steps: int, flags: list[str], workdir: Path) -> list[dict]:
     """Trains until a stop is asked for; returns the train lines."""
     steps = itertools.count(1)
-    monkeypatch.setattr(train, "catch_sigterm", lambda: lambda: next(steps) >= num_steps)
+    monkeypatch.setattr(train, "stop_asked", stopping(lambda: next(steps) >= num_steps))
     train.main([*flags, f"--workdir={workdir}"])
     return metric_lines(workdir, "train")
 

@@ -53,6 +53,7 @@ LEAVES = (
     "files",
     "flops",
     "protocols",
+    "signals",
 )
 LAYERS = (  # from the bottom
     (*LEAVES, "model_config"),

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from commands import command, finish, metric_lines, write_records
+from helpers import stopping
 from ml_collections import ConfigDict
 from old_run import ALL_BUT_STEPS, MODEL
 
@@ -71,7 +72,7 @@ def run():
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(build, "make_mesh", lambda sizes, _: make_mesh(sizes, jax.devices()[:1]))
             asked = lambda: next(steps) == stop_after  # noqa: E731
-            patch.setattr(train_command, "catch_sigterm", lambda: asked)
+            patch.setattr(train_command, "stop_asked", stopping(asked))
             keep = "--config.checkpoint.keep_last=2"
             train_command.main(["train", *ALL_BUT_STEPS, f"--workdir={workdir}", *flags, keep])
         return metric_lines(workdir)

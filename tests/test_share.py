@@ -82,6 +82,15 @@ def test_processes_that_do_not_see_the_same_files_are_refused(tmp_path, monkeypa
     assert all("Process 1 sees other files" in str(error) for error in found)
 
 
+def test_files_of_the_same_size_but_other_contents_are_refused_by_name(tmp_path):
+    for process in range(2):
+        (tmp_path / str(process)).mkdir()
+        write(tmp_path / str(process) / "a.jsonl", [id_record(1)])
+        write(tmp_path / str(process) / "b.jsonl", [id_record(2 + process)])
+    found = in_processes(2, lambda share: read(f"{tmp_path}/{share.process}/*.jsonl", share))
+    assert all("than process 0: b.jsonl, 2 records there, 2 here" in str(error) for error in found)
+
+
 def test_examples_come_through_bytes_as_they_are(tmp_path):
     items = list(
         load._read(

@@ -5,8 +5,9 @@
 --processes  how many
 --devices    virtual CPU devices of each; 0: the devices as they are
 
-When one ends badly the others are given a minute to see it. One line says what happened, and the
-exit status is that of the first to fail (128 + the signal's number if one ended it).
+Ctrl-C, SIGTERM and SIGHUP go to each of them once: a training run saves, and is waited for. When
+one ends badly the others are given a minute to see it. One line says what happened, and the exit
+status is that of the first to fail (128 + the signal's number if one ended it).
 """
 
 import argparse
@@ -16,6 +17,9 @@ import socket
 import subprocess
 import sys
 import time
+from types import FrameType
+
+from nca_jax import signals
 
 GRACE = 60  # seconds for the others to stop by themselves
 
@@ -26,10 +30,14 @@ def main() -> int:
     parser.add_argument("--devices", type=int, default=0)
     parser.add_argument("command", nargs="+")
     given = parser.parse_args()
-    processes = start(given.command, given.processes, given.devices)
-    # A scheduler's SIGTERM comes to the launcher; the processes are to save.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: [p.send_signal(number) for p in processes])
+    processes: list[subprocess.Popen] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for process in processes:
+            process.send_signal(number)
+
+    signals.handle(pass_on)
+    processes += start(given.command, given.processes, given.devices)
     began = time.monotonic()
     first = first_to_fail(processes)
     if first is None:
@@ -39,7 +47,9 @@ def main() -> int:
     killed = wait_or_kill(processes)
     status = processes[first].returncode
     how = f"exit status {status}" if status > 0 else f"signal {signal.Signals(-status).name}"
-    others = f"; {killed} of the others had to be killed" if killed else "; the others stopped too"
+    others = "; the others stopped too"
+    if killed:
+        others = f"; process {', '.join(map(str, killed))} said nothing and was killed"
     print(
         f"launch: process {first} of {len(processes)} ended with {how} after {seconds:.0f} s"
         f"{others if len(processes) > 1 else ''}",
@@ -62,7 +72,8 @@ def start(command: list[str], num_processes: int, num_devices: int) -> list[subp
         flags = f"--xla_force_host_platform_device_count={num_devices}"
         env["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"  # the last of a flag counts
     return [
-        subprocess.Popen(command, env=env | {"JAX_PROCESS_ID": str(i)})
+        # A session of its own: Ctrl-C reaches the launcher alone, which passes it on once.
+        subprocess.Popen(command, env=env | {"JAX_PROCESS_ID": str(i)}, start_new_session=True)
         for i in range(num_processes)
     ]
 
@@ -80,17 +91,17 @@ def first_to_fail(processes: list[subprocess.Popen]) -> int | None:
         time.sleep(0.05)
 
 
-def wait_or_kill(processes: list[subprocess.Popen]) -> int:
-    """Returns how many processes did not end within GRACE seconds and were killed."""
+def wait_or_kill(processes: list[subprocess.Popen]) -> list[int]:
+    """Returns which processes did not end within GRACE seconds and were killed."""
     deadline = time.monotonic() + GRACE
-    killed = 0
-    for process in processes:
+    killed = []
+    for i, process in enumerate(processes):
         try:
             process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-            killed += 1
+            killed.append(i)
     return killed
 
 

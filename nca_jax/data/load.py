@@ -15,7 +15,7 @@ from nca_jax.data.group import Group
 from nca_jax.data.sources import (
     JsonlSource,
     RecordError,
-    file_sizes,
+    file_digests,
     open_source,
     split_globs,
 )
@@ -165,14 +165,17 @@ def _gathered(
     Raises:
       UserError: a process has other files than the first.
     """
-    seen = {"records": num_records, "sizes": file_sizes(pattern)}
+    files = [list(pair) for pair in file_digests(pattern)]  # as JSON has them
+    seen = {"records": num_records, "files": files}
     parts = [_from_bytes(part) for part in share.gather(_to_bytes(seen, items))]
+    first, _ = parts[0]
     for process, (theirs, _) in enumerate(parts):
-        if theirs != parts[0][0]:
+        if theirs != first:
+            other = [file[0] for file in theirs["files"] if file not in first["files"]]
             raise UserError(
                 f"Process {process} sees other files of {pattern!r} than process 0: "
-                f"{theirs['records']} records there, {parts[0][0]['records']} here; give all of "
-                "them the same files."
+                f"{', '.join(other) or 'fewer'}, {theirs['records']} records there, "
+                f"{first['records']} here; give all of them the same files."
             )
     n = share.num_processes
     return [parts[i % n][1][i // n] for i in range(num_records)]

@@ -4,6 +4,7 @@ An entry of data.files is a file of JSON lines, a glob of them, or tfds:NAME[/BU
 """
 
 import gzip
+import hashlib
 import json
 import os
 import zlib
@@ -12,7 +13,7 @@ from typing import Any
 
 from nca_jax.checks import UserError
 from nca_jax.data.tfds_source import PREFIX, TfdsSource, record_files
-from nca_jax.files import as_path, find_files, is_file, num_bytes, write_whole
+from nca_jax.files import as_path, find_files, is_file, write_whole
 
 
 class RecordError(UserError):
@@ -100,10 +101,13 @@ def list_files(files: str) -> list[str]:
     return [path for entry in split_globs(files) for path in _files_of(entry)]
 
 
-def file_sizes(entry: str) -> list[tuple[str, int]]:
-    """Returns (name, bytes) of every file of one entry: what tells other files from the same."""
-    paths = map(as_path, _files_of(entry))
-    return [(path.name, num_bytes(path)) for path in paths]
+def file_digests(entry: str) -> list[tuple[str, str]]:
+    """Returns (name, SHA-256) of every file of one entry: what tells other files from the same."""
+    digests = []
+    for path in map(as_path, _files_of(entry)):
+        with path.open("rb") as file:
+            digests.append((path.name, hashlib.file_digest(file, "sha256").hexdigest()))
+    return digests
 
 
 def _files_of(entry: str) -> list[str]:

@@ -31,7 +31,7 @@ from orbax.checkpoint.checkpoint_managers import (
 
 from nca_jax.axes import Params, Tree, flatten_paths
 from nca_jax.checks import UserError, first_few
-from nca_jax.files import AnyPath, absolute
+from nca_jax.files import AnyPath, absolute, remove
 from nca_jax.infra import distributed
 from nca_jax.infra.fingerprint import array_digests, array_kind
 from nca_jax.infra.finite import not_finite
@@ -39,6 +39,7 @@ from nca_jax.infra.mesh import param_shardings
 from nca_jax.protocols import CheckpointSection
 
 RECORD = "_CHECKPOINT_METADATA"  # orbax's file, which holds a dict of ours
+UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a checkpoint that is being saved
 
 T = TypeVar("T")
 
@@ -188,6 +189,12 @@ def _set_aside(manager: ocp.CheckpointManager, damaged: dict[int, Damaged]) -> N
             (manager.directory / str(step)).rename(aside)
     multihost_utils.sync_global_devices("damaged checkpoints are set aside")
     manager.reload()
+
+
+def remove_unfinished(workdir: AnyPath) -> None:
+    """Removes what a save that failed has left: it may have failed because the disk is full."""
+    for path in (workdir / "checkpoints").glob(f"*{UNFINISHED}*"):
+        remove(path)
 
 
 def restore(

@@ -12,7 +12,7 @@ JAX_NUM_PROCESSES=1 says that it is meant to be. Files, the work directory and t
 all processes see them. Who reads and writes what, of n processes:
 
     records      process p parses and encodes the records p, p + n, ..., and sends them to the
-                 others; of a data set it reads these alone, of a file of JSON lines every line
+                 others; each reads every file, to compare its digest
     a step       each packs the rows that its devices hold, by one plan that all make
     model files  the slices that its devices hold; a model on gs:// or the hub is first copied whole
     cache        every process reads all of it: 4 bytes a response
@@ -42,22 +42,25 @@ OF_LAUNCHERS = {
     "PMI_SIZE": 1,
 }
 PIECE = 2**24  # bytes of each process that are on the devices at a time
-SILENCE = 40  # seconds after which a process that says nothing is dead, and the others stop too
+SILENCE = "--host_timeout="  # SECONDS after which a process that says nothing is given up
+SECONDS = 40
 
 
 def together(
-    main: Callable[[list[str]], int], *, saves_on_sigterm: bool = False
+    main: Callable[[list[str]], int], *, saves_when_stopped: bool = False
 ) -> Callable[[list[str]], int]:
     """Returns `main` as one of the run's processes: it joins the others, and leaves with them.
 
-    A process that fails does not wait for them: they see that it is gone, and stop.
+    A process that fails does not wait for them: they see that it is gone, and stop. They stop as
+    well when one has said nothing for --host_timeout=SECONDS, a flag of every such command.
 
     Args:
-      saves_on_sigterm: `main` calls `preemption.catch_sigterm`; otherwise SIGTERM ends a process.
+      saves_when_stopped: `main` asks `preemption.stop_asked`; otherwise SIGTERM ends a process.
     """
 
     def joined(argv: list[str]) -> int:
-        _join(saves_on_sigterm)
+        seconds, argv = _host_timeout(argv)
+        _join(saves_when_stopped, seconds)
         status = main(argv)
         if jax.distributed.is_initialized():
             jax.distributed.shutdown()
@@ -114,7 +117,7 @@ def check_same(**digests: str) -> None:
             )
 
 
-def _join(saves_on_sigterm: bool) -> None:
+def _join(saves_when_stopped: bool, seconds: int) -> None:
     """Starts jax.distributed if there are other processes; only process 0 prints from then on."""
     given = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
     if given.get("JAX_NUM_PROCESSES") == "1":
@@ -135,10 +138,19 @@ def _join(saves_on_sigterm: bool) -> None:
             cluster_detection_method="deactivate",
         )
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.config.update("jax_enable_preemption_service", saves_on_sigterm)
-    jax.distributed.initialize(**where, heartbeat_timeout_seconds=SILENCE)
+    jax.config.update("jax_enable_preemption_service", saves_when_stopped)
+    jax.distributed.initialize(**where, heartbeat_timeout_seconds=seconds)
     if not is_first():
         sys.stdout = open(os.devnull, "w")
+
+
+def _host_timeout(argv: list[str]) -> tuple[int, list[str]]:
+    """Returns the value of --host_timeout, and the other arguments."""
+    given = [arg.removeprefix(SILENCE) for arg in argv if arg.startswith(SILENCE)]
+    seconds = _number("--host_timeout", given[-1]) if given else SECONDS
+    if seconds < 1:
+        raise UserError("--host_timeout=0; wanted seconds, 1 or more.")
+    return seconds, [arg for arg in argv if not arg.startswith(SILENCE)]
 
 
 def _check_alone() -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,6 +12,8 @@ import jax.numpy as jnp
 from nca_jax.axes import Params, flatten_paths
 from nca_jax.files import as_path
 from nca_jax.protocols import Tokenizer
+
+PACKAGE = Path(__file__).parent.parent
 
 # Sums of integers over an array: exact, and the same under every sharding. What is summed is, at
 # its place, another number for every other value, so one value that changed changes the sum.
@@ -99,6 +102,11 @@ def files_fingerprint(paths: Iterable[str]) -> str:
         with as_path(path).open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]
+
+
+def code_fingerprint() -> str:
+    """A digest of the source files of this package."""
+    return files_fingerprint(map(str, sorted(PACKAGE.rglob("*.py"))))
 
 
 def text_fingerprint(text: str) -> str:

@@ -20,9 +20,9 @@ import jax
 from nca_jax.checks import UserError
 from nca_jax.files import AnyPath, as_path, read_json, write_json
 from nca_jax.infra import distributed
+from nca_jax.infra.fingerprint import PACKAGE
 
 RUN, METRICS = "run.json", "metrics.jsonl"
-PACKAGE = Path(__file__).parent.parent
 
 # {key: what it is, and where a user changes it}. An older run.json has some of them, and those that
 # it lacks are not compared.

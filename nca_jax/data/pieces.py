@@ -1,0 +1,61 @@
+"""Records that take long to make, kept piece by piece beside the file OUT that they will be.
+
+OUT.pieces/made_from.json   digests of what they are made from
+OUT.pieces/N.jsonl          the records from the N-th on, whole or absent: a stop loses none of them
+"""
+
+import json
+from typing import Any
+
+from nca_jax.checks import UserError
+from nca_jax.data.sources import write_records
+from nca_jax.files import AnyPath, remove, write_json
+
+Record = dict[str, Any]  # JSON
+
+MADE_FROM = "made_from.json"
+
+
+def begin(out: AnyPath, made_from: dict[str, str]) -> list[Record]:
+    """Returns the records that a start before this one has left, in order; [] if there was none.
+
+    Raises:
+      UserError: they were made from something else; says what.
+    """
+    folder = _folder(out)
+    if not (folder / MADE_FROM).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / MADE_FROM, made_from)
+        return []
+    saved = json.loads((folder / MADE_FROM).read_text())
+    differs = [name for name, digest in made_from.items() if saved.get(name) != digest]
+    if differs:
+        raise UserError(
+            f"{folder} holds what a stopped command has made so far, and that had other "
+            f"{' and '.join(differs)}. Finish that one, give another --out, or remove the folder."
+        )
+    records = []
+    for path in sorted(folder.glob("*.jsonl")):
+        lines = path.read_bytes().split(b"\n")
+        try:
+            piece = [json.loads(line) for line in lines if line]
+        except ValueError:  # it is damaged, and made again
+            continue
+        if int(path.name.split(".")[0]) == len(records):
+            records += piece
+    return records
+
+
+def add(out: AnyPath, start: int, records: list[Record]) -> None:
+    """Keeps the records from number `start` on."""
+    write_records(_folder(out) / f"{start:09d}.jsonl", records)
+
+
+def finish(out: AnyPath, records: list[Record]) -> None:
+    """Writes all of them as OUT, and removes the pieces."""
+    write_records(out, records)
+    remove(_folder(out))
+
+
+def _folder(out: AnyPath) -> AnyPath:
+    return out.with_name(out.name + ".pieces")
