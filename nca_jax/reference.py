@@ -166,6 +166,7 @@ def read_cached_logps(run: Run) -> Lookup:
 
 def check_fingerprint(folder: AnyPath, now: dict[str, str | int]) -> None:
     """Raises UserError, naming what differs, unless the cache was made from the same things."""
+    # A cache that does not say how its records were encoded is older than the choice.
     saved = {"join": "apart"} | json.loads((folder / "fingerprint.json").read_text())
     differs = [
         f"{name}: {saved.get(name)} there, {value} here"
