@@ -236,6 +236,7 @@ def cache_date(folder: AnyPath) -> str:
 
 def check_fingerprint(folder: AnyPath, now: dict[str, str | int]) -> None:
     """Raises UserError, naming what differs, unless the cache was made from the same things."""
+    # A cache that does not say how its records were encoded is older than the choice.
     saved = {"join": "apart"} | read_json(folder / "fingerprint.json")
     differs = [
         f"{name}: {saved.get(name)} there, {value} here"
