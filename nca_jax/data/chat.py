@@ -150,14 +150,13 @@ def _apply_template(messages: list[dict], tokenizer: Tokenizer, *, generate: boo
     """Returns the messages as text; with `generate`, up to where the assistant would speak."""
     if not tokenizer.chat_template:
         raise UserError("The tokenizer has no chat template; set data.format=plain.")
-    from jinja2 import TemplateError  # an optional part of transformers, for templates alone
-
     try:
         return tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=generate
         )
-    except TemplateError as error:
-        raise RecordError(f"the chat template refuses it ({error})", reason="template") from None
+    except Exception as error:  # a template is a program, and may fail in every way
+        said = str(error) or type(error).__name__
+        raise RecordError(f"the chat template refuses it ({said})", reason="template") from None
 
 
 def _messages(prompt: str | list[dict]) -> list[dict]:

@@ -44,6 +44,16 @@ _NOT_QUANTISED = {
 _INTERLEAVED = re.compile(r"blk\.\d+\.attn_[qk]\.weight")
 
 
+class _Reader(GGUFReader):
+    """Stops at the end of the file: it would read nothing there, as often as a length says."""
+
+    def _get(self, offset: int, dtype: Any, count: Any = 1, *more: Any, **named: Any) -> Any:
+        found = super()._get(offset, dtype, count, *more, **named)
+        if len(found) < int(count):
+            raise ValueError("it ends before what it says it holds")
+        return found
+
+
 class File(NamedTuple):
     """A GGUF file mapped into memory."""
 
@@ -97,7 +107,7 @@ def open_gguf(path: str | Path) -> tuple[ModelConfig, dict[str, names.Param]]:
 def _open_file(path: str | Path) -> File:
     check_file(Path(path))
     try:
-        file = File(Path(path), GGUFReader(path))
+        file = File(Path(path), _Reader(path))
     except Exception as error:  # whatever its bytes make of the reader
         raise UserError(f"Cannot read {path} as GGUF: {error}") from error
     if file.get("split.count", default=1) != 1:

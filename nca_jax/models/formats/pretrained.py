@@ -78,9 +78,9 @@ def _from_hub(where: str) -> Path:
     return Path(folder)
 
 
-def _reason(error: Exception) -> str:
-    """The first line of what a library says."""
-    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+def _reason(error: BaseException) -> str:
+    """The first line of what a library says, or as much of it as can be read."""
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:300]
 
 
 def open_pretrained(where: str) -> tuple[ModelConfig, dict[str, Param]]:
@@ -139,7 +139,9 @@ def load_tokenizer(where: str, template: str = "") -> "PreTrainedTokenizerBase":
             tokenizer("a")  # some faults show in use alone
         except UserError:
             raise
-        except Exception as error:  # the library raises no better one, and many others
+        except BaseException as error:  # the library raises bare ones and many others, and panics
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise UserError(
                 f"Cannot load the tokenizer in {path}: {_reason(error)}. If its files are whole, a "
                 "newer version of tokenizers or transformers may have written them."

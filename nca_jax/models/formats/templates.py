@@ -38,21 +38,21 @@ def check_template(tokenizer: "PreTrainedTokenizerBase") -> None:
     """Tries the template on a short conversation; what it refuses is a matter of the records.
 
     Raises:
-      UserError: there are several and no default, one is no text, or it comes to no end.
+      UserError: there are several and no default, it is no text, or it comes to no end.
     """
-    templates = tokenizer.chat_template
-    if isinstance(templates, dict):
-        if "default" not in templates:
+    template = tokenizer.chat_template
+    if isinstance(template, dict) and template:
+        if "default" not in template:
             raise UserError(
-                "The tokenizer has several chat templates and none is the default; set "
-                f"config.data.chat_template to {_names(templates)}."
+                "None of the tokenizer's chat templates is its default; set "
+                f"config.data.chat_template to {_names(template)}."
             )
-        templates = templates["default"]
-    if not templates:
+        template = template["default"]
+    if not template:
         return
-    if not isinstance(templates, str):
+    if not isinstance(template, str):
         raise UserError(
-            f"The tokenizer's chat template must be a text, not {type(templates).__name__}."
+            f"The tokenizer's chat template must be a text, not {type(template).__name__}."
         )
     try:
         with contextlib.suppress(Exception), _time_limit(SECONDS):
@@ -68,7 +68,7 @@ def check_template(tokenizer: "PreTrainedTokenizerBase") -> None:
 
 
 def _names(templates: Iterable[str]) -> str:
-    return " or ".join(repr(name) for name in sorted(templates))
+    return " or ".join(sorted(map(repr, templates)))
 
 
 class _OverTimeError(BaseException):
