@@ -100,7 +100,7 @@ def _files_of(entry: str) -> list[str]:
     return find_files(entry)
 
 
-def _lines_within_limits(path: str, file: IO[bytes]) -> Iterator[bytes]:
+def _lines_within_limits(path: str, file: gzip.GzipFile | IO[bytes]) -> Iterator[bytes]:
     """Yields the lines. UserError if one is no record, or all are too many: a .gz hides it."""
     room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     while line := file.readline(LINE_BYTES + 1):

@@ -1,7 +1,6 @@
 """Hugging Face folders: config.json and safetensors, read without PyTorch or remote code."""
 
 import dataclasses
-import math
 import reprlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -106,10 +105,9 @@ def open_hf(folder: str | Path) -> tuple[ModelConfig, dict[str, names.Param]]:
 
     embedding, head = naming["embed/table"], naming["head/kernel"]
     if config.tied_head and head in tensors:
-        shape = tensors[head].shape
-        if embedding not in tensors or (
-            tensors[embedding].shape == shape and _are_equal(embedding, head, shape, fetch)
-        ):
+        shape = (config.vocab_size, config.width)
+        have_it = [name in tensors and tensors[name].shape == shape for name in (embedding, head)]
+        if all(have_it) and _are_equal(embedding, head, shape, fetch):
             del tensors[head]
         else:
             config = dataclasses.replace(config, tied_head=False)
@@ -123,11 +121,11 @@ def open_hf(folder: str | Path) -> tuple[ModelConfig, dict[str, names.Param]]:
     return config, names.open_params(config, naming, fetch, dtypes)
 
 
-def _are_equal(one: str, other: str, shape: tuple[int, ...], fetch: names.Fetch) -> bool:
-    """Whether two tensors of one shape hold the same values, read some rows at a time."""
-    rows = max(1, COMPARED // max(1, math.prod(shape[1:])))
-    rest = (slice(None),) * (len(shape) - 1)
-    parts = [(slice(i, min(i + rows, shape[0])), *rest) for i in range(0, shape[0], rows)]
+def _are_equal(one: str, other: str, shape: tuple[int, int], fetch: names.Fetch) -> bool:
+    """Whether two matrices of one shape hold the same values, read some rows at a time."""
+    height, width = shape
+    rows = max(1, COMPARED // width)
+    parts = [(slice(i, min(i + rows, height)), slice(None)) for i in range(0, height, rows)]
     return all(np.array_equal(fetch(one, part), fetch(other, part)) for part in parts)
 
 

@@ -52,12 +52,8 @@ def check_field(name: str, value: Any, check: Check) -> None:
 
 
 def or_null(check: Check) -> Check:
-    """The same, or null."""
-    return Check(
-        object if check.kind is not bool else bool,
-        lambda x: x is None or check.accepts(x),
-        f"{check.wanted}, or null",
-    )
+    """The same, or null; not of a bool, which is no `object` to a Check."""
+    return Check(object, lambda x: x is None or check.accepts(x), f"{check.wanted}, or null")
 
 
 def list_of(check: Check, wanted: str) -> Check:
