@@ -28,6 +28,7 @@ from nca_jax.model_config import MODELS, ModelConfig
 from nca_jax.models.attention import splash
 from nca_jax.models.decoder import Model
 from nca_jax.models.formats.pretrained import load_tokenizer, open_pretrained
+from nca_jax.models.formats.templates import check_template
 from nca_jax.protocols import Device, ModelSection, Tokenizer
 
 
@@ -76,7 +77,8 @@ def build(config: ConfigDict, date: str = "") -> Run:
     """
     _check_same_start(config)
     model_config = open_model_config(config.model)
-    tokenizer = _tokenizer(config, model_config)
+    _say_positions(config, model_config)
+    tokenizer = open_tokenizer(config, model_config)
     run = _assemble(config, None, model_config, tokenizer)
     day = date or datetime.date.today().isoformat()
     return run._replace(turn=usual_turn(tokenizer, model_config.eos_ids), date=day)
@@ -184,17 +186,38 @@ def tokenizer_from(config: ConfigDict) -> str:
     return "" if where == "none" else where
 
 
-def _tokenizer(config: ConfigDict, model_config: ModelConfig) -> Tokenizer | None:
+def open_tokenizer(config: ConfigDict, model_config: ModelConfig) -> Tokenizer | None:
+    """Returns the tokenizer of a config; None where it has none, as records of text will say.
+
+    Raises:
+      UserError: what `load_tokenizer` and `check_template` raise.
+    """
     where = tokenizer_from(config)
-    if not where:  # text rows will say so
+    if not where:
         return None
-    tokenizer = load_tokenizer(where)
-    if len(tokenizer) > model_config.vocab_size:
-        raise UserError(
-            f"The tokenizer {where!r} has {len(tokenizer)} ids, but the model's vocabulary is "
-            f"{model_config.vocab_size}; set config.data.tokenizer to that of the model."
+    tokenizer = load_tokenizer(where, config.data.chat_template)
+    if config.data.format == "chat":
+        check_template(tokenizer)
+    if len(tokenizer) > model_config.vocab_size:  # often an added token that is never used
+        print(
+            f"The tokenizer {where!r} has {len(tokenizer)} ids, the model's vocabulary "
+            f"{model_config.vocab_size}: a record with one of the others is refused."
         )
     return tokenizer
+
+
+def _say_positions(config: ConfigDict, model_config: ModelConfig) -> None:
+    """Prints where prompts and responses may be longer than what the model has been made for."""
+    data = config.data
+    lengths = {"data.max_response_len": data.max_response_len}
+    if "generate" in config:
+        lengths["generate.max_new_tokens"] = config.generate.max_new_tokens
+    for name, length in lengths.items():
+        if data.max_prompt_len + length > model_config.max_position:
+            print(
+                f"config.data.max_prompt_len={data.max_prompt_len} and config.{name}={length} go "
+                f"beyond the {model_config.max_position} positions that the model was made for."
+            )
 
 
 def read_data(run: Run) -> Data:

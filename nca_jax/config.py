@@ -87,6 +87,9 @@ FIELDS: dict[str, Field] = {
     "data.tokenizer": Field(
         "", TEXT, "as model.init_from, byte, or none; empty: that of model.init_from"
     ),
+    "data.chat_template": Field(
+        "", TEXT, "name of one of the tokenizer's chat templates; empty: its default", since=3
+    ),
     "data.format": Field("chat", one_of(*FORMATS), "how text is rendered"),
     "data.join": Field(
         "together",
@@ -323,6 +326,10 @@ def _check_together(config: ConfigDict) -> None:
         (
             list(config.mesh.values()).count(-1) > 1,
             "only one axis of config.mesh may be -1",
+        ),
+        (
+            bool(data.chat_template) and data.format != "chat",
+            "config.data.chat_template is read where config.data.format='chat' alone",
         ),
         (
             not data.files,

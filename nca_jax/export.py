@@ -11,6 +11,7 @@ The folder has config.json, generation_config.json, safetensors (several with an
 on), the tokenizer's files, and a model card: README.md with the config, metrics and commit.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -21,12 +22,14 @@ from nca_jax import build
 from nca_jax.axes import Params, flatten_paths
 from nca_jax.checks import UserError, run_main
 from nca_jax.config import flatten
+from nca_jax.data.template import usual_turn
 from nca_jax.files import AnyPath, as_path, new_folder, whole_folder, whole_lines
 from nca_jax.flags import parse_own_flags
 from nca_jax.infra.checkpoint import restore_params, saved_step
 from nca_jax.infra.mesh import host_mesh
 from nca_jax.infra.records import METRICS, is_metrics, read_run
 from nca_jax.losses import LOSSES
+from nca_jax.model_config import ModelConfig
 from nca_jax.models.decoder import Model
 from nca_jax.models.formats.hf_export import DTYPES, write_hf
 from nca_jax.models.formats.names import Param
@@ -49,15 +52,24 @@ def main(argv: list[str]) -> int:
     with whole_folder(out) as folder:
         tokenizer = build.tokenizer_from(config)
         if tokenizer:
-            save_tokenizer(tokenizer, folder)
+            save_tokenizer(tokenizer, folder, config.data.chat_template)
         else:
             print("no tokenizer: the run's rows were token ids, so the folder has weights alone")
         abstract = Model(model_config).abstract_params()
         params = opened(restore_params(workdir, abstract, host_mesh(), step=step))
-        write_hf(folder, model_config, params, dtype=flags.dtype, origin=origin(config.model))
+        told = dataclasses.replace(model_config, eos_ids=ends(config, model_config))
+        write_hf(folder, told, params, dtype=flags.dtype, origin=origin(config.model))
         (folder / "README.md").write_text(card, encoding="utf-8")
     print(f"step {step} of {workdir} in {out}, {flags.dtype}")
     return 0
+
+
+def ends(config: ConfigDict, model_config: ModelConfig) -> tuple[int, ...]:
+    """Returns every id that the run stops at, the model's own first."""
+    tokenizer = build.open_tokenizer(config, model_config)
+    turn = usual_turn(tokenizer, model_config.eos_ids)
+    run = build.Run(config, host_mesh(), Model(model_config), tokenizer, turn)
+    return tuple(dict.fromkeys((*model_config.eos_ids, *run.eos_ids)))
 
 
 def opened(params: Params) -> dict[str, Param]:

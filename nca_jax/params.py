@@ -1,5 +1,7 @@
 """Where the parameters of a run come from: a checkpoint, a pretrained model, or a seed."""
 
+import dataclasses
+
 import jax
 from ml_collections import ConfigDict
 
@@ -31,10 +33,10 @@ def start_params(run: Run, init_from: str, *, keep_dtype: bool = False) -> Param
         init = jax.jit(run.model.init, out_shardings=shardings)
         return init(jax.random.key(run.config.seed))
     found, weights = open_pretrained(init_from)
-    if found != run.model.config:
+    ours = run.model.config  # an exported policy may end its turns by more ids than its start does
+    if dataclasses.replace(found, bos_id=ours.bos_id, eos_ids=ours.eos_ids) != ours:
         raise UserError(
-            f"{init_from!r} is not of the policy's architecture: {found} there, "
-            f"{run.model.config} here."
+            f"{init_from!r} is not of the policy's architecture: {found} there, {ours} here."
         )
     read = {path: w.read_stored if keep_dtype else w.read for path, w in weights.items()}
     params = place(abstract, shardings, read)

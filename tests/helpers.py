@@ -81,6 +81,7 @@ def stopping(asked: Callable[[], bool]) -> Callable:
 
 # Checkpoints
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"  # of Git LFS
 DENSE = ModelConfig(
     vocab_size=130, num_layers=3, width=32, num_heads=4, num_kv_heads=2, head_dim=6,
     mlp_width=10, norm_eps=1e-6, max_position=64, bos_id=1, eos_ids=(2,),

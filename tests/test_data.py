@@ -9,7 +9,7 @@ from helpers import data_config, encode_one, id_record, make_encoder, write
 from transformers import ByT5Tokenizer
 
 from nca_jax.checks import UserError
-from nca_jax.data import chat, pipeline
+from nca_jax.data import chat, pipeline, sources
 from nca_jax.data.load import load_examples
 from nca_jax.data.sources import JsonlSource, RecordError, list_files
 
@@ -70,6 +70,19 @@ def test_a_glob_without_files_and_a_file_without_records_are_refused(tmp_path):
         JsonlSource(write(tmp_path / "a.jsonl", ["", " "]))
     (tmp_path / "b.gz").write_bytes(b"not gzip")
     with pytest.raises(UserError, match="b.gz: cannot be read"):
+        JsonlSource(str(tmp_path / "b.gz"))
+
+
+def test_a_gz_that_holds_far_more_than_it_looks_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "LINE_BYTES", 1000)
+    with gzip.open(tmp_path / "a.gz", "wb") as file:
+        file.write(b"0" * 1001)
+    with pytest.raises(UserError, match=r"a.gz: has a line of more than \d+ bytes"):
+        JsonlSource(str(tmp_path / "a.gz"))
+    monkeypatch.setattr(sources.os, "sysconf", lambda name: 64)  # 64 pages of 64 bytes
+    with gzip.open(tmp_path / "b.gz", "wb") as file:
+        file.write(b'{"x": 1}\n' * 1000)
+    with pytest.raises(UserError, match="b.gz: holds more than this machine's memory"):
         JsonlSource(str(tmp_path / "b.gz"))
 
 

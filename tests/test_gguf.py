@@ -128,6 +128,40 @@ def test_a_file_that_is_no_gguf_is_named(tmp_path):
         open_gguf(path)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"llama.attention.head_count": "4"}, "llama.attention.head_count must be a positive"),
+        ({"llama.attention.head_count": 0}, "llama.attention.head_count must be a positive"),
+        ({"llama.attention.head_count_kv": 3}, "4 must be a multiple of .*head_count_kv 3"),
+        ({"llama.block_count": 2**31}, "llama.block_count must be .* at most 1000"),
+        ({"tokenizer.ggml.eos_token_id": "</s>"}, "eos_token_id must be an integer, or null"),
+    ],
+)
+def test_metadata_of_another_kind_are_refused_by_name(tmp_path, change, message):
+    write_gguf(tmp_path / "model.gguf", change=change)
+    with pytest.raises(UserError, match=message):
+        open_gguf(tmp_path / "model.gguf")
+
+
+def test_special_ids_beyond_the_vocabulary_are_none(tmp_path):
+    path, beyond = tmp_path / "model.gguf", 2**32 - 1  # -1, in 32 bits
+    write_gguf(path, change={f"tokenizer.ggml.{x}_token_id": beyond for x in ("bos", "eos")})
+    config, _ = open_gguf(path)
+    assert (config.bos_id, config.eos_ids) == (None, (12,))
+    assert gguf_tokenizer(path).eos_token is None
+
+
+def test_a_length_beyond_the_end_of_a_file_ends_its_reading(tmp_path):
+    path = tmp_path / "model.gguf"
+    write_gguf(path)
+    content = path.read_bytes()
+    at = content.index(b"tokenizer.ggml.token_type") + len(b"tokenizer.ggml.token_type") + 8
+    path.write_bytes(content[:at] + (2**50).to_bytes(8, "little") + content[at + 8 :])
+    with pytest.raises(UserError, match="Cannot read .*model.gguf as GGUF"):
+        open_gguf(path)
+
+
 def test_the_tokenizer_of_a_gguf_file(tmp_path):
     path = tmp_path / "model.gguf"
     write_gguf(path)

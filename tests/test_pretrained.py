@@ -169,9 +169,9 @@ def test_an_index_that_names_another_place_is_refused_by_name(tmp_path, name):
 
 
 def test_a_stored_tied_head_and_rope_frequencies_are_ignored(tmp_path):
-    shape = (DENSE.vocab_size, DENSE.width)
+    embedding = write_hf(tmp_path, "llama")["model.embed_tokens.weight"]
     extra = {
-        "lm_head.weight": np.ones(shape, np.float32),
+        "lm_head.weight": embedding,
         "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(3, np.float32),
     }
     write_hf(tmp_path, "llama", extra=extra)
@@ -321,12 +321,12 @@ def test_head_dim_and_kv_heads_have_defaults(tmp_path):
 def test_absent_keys_mean_what_transformers_means(tmp_path, model_type):
     from transformers import CONFIG_MAPPING
 
-    sizes = dict.fromkeys(hf.SIZES, 64)
+    sizes = dict.fromkeys(hf.SIZES, 64) | {"num_attention_heads": 32}
     theirs = CONFIG_MAPPING[model_type](**sizes)
     (tmp_path / "config.json").write_text(json.dumps(sizes | {"model_type": model_type}))
     ours = hf.read_config(tmp_path)
     assert ours.num_kv_heads == theirs.num_key_value_heads
-    assert ours.head_dim == (getattr(theirs, "head_dim", None) or 1)
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or 2)
     assert ours.norm_eps == theirs.rms_norm_eps
     assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
     assert ours.max_position == theirs.max_position_embeddings

@@ -8,12 +8,14 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import IO, Any
 
 from nca_jax.checks import UserError
 from nca_jax.data.tfds_source import PREFIX, TfdsSource, record_files
 from nca_jax.files import as_path, find_files, is_file, write_whole
+
+LINE_BYTES = 64 << 20  # of one record
 
 
 class RecordError(UserError):
@@ -116,12 +118,25 @@ def _files_of(entry: str) -> list[str]:
     return find_files(entry)
 
 
+def _lines_within_limits(path: str, file: gzip.GzipFile | IO[bytes]) -> Iterator[bytes]:
+    """Yields the lines. UserError if one is no record, or all are too many: a .gz hides it."""
+    room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    while line := file.readline(LINE_BYTES + 1):
+        room -= len(line)
+        if len(line) > LINE_BYTES:
+            raise UserError(f"{path}: has a line of more than {LINE_BYTES} bytes; leave it out.")
+        if room < 0:
+            raise UserError(f"{path}: holds more than this machine's memory; use a part of it.")
+        yield line
+
+
 def _read_lines(path: str) -> list[tuple[int, bytes]]:
     """Returns (line number from 1, line) for every line that is not blank."""
     try:
         with as_path(path).open("rb") as raw:
             file = gzip.open(raw) if path.endswith(".gz") else raw
-            lines = [(n, line) for n, line in enumerate(file, start=1) if line.strip()]
+            numbered = enumerate(_lines_within_limits(path, file), start=1)
+            lines = [(n, line) for n, line in numbered if line.strip()]
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(
             f"{path}: cannot be read ({error}); write it anew or leave it out."

@@ -1,5 +1,6 @@
 """Mixtral: Mistral with a mixture of experts in place of the MLP."""
 
+from nca_jax.checks import UserError
 from nca_jax.model_config import ModelConfig
 from nca_jax.models.families.family import Family, Fields, read_window, write_window
 from nca_jax.models.families.mistral import MISTRAL
@@ -9,10 +10,12 @@ _EXPERT = _MOE + "experts.{E}."
 
 
 def _read(raw: Fields) -> Fields:
-    experts = {
-        "num_experts": raw["num_local_experts"],
-        "experts_per_token": raw["num_experts_per_tok"],
-    }
+    num_experts, per_token = raw["num_local_experts"], raw["num_experts_per_tok"]
+    if per_token > num_experts:
+        raise UserError(
+            f"num_experts_per_tok {per_token} is more than num_local_experts {num_experts}."
+        )
+    experts = {"num_experts": num_experts, "experts_per_token": per_token}
     return {**read_window(raw), **experts}
 
 

@@ -15,9 +15,21 @@ from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 
 from nca_jax.checks import UserError
+from nca_jax.field import TEXT, Check
 from nca_jax.model_config import ModelConfig
 from nca_jax.models.families import FAMILIES
 from nca_jax.models.formats import names
+from nca_jax.models.formats.untrusted import (
+    EVEN,
+    INTEGER,
+    NUM_STACKED,
+    NUMBER,
+    SIZE,
+    SIZE_OR_0,
+    check_field,
+    check_file,
+    or_null,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,6 +44,16 @@ _NOT_QUANTISED = {
 _INTERLEAVED = re.compile(r"blk\.\d+\.attn_[qk]\.weight")
 
 
+class _Reader(GGUFReader):
+    """Stops at the end of the file: it would read nothing there, as often as a length says."""
+
+    def _get(self, offset: int, dtype: Any, count: Any = 1, *more: Any, **named: Any) -> Any:
+        found = super()._get(offset, dtype, count, *more, **named)
+        if len(found) < int(count):
+            raise ValueError("it ends before what it says it holds")
+        return found
+
+
 class File(NamedTuple):
     """A GGUF file mapped into memory."""
 
@@ -42,7 +64,10 @@ class File(NamedTuple):
         """Returns the metadata of a key, or `default=`; raises UserError if there is neither."""
         field = self.reader.get_field(key)
         if field is not None:
-            return field.contents()
+            try:
+                return field.contents()
+            except ValueError as error:  # bytes that are no text
+                raise UserError(f"{self.path}: {key} cannot be read ({error}).") from error
         if not default:
             raise UserError(f"{self.path} has no {key}.")
         return default["default"]
@@ -80,11 +105,12 @@ def open_gguf(path: str | Path) -> tuple[ModelConfig, dict[str, names.Param]]:
 
 
 def _open_file(path: str | Path) -> File:
+    check_file(Path(path))
     try:
-        file = File(Path(path), GGUFReader(path))
-    except (OSError, ValueError, IndexError) as error:
+        file = File(Path(path), _Reader(path))
+    except Exception as error:  # whatever its bytes make of the reader
         raise UserError(f"Cannot read {path} as GGUF: {error}") from error
-    if file.get("split.count", default=1) > 1:
+    if file.get("split.count", default=1) != 1:
         raise UserError(f"{path} is one part of a split GGUF; merge the parts first.")
     return file
 
@@ -96,18 +122,26 @@ def _read_config(file: File, shapes: dict[str, tuple[int, ...]]) -> ModelConfig:
             f"{file.path}: architecture {arch!r} is not one of {', '.join(ARCHITECTURES)}."
         )
 
-    def get(key: str, **default):
-        return file.get(f"{arch}.{key}", **default)
+    def get(key: str, check: Check = SIZE, **default):
+        value = file.get(f"{arch}.{key}", **default)
+        check_field(f"{file.path}: {arch}.{key}", value, check)
+        return value
 
     width, num_heads = get("embedding_length"), get("attention.head_count")
-    head_dim = get("attention.key_length", default=width // num_heads)
+    num_kv_heads = get("attention.head_count_kv", default=num_heads)
+    head_dim = get("attention.key_length", EVEN, default=width // num_heads)
+    if num_heads % num_kv_heads:
+        raise UserError(
+            f"{file.path}: attention.head_count {num_heads} must be a multiple of "
+            f"attention.head_count_kv {num_kv_heads}."
+        )
     refused = {  # what this decoder would compute wrongly
-        "expert_count": get("expert_count", default=0) > 0,
-        "rope.scaling.type": get("rope.scaling.type", default="none") != "none",
+        "expert_count": get("expert_count", SIZE_OR_0, default=0) > 0,
+        "rope.scaling.type": get("rope.scaling.type", TEXT, default="none") != "none",
         "rope_freqs.weight": "rope_freqs.weight" in shapes,  # Llama 3.1's stretched frequencies
         "rope.dimension_count": get("rope.dimension_count", default=head_dim) != head_dim,
         "attention.value_length": get("attention.value_length", default=head_dim) != head_dim,
-        "attention.sliding_window": get("attention.sliding_window", default=0) > 0,
+        "attention.sliding_window": get("attention.sliding_window", SIZE_OR_0, default=0) > 0,
     }
     for key in (key for key, is_so in refused.items() if is_so):
         raise UserError(
@@ -115,23 +149,32 @@ def _read_config(file: File, shapes: dict[str, tuple[int, ...]]) -> ModelConfig:
             "folder instead."
         )
 
-    ids = {name: file.get(f"tokenizer.ggml.{name}_token_id", default=None) for name in _TURN_IDS}
+    vocab_size = shapes.get("token_embd.weight", (0,))[0]  # absent: named by check_tensors
+    ids = {name: _token_id(file, name, vocab_size) for name in _TURN_IDS}
     return ModelConfig(
-        vocab_size=shapes.get("token_embd.weight", (0,))[0],  # absent: named by check_tensors
-        num_layers=get("block_count"),
+        vocab_size=vocab_size,
+        num_layers=get("block_count", NUM_STACKED),
         width=width,
         num_heads=num_heads,
-        num_kv_heads=get("attention.head_count_kv", default=num_heads),
+        num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         mlp_width=get("feed_forward_length"),
-        rope_theta=get("rope.freq_base", default=10_000.0),
-        norm_eps=_shortest(get("attention.layer_norm_rms_epsilon")),
+        rope_theta=get("rope.freq_base", NUMBER, default=10_000.0),
+        norm_eps=_shortest(get("attention.layer_norm_rms_epsilon", NUMBER)),
         tied_head="output.weight" not in shapes,
         max_position=get("context_length"),
         bos_id=ids.pop("bos"),
         eos_ids=tuple(dict.fromkeys(i for i in ids.values() if i is not None)),
         **FAMILIES[arch].has,
     )
+
+
+def _token_id(file: File, name: str, vocab_size: int) -> int | None:
+    """Returns the id of a special token, None where there is none in the vocabulary."""
+    key = f"tokenizer.ggml.{name}_token_id"
+    found = file.get(key, default=None)
+    check_field(f"{file.path}: {key}", found, or_null(INTEGER))
+    return found if found is not None and 0 <= found < vocab_size else None
 
 
 def _shortest(value: float) -> float:
@@ -211,11 +254,11 @@ def gguf_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
     tokens = file.get("tokenizer.ggml.tokens")
     special = {}
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
-        token_id = file.get(f"tokenizer.ggml.{key}_token_id", default=None)
+        token_id = _token_id(file, key, len(tokens))
         special[f"{name}_token"] = None if token_id is None else tokens[token_id]
     tokenizer = _byte_level_bpe(file, tokens, SPLITTERS[pre])
-    if file.get("tokenizer.ggml.add_bos_token", default=SPLITTERS[pre].add_bos):
-        bos = special["bos_token"]
+    bos = special["bos_token"]
+    if bos is not None and file.get("tokenizer.ggml.add_bos_token", default=SPLITTERS[pre].add_bos):
         tokenizer.post_processor = TemplateProcessing(
             single=f"{bos} $A",
             pair=f"{bos} $A {bos}:1 $B:1",

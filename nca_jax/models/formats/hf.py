@@ -1,6 +1,8 @@
 """Hugging Face folders: config.json and safetensors, read without PyTorch or remote code."""
 
-import json
+import dataclasses
+import reprlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,10 +11,26 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from nca_jax.checks import UserError
+from nca_jax.field import FLAG, TEXT, Check, one_of
 from nca_jax.model_config import ModelConfig, RopeScaling
 from nca_jax.models.families import FAMILIES
 from nca_jax.models.families.family import Family
 from nca_jax.models.formats import names
+from nca_jax.models.formats.untrusted import (
+    EVEN,
+    IDS,
+    INTEGER,
+    NUM_STACKED,
+    NUMBER,
+    OBJECT,
+    SIZE,
+    SIZE_OR_0,
+    check_field,
+    check_file,
+    list_of,
+    or_null,
+    read_json,
+)
 
 SIZES = (
     "vocab_size",
@@ -21,6 +39,34 @@ SIZES = (
     "num_hidden_layers",
     "num_attention_heads",
 )
+KINDS = one_of("full_attention", "sliding_attention")
+FIELDS: dict[str, Check] = dict.fromkeys(SIZES, SIZE) | {  # all that is read of config.json
+    "num_hidden_layers": NUM_STACKED,
+    "architectures": or_null(list_of(TEXT, "a list of names")),
+    "hidden_act": TEXT,
+    "rms_norm_eps": NUMBER,
+    "rope_theta": NUMBER,
+    "rope_parameters": or_null(OBJECT),
+    "rope_scaling": or_null(OBJECT),
+    "tie_word_embeddings": FLAG,
+    "head_dim": or_null(EVEN),
+    "num_key_value_heads": or_null(SIZE),
+    "max_position_embeddings": SIZE,
+    "bos_token_id": or_null(INTEGER),
+    "eos_token_id": or_null(IDS),
+    "attention_bias": FLAG,
+    "mlp_bias": FLAG,
+    "layer_types": or_null(list_of(KINDS, f"a list of {KINDS.wanted}")),
+    "quantization_config": or_null(OBJECT),
+    "use_sliding_window": FLAG,
+    "sliding_window": or_null(SIZE_OR_0),
+    "max_window_layers": SIZE_OR_0,
+    "num_local_experts": NUM_STACKED,
+    "num_experts_per_tok": NUM_STACKED,
+}
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor")  # of rope_type llama3
+ADAPTER = "adapter_config.json"
+COMPARED = 1 << 24  # elements of the head and of the embedding that are in memory at once
 DTYPES = {  # by safetensors' names
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
@@ -31,18 +77,21 @@ DTYPES = {  # by safetensors' names
 def open_hf(folder: str | Path) -> tuple[ModelConfig, dict[str, names.Param]]:
     """Opens a folder with config.json and model.safetensors, whole or sharded with an index.
 
-    Every name, shape and dtype is checked here; the values are read when a `Param` is.
+    Every name, shape and dtype is checked here; the values are read when a `Param` is. A head that
+    is stored beside tie_word_embeddings is left out if it is the embedding, and is else the head,
+    as in transformers: its values alone are read here.
 
     Raises:
       UserError: no safetensors, tensors that do not fit the config, or what `read_config` refuses.
     """
     folder = Path(folder)
+    if (folder / ADAPTER).exists() and not any(folder.glob("model*.safetensors*")):
+        raise UserError(
+            f"{folder} holds an adapter ({ADAPTER}) without its model; merge the two once with "
+            "peft (merge_and_unload, then save_pretrained)."
+        )
     config, naming = _read_config(folder)
     tensors = _list_tensors(folder)
-    if config.tied_head:  # some writers store the tied head all the same
-        tensors.pop(naming["head/kernel"], None)
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    names.check_tensors(str(folder), shapes, names.tensor_shapes(config, naming))
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
             raise UserError(
@@ -54,8 +103,30 @@ def open_hf(folder: str | Path) -> tuple[ModelConfig, dict[str, names.Param]]:
         with safe_open(tensors[name].file, framework="np") as handle:
             return handle.get_slice(name)[index]
 
+    embedding, head = naming["embed/table"], naming["head/kernel"]
+    if config.tied_head and head in tensors:
+        shape = (config.vocab_size, config.width)
+        have_it = [name in tensors and tensors[name].shape == shape for name in (embedding, head)]
+        if all(have_it) and _are_equal(embedding, head, shape, fetch):
+            del tensors[head]
+        else:
+            config = dataclasses.replace(config, tied_head=False)
+            print(
+                f"{folder}: config.json says tie_word_embeddings=true, but {head} is stored with "
+                f"other values than {embedding}; it is used as the head."
+            )
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    names.check_tensors(str(folder), shapes, names.tensor_shapes(config, naming))
     dtypes = {name: DTYPES[tensor.dtype] for name, tensor in tensors.items()}
     return config, names.open_params(config, naming, fetch, dtypes)
+
+
+def _are_equal(one: str, other: str, shape: tuple[int, int], fetch: names.Fetch) -> bool:
+    """Whether two matrices of one shape hold the same values, read some rows at a time."""
+    height, width = shape
+    rows = max(1, COMPARED // width)
+    parts = [(slice(i, min(i + rows, height)), slice(None)) for i in range(0, height, rows)]
+    return all(np.array_equal(fetch(one, part), fetch(other, part)) for part in parts)
 
 
 def tensor_names(model_type: str) -> dict[str, str]:
@@ -78,13 +149,16 @@ def parse_config(raw: dict[str, Any], generation: dict[str, Any]) -> ModelConfig
     Raises:
       UserError: a model this decoder would compute wrongly, without the name of the file.
     """
-    if raw.get("model_type") not in FAMILIES:
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(
-            f"model_type {raw.get('model_type')!r} is not one of {', '.join(FAMILIES)}."
+            f"model_type {reprlib.repr(model_type)} is not one of {', '.join(FAMILIES)}."
         )
-    family = FAMILIES[raw["model_type"]]
+    family = FAMILIES[model_type]
     raw = {**family.defaults, **raw}
     _refuse(family, raw)
+    ends = generation.get("eos_token_id")
+    check_field("eos_token_id of generation_config.json", ends, FIELDS["eos_token_id"])
 
     num_heads, width = raw["num_attention_heads"], raw["hidden_size"]
     num_kv_heads = raw["num_key_value_heads"] or num_heads
@@ -93,6 +167,8 @@ def parse_config(raw: dict[str, Any], generation: dict[str, Any]) -> ModelConfig
             f"num_attention_heads {num_heads} must divide hidden_size {width} and be a multiple "
             f"of num_key_value_heads {num_kv_heads}."
         )
+    head_dim = raw["head_dim"] or width // num_heads
+    check_field("head_dim", head_dim, EVEN)  # its halves are rotated
     rope_theta, rope_scaling = _rope(raw)
     common = {
         "vocab_size": raw["vocab_size"],
@@ -100,15 +176,15 @@ def parse_config(raw: dict[str, Any], generation: dict[str, Any]) -> ModelConfig
         "width": width,
         "num_heads": num_heads,
         "num_kv_heads": num_kv_heads,
-        "head_dim": raw["head_dim"] or width // num_heads,
+        "head_dim": head_dim,
         "mlp_width": raw["intermediate_size"],
         "rope_theta": rope_theta,
         "rope_scaling": rope_scaling,
         "norm_eps": raw["rms_norm_eps"],
         "tied_head": raw["tie_word_embeddings"],
         "max_position": raw["max_position_embeddings"],
-        "bos_id": raw["bos_token_id"],
-        "eos_ids": _eos_ids(raw, generation),
+        "bos_id": next(_in_vocabulary(_ids(raw["bos_token_id"]), raw), None),
+        "eos_ids": tuple(_in_vocabulary(_eos_ids(raw, generation), raw)),
     }
     return ModelConfig(**{**common, **family.has, **family.read(raw)})
 
@@ -116,24 +192,29 @@ def parse_config(raw: dict[str, Any], generation: dict[str, Any]) -> ModelConfig
 def _read_config(folder: Path) -> tuple[ModelConfig, dict[str, str]]:
     """Returns the config of a folder, and the names of its tensors."""
     file, generation = folder / "config.json", folder / "generation_config.json"
-    raw, more = _read_json(file), _read_json(generation) if generation.exists() else {}
+    raw, more = read_json(file), read_json(generation) if generation.exists() else {}
     try:
-        return parse_config(raw, more), tensor_names(raw["model_type"])
+        config = parse_config(raw, more)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
+    defaults = FAMILIES[raw["model_type"]].defaults
+    lost = [i for i in _eos_ids({**defaults, **raw}, more) if i not in config.eos_ids]
+    if lost:
+        print(f"{folder}: eos_token_id {lost} is not in the vocabulary; no turn ends by it.")
+    return config, tensor_names(raw["model_type"])
 
 
 def _refuse(family: Family, raw: dict[str, Any]) -> None:
-    for key in SIZES:
-        if not isinstance(raw.get(key), int) or raw[key] < 1:
-            raise UserError(f"{key} must be a positive integer, not {raw.get(key)!r}.")
+    for key in (*SIZES, *family.defaults):
+        check_field(key, raw.get(key), FIELDS[key])
     if raw["architectures"] not in (None, [family.architecture]):
         raise UserError(
-            f"architectures {raw['architectures']} is not supported; wanted {family.architecture}."
+            f"architectures {reprlib.repr(raw['architectures'])} is not supported; wanted "
+            f"{family.architecture}."
         )
     for key, value in family.wanted.items():
         if raw[key] != value:
-            raise UserError(f"{key} {raw[key]!r} is not supported; wanted {value!r}.")
+            raise UserError(f"{key} {reprlib.repr(raw[key])} is not supported; wanted {value!r}.")
 
 
 def _rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
@@ -144,28 +225,41 @@ def _rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     if any(isinstance(value, dict) for value in rope.values()):
         kind = "one for each kind of layer"
     if kind not in ("default", "llama3"):
-        raise UserError(f"rope_type {kind!r} is not one of default, llama3.")
+        raise UserError(f"rope_type {reprlib.repr(kind)} is not one of default, llama3.")
     if partial not in (None, 1):
-        raise UserError(f"partial_rotary_factor {partial} is not supported; wanted 1.")
+        raise UserError(
+            f"partial_rotary_factor {reprlib.repr(partial)} is not supported; wanted 1."
+        )
 
-    theta = float(rope.get("rope_theta", raw["rope_theta"]))
+    theta = rope.get("rope_theta", raw["rope_theta"])
+    check_field("rope_theta", theta, NUMBER)
     if kind == "default":
-        return theta, None
+        return float(theta), None
     original = rope.get("original_max_position_embeddings", raw["max_position_embeddings"])
     original = raw.get("original_max_position_embeddings", original)
-    try:
-        factors = [float(rope[f]) for f in ("factor", "low_freq_factor", "high_freq_factor")]
-    except KeyError as error:
-        raise UserError(f"rope_type llama3 needs {error}.") from None
-    return theta, RopeScaling(*factors, original_max_position=original)
+    check_field("original_max_position_embeddings", original, SIZE)
+    for key in LLAMA3:
+        if key not in rope:
+            raise UserError(f"rope_type llama3 needs {key!r}.")
+        check_field(key, rope[key], NUMBER)
+    scaling = RopeScaling(*(float(rope[key]) for key in LLAMA3), original_max_position=original)
+    if scaling.low_freq_factor >= scaling.high_freq_factor:
+        raise UserError("rope_type llama3 needs a low_freq_factor below its high_freq_factor.")
+    return float(theta), scaling
 
 
-def _eos_ids(raw: dict[str, Any], generation: dict[str, Any]) -> tuple[int, ...]:
-    """Returns every id that ends a turn, those of config.json first."""
-    ids = []
-    for value in (raw["eos_token_id"], generation.get("eos_token_id")):
-        ids += value if isinstance(value, list) else [] if value is None else [value]
-    return tuple(dict.fromkeys(ids))
+def _ids(value: int | list[int] | None) -> list[int]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _eos_ids(raw: dict[str, Any], generation: dict[str, Any]) -> list[int]:
+    """Returns every id that is said to end a turn, those of config.json first."""
+    return list(dict.fromkeys(_ids(raw["eos_token_id"]) + _ids(generation.get("eos_token_id"))))
+
+
+def _in_vocabulary(ids: Iterable[int], raw: dict[str, Any]) -> Iterator[int]:
+    """The ids that are any; some models write -1 for none, and some are cut to fewer."""
+    return (i for i in ids if 0 <= i < raw["vocab_size"])
 
 
 class Tensor(NamedTuple):
@@ -180,9 +274,12 @@ def _list_tensors(folder: Path) -> dict[str, Tensor]:
     """Returns the tensors of all files by name, less what RoPE recomputes."""
     tensors = {}
     for file in _weight_files(folder):
+        check_file(file)
         try:
             with safe_open(file, framework="np") as handle:
                 for name in handle.keys():
+                    if name in tensors:
+                        raise UserError(f"{name} is in {tensors[name].file} and in {file}.")
                     at = handle.get_slice(name)
                     tensors[name] = Tensor(file, tuple(at.get_shape()), at.get_dtype())
         except (OSError, SafetensorError) as error:
@@ -200,7 +297,7 @@ def _weight_files(folder: Path) -> list[Path]:
             "are not read, as unpickling runs code: convert them once with transformers "
             "(from_pretrained, then save_pretrained)."
         )
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise UserError(f"{index} has no weight_map.")
     for name in weight_map.values():
@@ -216,13 +313,3 @@ def _weight_files(folder: Path) -> list[Path]:
             f"{index} names {len(lost)} absent files: {', '.join(lost[: names.SHOWN])}."
         )
     return files
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"Cannot read {file}: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} does not hold a JSON object.")
-    return content

@@ -18,6 +18,7 @@ from nca_jax.model_config import ModelConfig
 from nca_jax.models.families import FAMILIES
 from nca_jax.models.families.family import Family
 from nca_jax.models.formats import hf, names
+from nca_jax.models.formats.untrusted import read_json
 
 SHARD_BYTES = 5 * 10**9  # of one .safetensors file; Hugging Face's own habit
 DTYPES = {
@@ -73,7 +74,10 @@ def family_of(config: ModelConfig) -> Family:
     """
     wanted, differs = dataclasses.asdict(config), {}
     for name, family in FAMILIES.items():
-        found = dataclasses.asdict(hf.parse_config(config_json(config, family), {}))
+        try:
+            found = dataclasses.asdict(hf.parse_config(config_json(config, family), {}))
+        except UserError:  # a mixture without experts
+            continue
         differs[name] = [field for field in wanted if found[field] != wanted[field]]
         if not differs[name]:
             return family
@@ -128,15 +132,21 @@ def _token_ids(config: ModelConfig) -> dict[str, Any]:
 
 
 def _json_files(config: ModelConfig, origin: Path | None) -> tuple[dict, dict]:
-    """Returns config.json without a dtype, and generation_config.json."""
+    """Returns config.json without a dtype, and generation_config.json.
+
+    Both name every id that ends a turn, and config.json whether the head is stored, whatever the
+    origin's say.
+    """
     if origin is None:
         return config_json(config, family_of(config)), _token_ids(config)
-    content = json.loads((origin / "config.json").read_text(encoding="utf-8"))
+    ends = {"eos_token_id": _token_ids(config)["eos_token_id"]}
+    content = read_json(origin / "config.json")
+    content |= ends | {"tie_word_embeddings": config.tied_head}
     content.pop("auto_map", None)  # names code in files that are not copied
     generation = origin / "generation_config.json"
     if not generation.exists():
         return content, _token_ids(config)
-    return content, json.loads(generation.read_text(encoding="utf-8"))
+    return content, read_json(generation) | ends
 
 
 def _write_weights(

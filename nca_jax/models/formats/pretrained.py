@@ -1,7 +1,8 @@
 """Finds a pretrained model by one string, and opens its parameters and its tokenizer.
 
 `where` is a folder (Hugging Face layout) or a .gguf file, local or on gs://, `package:NAME` (the
-one .gguf that an installed Python package ships) or a repository of the Hugging Face Hub.
+one .gguf that an installed Python package ships) or a repository of the Hugging Face Hub, NAME or
+NAME@REVISION (a branch, tag or commit).
 """
 
 import functools
@@ -19,15 +20,19 @@ from nca_jax.files import as_path, local_copy
 from nca_jax.model_config import ModelConfig
 from nca_jax.models.formats.hf import open_hf
 from nca_jax.models.formats.names import Param
+from nca_jax.models.formats.templates import choose_template
+from nca_jax.models.formats.untrusted import check_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TOKENIZER_PATTERNS = ("tokenizer*", "*.model", "*.jinja", "tekken.json", "special_tokens_map.json",
                       "added_tokens.json", "vocab.json", "merges.txt")  # fmt: skip
+HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?(@\w[\w./-]*)?")
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "merges.txt"]
 # Weights that are stored a second time in another layout.
 HUB_IGNORED = ["*/*", "consolidated*"]
+TOKENIZER_BYTES = 512 << 20  # of one file
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 
 
@@ -42,22 +47,40 @@ def resolve(where: str) -> Path:
     path = local_copy(as_path(where), HUB_FILES + ["*.gguf"])
     if where and (path.is_dir() or (path.is_file() and path.suffix == ".gguf")):
         return path
-    if path.suffix == ".gguf" or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", where):
+    if where and path.exists():
+        raise UserError(f"{where!r} is a file, but no .gguf; give the folder of a model.")
+    if path.suffix == ".gguf" or not HUB_NAME.fullmatch(where):
         raise UserError(
             f"{where!r} is no folder, no .gguf file and no name of a hub repository; for the model "
             "in an installed package write package:NAME."
         )
+    return _from_hub(where)
+
+
+@functools.cache  # a run asks for its model more than once, and the answer must be one
+def _from_hub(where: str) -> Path:
+    """Returns the local copy of a hub repository, which is fetched where there is none."""
+    name, _, revision = where.partition("@")
+    print(f"{where!r} is no local folder: it is fetched from the Hugging Face Hub.", flush=True)
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                where, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED
-            )
+        folder = huggingface_hub.snapshot_download(
+            name,
+            revision=revision or None,
+            allow_patterns=HUB_FILES,
+            ignore_patterns=HUB_IGNORED,
         )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # of its network's libraries too
         raise UserError(
-            f"{where!r} is no local folder, and the Hugging Face Hub did not give it: {reason}"
+            f"{where!r} is no local folder, and the Hugging Face Hub did not give it: "
+            f"{_reason(error)}"
         ) from error
+    print(f"{where!r} is commit {Path(folder).name}.", flush=True)
+    return Path(folder)
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what a library says, or as much of it as can be read."""
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:300]
 
 
 def open_pretrained(where: str) -> tuple[ModelConfig, dict[str, Param]]:
@@ -88,45 +111,74 @@ def _open(path: Path, versions: tuple[tuple, ...]) -> tuple[ModelConfig, dict[st
     return open_gguf(path)
 
 
-def load_tokenizer(where: str) -> "PreTrainedTokenizerBase":
+def load_tokenizer(where: str, template: str = "") -> "PreTrainedTokenizerBase":
     """Returns the tokenizer of a model, or for "byte" one that needs no files (259 ids).
 
+    Args:
+      where: as `resolve` takes it, or "byte".
+      template: name of one of its chat templates, which becomes its only one; "" leaves them.
     Raises:
-      UserError: what `resolve` and `gguf_tokenizer` raise, or a folder without a tokenizer.
+      UserError: what `resolve` and `gguf_tokenizer` raise, a folder without a tokenizer or with one
+        that cannot be read, or no template of this name.
     """
     # transformers would print that PyTorch is missing; nothing here needs it.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from transformers import AutoTokenizer, ByT5Tokenizer  # takes seconds; only tokenizers need it
 
     if where == "byte":
-        return ByT5Tokenizer(extra_ids=0)  # its sentinels would lie beyond the 259 ids
-    path = resolve(where)
-    if not path.is_dir():
-        from nca_jax.models.formats.gguf import gguf_tokenizer
+        tokenizer = ByT5Tokenizer(extra_ids=0)  # its sentinels would lie beyond the 259 ids
+    else:
+        path = resolve(where)
+        if path.is_dir():
+            _check_tokenizer_files(path)
+            load = functools.partial(AutoTokenizer.from_pretrained, trust_remote_code=False)
+        else:
+            from nca_jax.models.formats.gguf import gguf_tokenizer as load
+        try:
+            tokenizer = load(path)
+            tokenizer("a")  # some faults show in use alone
+        except UserError:
+            raise
+        except BaseException as error:  # the library raises bare ones and many others, and panics
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise UserError(
+                f"Cannot load the tokenizer in {path}: {_reason(error)}. If its files are whole, a "
+                "newer version of tokenizers or transformers may have written them."
+            ) from error
+    choose_template(tokenizer, template)
+    return tokenizer
 
-        return gguf_tokenizer(path)
-    if not any((path / name).exists() for name in TOKENIZER_FILES):
-        raise UserError(f"{path} has no tokenizer: none of {', '.join(TOKENIZER_FILES)} is there.")
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"Cannot load the tokenizer in {path}: {reason}") from error
+
+def _check_tokenizer_files(folder: Path) -> None:
+    """Raises UserError unless a folder has a tokenizer, whose files are no larger than any is."""
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+        raise UserError(
+            f"{folder} has no tokenizer: none of {', '.join(TOKENIZER_FILES)} is there."
+        )
+    for pattern in TOKENIZER_PATTERNS:
+        for file in filter(Path.is_file, folder.glob(pattern)):
+            check_file(file, TOKENIZER_BYTES)
 
 
-def save_tokenizer(where: str, folder: Path) -> None:
+def save_tokenizer(where: str, folder: Path, template: str = "") -> None:
     """Writes the tokenizer of a model into a folder: its own files, as they are, if it has any.
+
+    A `template` that was chosen is the default of what is written.
 
     Raises:
       UserError: as `load_tokenizer`.
     """
-    tokenizer = load_tokenizer(where)
+    tokenizer = load_tokenizer(where, template)
     if where == "byte" or not resolve(where).is_dir():
         tokenizer.save_pretrained(folder)
         return
     for pattern in TOKENIZER_PATTERNS:
-        for file in resolve(where).glob(pattern):
+        for file in filter(Path.is_file, resolve(where).glob(pattern)):
             shutil.copyfile(file, folder / file.name)
+    if template:  # transformers reads this file before the list in tokenizer_config.json
+        text = str(tokenizer.chat_template)
+        (folder / "chat_template.jinja").write_text(text, encoding="utf-8", newline="")
 
 
 def _packaged_gguf(package: str) -> Path:
