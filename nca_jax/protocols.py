@@ -35,7 +35,7 @@ class Tokenizer(Protocol):
         self,
         conversation: list[dict[str, Any]],
         *,
-        chat_template: str,
+        chat_template: str | None = None,
         tokenize: bool,
         add_generation_prompt: bool,
     ) -> str: ...

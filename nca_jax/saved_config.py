@@ -28,7 +28,7 @@ def read_saved(file: AnyPath) -> ConfigDict:
       UserError: the file is not there, damaged, or of a newer version.
     """
     nested = {}
-    for name, value in _meaning_today(file).items():
+    for name, value in _meaning_today(file)[0].items():
         *sections, leaf = name.split(".")
         inner = nested
         for part in sections:
@@ -37,14 +37,22 @@ def read_saved(file: AnyPath) -> ConfigDict:
     return ConfigDict(nested).lock()
 
 
-def check_same_run(config: ConfigDict, saved_file: AnyPath) -> None:
+def check_same_run(config: ConfigDict, saved_file: AnyPath) -> ConfigDict:
     """Refuses to resume a run under another config, except for fields that may change.
 
+    Returns:
+      The config that the run goes on under: a field that is newer than the run, and has its default
+      in `config`, means as before.
     Raises:
       UserError: names each field that differs, with both values; or as `read_saved`.
     """
-    now, saved = flatten(config), _meaning_today(saved_file)
+    saved, newer = _meaning_today(saved_file)
     fields = fields_of(config.loss.name)
+    config = config.copy_and_resolve_references()
+    for name in newer & flatten(config).keys():
+        if flatten(config)[name] == fields[name].default:
+            config.update_from_flattened_dict({name: saved[name]})
+    now = flatten(config)
     differs = [
         f"{name}: {saved.get(name)!r} there, {now.get(name)!r} here"
         for name in sorted(now.keys() | saved.keys())
@@ -55,10 +63,11 @@ def check_same_run(config: ConfigDict, saved_file: AnyPath) -> None:
             f"{saved_file.parent} holds a run of another config ({'; '.join(differs)}); use a new "
             "--workdir, or the same config."
         )
+    return config
 
 
-def _meaning_today(file: AnyPath) -> dict[str, Value]:
-    """Returns the fields of a config.json as today's table has them.
+def _meaning_today(file: AnyPath) -> tuple[dict[str, Value], set[str]]:
+    """Returns the fields of a config.json as today's table has them, and which are newer than it.
 
     A field that is newer than the file has the value that "as before" means; one that is no field
     any more is left out where it had the value that meant nothing.
@@ -92,4 +101,4 @@ def _meaning_today(file: AnyPath) -> dict[str, Value]:
             f"{file} is damaged ({', '.join(wrong[:5])} lacking or wrong); restore it, or use a "
             "new --workdir."
         )
-    return meant
+    return meant, set(newer)

@@ -60,7 +60,7 @@ def train(config: ConfigDict, workdir: AnyPath, traced: range, check_held: lock.
     # ---- Mesh, model, data -------------------------------------------------------------------
     began, log_every = None, config.log_every
     if checkpoint.saved_steps(workdir):
-        check_same_run(config, workdir / CONFIG)
+        config = check_same_run(config, workdir / CONFIG)
         began, log_every = read_run(workdir), read_saved(workdir / CONFIG).log_every
     run = build.build(config, start_date(config, began))
     data = build.read_data(run)

@@ -12,7 +12,6 @@ ALL_BUT_STEPS = (  # of the run that wrote the workdir
     f"--config=configs/jsonl.py:files={OLD}/rows.jsonl,init_from={MODEL},k=3",
     "--config.epochs=0",
     "--config.data.tokenizer=none",
-    "--config.data.join=apart",  # as all runs were
     "--config.data.eval_fraction=0.2",
     "--config.data.batch_size=4",
     "--config.data.rows=8",

@@ -125,8 +125,6 @@ def apply_template(messages: list[dict], tokenizer: Tokenizer, *, generate: bool
     """
     if not tokenizer.chat_template:
         raise UserError("The tokenizer has no chat template; set data.format=plain.")
-    from jinja2 import TemplateError  # an optional part of transformers, for templates alone
-
     try:
         return tokenizer.apply_chat_template(
             messages,
@@ -134,8 +132,9 @@ def apply_template(messages: list[dict], tokenizer: Tokenizer, *, generate: bool
             tokenize=False,
             add_generation_prompt=generate,
         )
-    except (TemplateError, TypeError, ValueError) as error:
-        raise RecordError(f"the chat template refuses it ({error})", reason="template") from None
+    except Exception as error:  # a template is a program, and may fail in every way
+        said = str(error) or type(error).__name__
+        raise RecordError(f"the chat template refuses it ({said})", reason="template") from None
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
