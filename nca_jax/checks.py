@@ -13,7 +13,6 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from nca_jax import signals
@@ -129,11 +128,11 @@ def _hear_threads() -> None:
         if args.exc_value is None or _refused(args.exc_value) is None:
             threading.__excepthook__(args)
 
-    def of_native_code(kind: type, error: BaseException, trace: TracebackType | None) -> None:
-        if "Event loop is closed" not in str(error):  # what was to hear of it has stopped already
-            sys.__excepthook__(kind, error, trace)
+    def of_native_code(args: "sys.UnraisableHookArgs") -> None:
+        if "Event loop is closed" not in str(args.exc_value):  # who was to hear has stopped already
+            sys.__unraisablehook__(args)
 
-    threading.excepthook, sys.excepthook = of_thread, of_native_code
+    threading.excepthook, sys.unraisablehook = of_thread, of_native_code
 
 
 def _to_mend(error: Exception) -> str | None:
@@ -150,11 +149,9 @@ def _refused(error: BaseException) -> str | None:
     """
     why = next((text for number in REFUSALS if (text := os.strerror(number)) in str(error)), None)
     if why:
-        said = str(error)
+        said = (str(error).partition(why)[0] + why)[-300:]  # which ends in the file itself
         if isinstance(error, OSError):
             said = f"{error.filename or 'what is written'}: {why}"
-        return (
-            f"{said:.500}. Mend that, or give another place; the same command goes on from there."
-        )
+        return f"{said}. Mend that, or give another place; the same command goes on from there."
     inner = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return _refused(inner) if inner else None
