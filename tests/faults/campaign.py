@@ -1,6 +1,7 @@
 """What campaigns share: small jobs whose results can be compared, and what became of a fault."""
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -19,6 +20,7 @@ from commands import QUICK, ROOT, TIMES
 from old_run import MODEL, OLD
 from safetensors.numpy import load_file
 
+from nca_jax.data.tfds_source import TfdsSource
 from nca_jax.infra.checkpoint import restore_params, saved_step
 from nca_jax.infra.mesh import host_mesh
 from nca_jax.models.decoder import Model
@@ -102,9 +104,9 @@ def stop_at_random(
     """
     want, seconds = whole(job, folder / "whole")
     rng = random.Random(f"{job.name} {numbers} {seed}")
-    left = tries
+    left, places = tries, itertools.count()
     while left:
-        place = folder / f"{left}"
+        place = folder / f"{next(places)}"
         place.mkdir()
         sent = []
         while left and len(sent) < 5:
@@ -169,6 +171,14 @@ def cache_result(folder: Path) -> dict[str, list]:
         part.name: [(name, x.tobytes()) for name, x in sorted(load_file(part).items())]
         for part in sorted(folder.glob("part-*.safetensors"))
     }
+
+
+def prepared_result(data_dir: Path) -> tuple[list[str], list[dict]]:
+    """The files of a data set, and its records: in the files their fields have no order."""
+    os.environ["TFDS_DATA_DIR"] = str(data_dir)
+    source = TfdsSource("tfds:scored_jsonl:train")
+    files = [str(x.relative_to(data_dir)) for x in sorted(data_dir.rglob("*")) if x.is_file()]
+    return [x for x in files if "lock" not in x], [source[i][1] for i in range(len(source))]
 
 
 # Jobs

@@ -8,9 +8,12 @@ from campaign import (
     Job,
     cache_result,
     files_result,
+    finish,
     nca_jax,
+    prepared_result,
     run_flags,
     run_result,
+    start,
     stop_at_random,
     text_flags,
 )
@@ -59,10 +62,8 @@ def sweep(tmp_path) -> Job:
 
 
 def export(tmp_path) -> Job:
-    import subprocess
-
     run = tmp_path / "trained"
-    subprocess.run(nca_jax("train", *run_flags(), f"--workdir={run}"), check=True)
+    finish(start(nca_jax("train", *run_flags(), f"--workdir={run}")), "train")
     return Job(
         "export",
         # Its --out must not be there, or be empty: a command that is done is not done again.
@@ -79,7 +80,7 @@ def prepare(tmp_path) -> Job:
         lambda to: ["bash", "-c", f"test -e {to}/scored_jsonl/1.0.0 || exec \"$@\"", "-",
                     *nca_jax("prepare", "--name=scored_jsonl", f"--raw={tmp_path}/train.jsonl",
                              f"--out={to}")],
-        lambda to: files_result(to / "scored_jsonl/1.0.0"),
+        lambda to: prepared_result(to),
     )  # fmt: skip
 
 
