@@ -21,11 +21,11 @@ SECOND = $(shell for python in python3.13 python3.12 \
 	$$python -c "" 2>/dev/null && echo $$python && break; done)
 LOCKS := lock-3.11 lock-3.12 lock-3.13
 
-.PHONY: test test-torch test-slow test-second test-chosen lint demo lock $(LOCKS) clean
+.PHONY: test test-torch test-slow test-faults test-second test-chosen lint demo lock $(LOCKS) clean
 
 # Lint, types, and all tests but the slow ones and those beside PyTorch.
 test: lint
-	$(BIN)/python -m pytest -m "not slow and not torch" -n 2 --dist worksteal
+	$(BIN)/python -m pytest -m "not slow and not torch and not faults" -n 2 --dist worksteal
 
 # Those that compare with PyTorch as it runs.
 test-torch: $(VENV)/installed-torch
@@ -37,13 +37,18 @@ test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m "slow and not torch" -n 2 --dist worksteal --ignore $(HOSTS)
 	$(BIN)/python -m pytest -m "slow and not torch" $(HOSTS)
 
+# Campaigns of faults: so many of each kind.
+FAULT_TRIES ?= 100
+test-faults: $(VENV)/installed
+	FAULT_TRIES=$(FAULT_TRIES) $(BIN)/python -m pytest -m faults -n 2 --dist worksteal
+
 # A few minutes of tests on a newer Python with its newer JAX, where there is one.
 test-second:
 	@python="$(SECOND)"; if [ -n "$$python" ]; then $(MAKE) test-chosen PYTHON="$$python"; \
 		else echo "no second Python: skipped"; fi
 
 test-chosen: $(VENV)/installed
-	$(BIN)/python -m pytest -m "not slow and not torch" -n 2 --dist worksteal $(CHOSEN)
+	$(BIN)/python -m pytest -m "not slow and not torch and not faults" -n 2 --dist worksteal $(CHOSEN)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
