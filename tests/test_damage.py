@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from nca_jax.checks import UserError
 from nca_jax.infra import checkpoint
-from nca_jax.infra.checkpoint import RECORD, Damaged
+from nca_jax.infra.checkpoint import RECORD
 from nca_jax.infra.fingerprint import array_digests, params_fingerprint
 from nca_jax.infra.mesh import host_mesh
 from nca_jax.train_step import TrainState
@@ -210,7 +210,3 @@ def test_parameters_that_are_not_finite_are_not_opened(workdir):
         checkpoint.restore_params(workdir, state_of(0).params, host_mesh())
     with pytest.raises(UserError, match="checkpoints/4: params/head/kernel hold NaN or infinity"):
         latest(workdir)
-
-
-def test_a_damaged_checkpoint_is_an_error_for_people():
-    assert issubclass(Damaged, UserError)
