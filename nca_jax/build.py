@@ -57,11 +57,10 @@ class Run(NamedTuple):
         )
 
 
-def build(config: ConfigDict, date: str = "") -> Run:
+def build(config: ConfigDict, *, date: str = "") -> Run:
     """Opens the mesh, the model's sizes and the tokenizer; reads no weights yet.
 
     Args:
-      config: of the run.
       date: YYYY-MM-DD, what chat templates take for today; "": it is today.
     Raises:
       UserError: a part of the config does not exist or does not fit the others.

@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
     beside = as_path(flags.workdir or ".") / "evaluation.json"
     out = out_file(flags.out) if flags.out else beside
     scorers = {"reward": get_scorer(config.generate.scorer), "judge": get_scorer(flags.judge)}
-    run = build.build(config, date_of(flags.workdir))
+    run = build.build(config, date=date_of(flags.workdir))
     texts = read_texts(run, flags.text) if flags.text else []
     data = build.read_data(run)
     if not data.heldout:

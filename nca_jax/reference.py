@@ -12,6 +12,7 @@ every K, choice of responses, loss and seed.
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -174,7 +175,7 @@ def cache_date(folder: AnyPath) -> str:
 
 def check_fingerprint(folder: AnyPath, now: dict[str, str | int]) -> None:
     """Raises UserError, naming what differs, unless the cache was made from the same things."""
-    saved = read_json(folder / "fingerprint.json")
+    saved = json.loads((folder / "fingerprint.json").read_text())
     differs = [
         f"{name}: {saved.get(name)} there, {value} here"
         for name, value in now.items()

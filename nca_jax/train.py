@@ -67,7 +67,7 @@ def train(config: ConfigDict, workdir: AnyPath, traced: range, check_held: lock.
     if checkpoint.saved_steps(workdir):
         check_same_run(config, workdir / CONFIG)
         began, log_every = read_run(workdir), read_saved(workdir / CONFIG).log_every
-    run = build.build(config, start_date(config, began))
+    run = build.build(config, date=start_date(config, began))
     data = build.read_data(run)
     for note in data.notes():
         print(note)
