@@ -4,7 +4,8 @@
     --profile  N:M, the first and the last of the steps to trace; see nca_jax.infra.profile
 
 The loop reads top to bottom in the order in which it happens. Start it again with the same command
-after any stop, and it goes on where the last checkpoint is, bit for bit.
+after any stop, and it goes on where the last checkpoint is, bit for bit; or says what has changed
+since. A workdir is that of one run at a time, which holds it.
 """
 
 import contextlib
