@@ -66,7 +66,7 @@ class Run(NamedTuple):
         )
 
 
-def build(config: ConfigDict, date: str = "") -> Run:
+def build(config: ConfigDict, *, date: str = "") -> Run:
     """Opens the mesh, the model's sizes and the tokenizer; reads no weights yet.
 
     Args:

@@ -34,7 +34,7 @@ from nca_jax.rollout import check_scorable, rollout_batches, with_scores
 def main(argv: list[str]) -> int:
     config, flags = parse_flags(argv, sections=("generate",), prompts=None, out=None, workdir="")
     out, scorer = out_file(flags.out), get_scorer(config.generate.scorer)
-    run = build.build(config, date_of(flags.workdir))
+    run = build.build(config, date=date_of(flags.workdir))
     if run.tokenizer is None:
         raise UserError("Generation needs a tokenizer: set config.data.tokenizer.")
     prompts, counts = load_prompts(flags.prompts, run.encoder)

@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
 
 def fill_cache(config: ConfigDict, folder: AnyPath, check_held: lock.CheckHeld) -> int:
     """Makes the parts of a cache that are missing, and returns the exit status."""
-    run = build.build(config, reference.cache_date(folder))
+    run = build.build(config, date=reference.cache_date(folder))
     data = build.read_data(run)
     examples = [example for source in data.sources for example in source] + data.heldout
     distributed.check_same(rows=reference.examples_fingerprint(examples))

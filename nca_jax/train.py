@@ -4,7 +4,8 @@
     --profile  N:M, the first and the last of the steps to trace; see nca_jax.infra.profile
 
 The loop reads top to bottom in the order in which it happens. Start it again with the same command
-after any stop, and it goes on where the last checkpoint is, bit for bit.
+after any stop, and it goes on where the last checkpoint is, bit for bit; or says what has changed
+since. A workdir is that of one run at a time, which holds it.
 """
 
 import contextlib
@@ -62,7 +63,7 @@ def train(config: ConfigDict, workdir: AnyPath, traced: range, check_held: lock.
     if checkpoint.saved_steps(workdir):
         config = check_same_run(config, workdir / CONFIG)
         began, log_every = read_run(workdir), read_saved(workdir / CONFIG).log_every
-    run = build.build(config, start_date(config, began))
+    run = build.build(config, date=start_date(config, began))
     data = build.read_data(run)
     for note in data.notes():
         print(note)

@@ -155,7 +155,7 @@ def test_log_probabilities_that_are_not_finite_are_not_written(tmp_path):
 @pytest.mark.parametrize("content", [b"", b'{"params": "ab', b"[1, 2]", b"\xff\0", b"7"])
 def test_a_damaged_fingerprint_of_a_cache_is_one_line(tmp_path, content):
     (tmp_path / "fingerprint.json").write_bytes(content)
-    with pytest.raises(UserError, match=r"fingerprint.json is damaged .*; remove"):
+    with pytest.raises(UserError, match=r"fingerprint.json is damaged .*; restore it"):
         check_fingerprint(tmp_path, {})
 
 
