@@ -23,7 +23,8 @@ def begin(out: AnyPath, made_from: dict[str, str]) -> list[Record]:
       UserError: they were made from something else; says what.
     """
     folder = _folder(out)
-    if not (folder / MADE_FROM).exists():
+    made = sorted(folder.glob("*.jsonl"))
+    if not made:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / MADE_FROM, made_from)
         return []
@@ -35,7 +36,7 @@ def begin(out: AnyPath, made_from: dict[str, str]) -> list[Record]:
             f"{' and '.join(differs)}. Finish that one, give another --out, or remove the folder."
         )
     records = []
-    for path in sorted(folder.glob("*.jsonl")):
+    for path in made:
         lines = path.read_bytes().split(b"\n")
         try:
             piece = [json.loads(line) for line in lines if line]
