@@ -16,9 +16,13 @@ NEUTRAL = {"loss.alpha": 0.0}  # fields that older runs have, and the value that
 CONFIG = "config.json"
 
 
-def config_json(config: ConfigDict) -> dict[str, Value]:
-    """Returns what a workdir's config.json holds: every field, and the version of the table."""
-    return {"version": VERSION, **flatten(config)}
+def config_json(config: ConfigDict, version: int = VERSION) -> dict[str, Value]:
+    """Returns what a workdir's config.json holds: every field, and the version of the table.
+
+    Args:
+      version: of the table that the run began under, which says which fields are newer than it.
+    """
+    return {"version": version, **flatten(config)}
 
 
 def read_saved(file: AnyPath) -> ConfigDict:
@@ -66,14 +70,13 @@ def check_same_run(config: ConfigDict, saved_file: AnyPath) -> ConfigDict:
     return config
 
 
-def _meaning_today(file: AnyPath) -> tuple[dict[str, Value], set[str]]:
-    """Returns the fields of a config.json as today's table has them, and which are newer than it.
+def saved_version(file: AnyPath) -> int:
+    """Returns the version of the table that a run began under, from its config.json.
 
-    A field that is newer than the file has the value that "as before" means; one that is no field
-    any more is left out where it had the value that meant nothing.
+    Raises:
+      UserError: the file is damaged, or of a newer version.
     """
-    saved = read_json(file)
-    version = saved.pop("version", 1)
+    version = read_json(file).get("version", 1)
     if not isinstance(version, int):
         raise UserError(
             f"{file} is damaged (version {version!r}); restore it, or use a new --workdir."
@@ -82,6 +85,17 @@ def _meaning_today(file: AnyPath) -> tuple[dict[str, Value], set[str]]:
         raise UserError(
             f"{file} was written by a newer nca_jax (version {version}, not {VERSION})."
         )
+    return version
+
+
+def _meaning_today(file: AnyPath) -> tuple[dict[str, Value], set[str]]:
+    """Returns the fields of a config.json as today's table has them, and which are newer than it.
+
+    A field that is newer than the file has the value that "as before" means; one that is no field
+    any more is left out where it had the value that meant nothing.
+    """
+    version, saved = saved_version(file), read_json(file)
+    saved.pop("version", None)
     fields = fields_of(str(saved.get("loss.name")))
     newer = {
         name: field.default if field.before is None else field.before

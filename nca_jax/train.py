@@ -41,7 +41,14 @@ from nca_jax.programs import (
     start_state,
 )
 from nca_jax.reference import cache_date, examples_fingerprint, make_reference
-from nca_jax.saved_config import CONFIG, check_same_run, config_json, read_saved
+from nca_jax.saved_config import (
+    CONFIG,
+    VERSION,
+    check_same_run,
+    config_json,
+    read_saved,
+    saved_version,
+)
 from nca_jax.train_step import Frozen
 
 DROPPED = ("key",)  # leaves that older checkpoints have and nothing reads
@@ -59,10 +66,11 @@ def main(argv: list[str]) -> int:
 def train(config: ConfigDict, workdir: AnyPath, traced: range, check_held: lock.CheckHeld) -> int:
     """Trains in a workdir that this process holds, and returns the exit status."""
     # ---- Mesh, model, data -------------------------------------------------------------------
-    began, log_every = None, config.log_every
+    began, log_every, version = None, config.log_every, VERSION
     if checkpoint.saved_steps(workdir):
         config = check_same_run(config, workdir / CONFIG)
         began, log_every = read_run(workdir), read_saved(workdir / CONFIG).log_every
+        version = saved_version(workdir / CONFIG)
     run = build.build(config, date=start_date(config, began))
     data = build.read_data(run)
     for note in data.notes():
@@ -114,7 +122,7 @@ def train(config: ConfigDict, workdir: AnyPath, traced: range, check_held: lock.
         for note in record_run(workdir, began, now):
             print(note)
         if distributed.is_first():
-            write_json(workdir / CONFIG, config_json(config))
+            write_json(workdir / CONFIG, config_json(config, version))
 
         # ---- State: 1. own workdir, 2. init_from, 3. random ----------------------------------
         optimizer = build_optimizer(config, steps)
