@@ -21,9 +21,9 @@ from nca_jax.checks import UserError, run_main
 from nca_jax.config import flatten
 from nca_jax.data import pieces
 from nca_jax.data.load import load_prompts, notes_of
-from nca_jax.files import out_file
+from nca_jax.files import out_file, out_folder
 from nca_jax.flags import parse_flags
-from nca_jax.infra import distributed
+from nca_jax.infra import distributed, lock
 from nca_jax.infra.fingerprint import params_fingerprint, text_fingerprint
 from nca_jax.infra.records import date_of
 from nca_jax.params import policy_params
@@ -51,18 +51,19 @@ def main(argv: list[str]) -> int:
     with jax.set_mesh(run.mesh):
         params = policy_params(run, flags.workdir)
         made_from["parameters"] = params_fingerprint(params)
-        records = pieces.begin(out, made_from) if distributed.is_first() else []
-        start = int(distributed.from_first(np.array(len(records), np.int32)))
-        if start:
-            print(f"goes on after {start} of {len(prompts)} prompts")
-        for batch in rollout_batches(run, params, prompts, config.seed, start):
-            if distributed.is_first():
-                pieces.add(out, len(records), batch)
-            records += batch
-    if not distributed.is_first():
-        return 0
-    records = with_scores(prompts, records, scorer)
-    pieces.finish(out, records)
+        with lock.held(out_folder(pieces.folder_of(out))):
+            records = pieces.begin(out, made_from) if distributed.is_first() else []
+            start = int(distributed.from_first(np.array(len(records), np.int32)))
+            if start:
+                print(f"goes on after {start} of {len(prompts)} prompts")
+            for batch in rollout_batches(run, params, prompts, config.seed, start):
+                if distributed.is_first():
+                    pieces.add(out, len(records), batch)
+                records += batch
+            if not distributed.is_first():
+                return 0
+            records = with_scores(prompts, records, scorer)
+            pieces.finish(out, records)
     cut_off = sum(not finished for record in records for finished in record["finished"])
     print(
         f"{len(records)} prompts x {config.generate.num_samples} responses in {out}, {cut_off} of "

@@ -9,7 +9,7 @@ from typing import Any
 
 from nca_jax.checks import UserError
 from nca_jax.data.sources import write_records
-from nca_jax.files import AnyPath, remove, write_json
+from nca_jax.files import AnyPath, read_json, remove, write_json
 
 Record = dict[str, Any]  # JSON
 
@@ -20,15 +20,15 @@ def begin(out: AnyPath, made_from: dict[str, str]) -> list[Record]:
     """Returns the records that a start before this one has left, in order; [] if there was none.
 
     Raises:
-      UserError: they were made from something else; says what.
+      UserError: they were made from something else, says what; or what says it is damaged.
     """
-    folder = _folder(out)
+    folder = folder_of(out)
     made = sorted(folder.glob("*.jsonl"))
     if not made:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / MADE_FROM, made_from)
         return []
-    saved = json.loads((folder / MADE_FROM).read_text())
+    saved = read_json(folder / MADE_FROM)
     differs = [name for name, digest in made_from.items() if saved.get(name) != digest]
     if differs:
         raise UserError(
@@ -49,14 +49,15 @@ def begin(out: AnyPath, made_from: dict[str, str]) -> list[Record]:
 
 def add(out: AnyPath, start: int, records: list[Record]) -> None:
     """Keeps the records from number `start` on."""
-    write_records(_folder(out) / f"{start:09d}.jsonl", records)
+    write_records(folder_of(out) / f"{start:09d}.jsonl", records)
 
 
 def finish(out: AnyPath, records: list[Record]) -> None:
     """Writes all of them as OUT, and removes the pieces."""
     write_records(out, records)
-    remove(_folder(out))
+    remove(folder_of(out))
 
 
-def _folder(out: AnyPath) -> AnyPath:
+def folder_of(out: AnyPath) -> AnyPath:
+    """Returns OUT.pieces, which is there while records are made."""
     return out.with_name(out.name + ".pieces")

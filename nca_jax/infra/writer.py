@@ -1,7 +1,6 @@
 """Where metrics go: metrics.jsonl, TensorBoard, W&B, and a progress bar on a terminal."""
 
 import json
-import math
 import os
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from tqdm import tqdm
 
 from nca_jax.checks import UserError
 from nca_jax.files import AnyPath, copy_into, is_remote, read_lines, said_lines, write_whole
+from nca_jax.infra.finite import bad_metrics
 from nca_jax.infra.fingerprint import text_fingerprint
 from nca_jax.infra.lock import CheckHeld
 from nca_jax.infra.records import METRICS, is_metrics
@@ -76,10 +76,9 @@ class MetricWriter:
           UserError: a metric is not finite, which JSON has no number for; names it. Or the file
             was removed under the run.
         """
-        bad = [f"{name} is {x}" for name, x in metrics.items() if not math.isfinite(x)]
-        if bad:
+        if bad := bad_metrics(metrics):
             raise UserError(
-                f"Step {step}, {split}: {', '.join(bad)}. The run stops; lower optim.lr, or look "
+                f"Step {step}, {split}: {bad}. The run stops; lower optim.lr, or look "
                 "at the data with nca_jax.inspect."
             )
         self._check_there()
