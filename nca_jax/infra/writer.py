@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from nca_jax.checks import UserError
 from nca_jax.files import AnyPath, copy_into, is_remote, read_lines, said_lines, write_whole
-from nca_jax.infra.finite import bad_metrics
 from nca_jax.infra.fingerprint import text_fingerprint
+from nca_jax.infra.finite import bad_metrics
 from nca_jax.infra.lock import CheckHeld
 from nca_jax.infra.records import METRICS, is_metrics
 from nca_jax.protocols import LogSection
