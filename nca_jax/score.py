@@ -10,20 +10,31 @@ r"""Score sampled responses, so that they can be trained on.
           command:CMD   a command of one's own: it reads a JSON object a response from stdin (the
                     record with its "response") and writes {"score": number} a line to stdout
 
+What is scored is kept in OUT.pieces until OUT is whole: after a stop the same command goes on.
 Generate, score, train, and again with --workdir of the last run: that is learning on-policy.
 """
 
+import contextlib
+import itertools
+import json
+import shlex
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from nca_jax.checks import UserError, run_main
+from nca_jax.data import pieces
 from nca_jax.data.encode import check_prompt
 from nca_jax.data.record import question
-from nca_jax.data.sources import JsonlSource, RecordError, write_records
-from nca_jax.files import out_file
+from nca_jax.data.sources import JsonlSource, RecordError
+from nca_jax.files import is_file, out_file, out_folder
 from nca_jax.flags import parse_own_flags
-from nca_jax.rewards.scorers import COMMAND, SCORERS, Scorer, get_scorer, score_all
+from nca_jax.infra import lock
+from nca_jax.infra.fingerprint import files_fingerprint, text_fingerprint
+from nca_jax.rewards.scorers import COMMAND, SCORERS, Scorer, get_scorer, score_each
+
+PIECE = 64  # records that a stop can lose
 
 
 def main(argv: list[str]) -> int:
@@ -33,10 +44,20 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--scorer is empty; give one of {', '.join(SCORERS)}, {COMMAND}CMD.")
     out, source = out_file(flags.out), JsonlSource(flags.rows)
     records = [check_record(*source[i], scorer) for i in range(len(source))]
-    responses = [record["responses"] for record in records]
-    scores = score_all(scorer, list(map(question, records)), responses)
-    scored = [record | {"scores": found} for record, found in zip(records, scores, strict=True)]
-    write_records(out, scored)
+    made_from = {
+        "records": text_fingerprint(json.dumps(records)),
+        "scorer": text_fingerprint(flags.scorer + files_fingerprint(files_of(flags.scorer))),
+    }
+    with lock.held(out_folder(pieces.folder_of(out))):
+        scored = pieces.begin(out, made_from)
+        if scored:
+            print(f"goes on after {len(scored)} of {len(records)} prompts")
+        new = score_records(scorer, records[len(scored) :])
+        while piece := list(itertools.islice(new, PIECE)):
+            pieces.add(out, len(scored), piece)
+            scored += piece
+        pieces.finish(out, scored)
+    scores = [record["scores"] for record in scored]
     print(
         f"{len(records)} prompts, {sum(map(len, scores))} responses in {out}: mean score "
         f"{np.mean(np.concatenate(scores)):.4f}, standard deviation within a prompt "
@@ -44,6 +65,20 @@ def main(argv: list[str]) -> int:
         f"{np.mean([np.ptp(found) == 0 for found in scores]):.0%} of prompts"
     )
     return 0
+
+
+def score_records(scorer: Scorer, records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yields the records with their scores, as they are known."""
+    asked, responses = map(question, records), [record["responses"] for record in records]
+    for found, record in zip(score_each(scorer, list(asked), responses), records, strict=True):
+        yield record | {"scores": found}
+
+
+def files_of(scorer: str) -> list[str]:
+    """Returns the files that a scorer's command names, its program among them."""
+    with contextlib.suppress(ValueError):  # an open quote, as will be said
+        return [word for word in shlex.split(scorer.removeprefix(COMMAND)) if is_file(word)]
+    return []
 
 
 def check_record(where: str, record: dict[str, Any], scorer: Scorer) -> dict[str, Any]:
@@ -69,4 +104,7 @@ def check_record(where: str, record: dict[str, Any], scorer: Scorer) -> dict[str
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(
+        main,
+        interrupted="what was scored is kept in OUT.pieces; the same command goes on from there",
+    )

@@ -167,7 +167,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_work_and_a_folder_is_m
 ):
     records = prompts_file(tmp_path / "p.jsonl", {"prompt": "a", "responses": ["b"]})
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(score, "score_all", lambda *_: pytest.fail("scored before it is checked"))
+    monkeypatch.setattr(score, "score_each", lambda *_: pytest.fail("scored before it is checked"))
 
     def main(out) -> None:
         if command == "generate":

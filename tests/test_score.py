@@ -122,6 +122,39 @@ def test_what_cannot_be_scored_is_said(tmp_path, scorer, row, said):
     assert not (tmp_path / "scored.jsonl").exists()
 
 
+STOPS_ONCE = """
+import json, pathlib, sys
+asked = pathlib.Path(sys.argv[1])
+for line in sys.stdin:
+    text = json.loads(line)["response"]
+    asked.write_text(asked.read_text() + text + " ")
+    if asked.read_text().count(" ") == 4:
+        sys.exit("stopped")
+    print(json.dumps({"score": int(text)}), flush=True)
+"""
+
+
+def test_score_goes_on_after_a_stop_and_refuses_what_another_scorer_began(tmp_path, monkeypatch):
+    monkeypatch.setattr(score, "PIECE", 1)
+    (tmp_path / "mine.py").write_text(STOPS_ONCE)
+    (asked := tmp_path / "asked.txt").write_text("")
+    scorer = f"command:{sys.executable} {tmp_path / 'mine.py'} {asked}"
+    rows = [ROW | {"responses": [str(2 * n), str(2 * n + 1)]} for n in range(3)]
+    monkeypatch.setattr(score, "files_of", lambda scorer: [str(tmp_path / "mine.py")])
+    with pytest.raises(UserError, match="stopped with status 1: stopped"):
+        run(tmp_path, scorer, *rows)
+    scored = run(tmp_path, scorer, *rows)
+    assert [row["scores"] for row in scored] == [[0, 1], [2, 3], [4, 5]]
+    assert asked.read_text() == "0 1 2 3 2 3 4 5 "
+    assert not (tmp_path / "scored.jsonl.pieces").exists()
+    asked.write_text("")
+    with pytest.raises(UserError, match="stopped with status 1"):
+        run(tmp_path, scorer, *rows)
+    (tmp_path / "mine.py").write_text(STOPS_ONCE + "# mended")
+    with pytest.raises(UserError, match="had other scorer"):
+        run(tmp_path, scorer, *rows)
+
+
 def test_nothing_names_no_scorer():
     assert get_scorer("") is None
 

@@ -1,16 +1,20 @@
 """Rewards for generated text, by name in `SCORERS`, or a command of one's own.
 
 A scorer takes N records and N responses, records[i] being what response i answers: a dict that has
-the "prompt" and what else the data gives, such as an "answer". It returns N float32 scores.
+the "prompt" and what else the data gives, such as an "answer". It gives N scores, of float32.
 """
 
+import contextlib
 import functools
+import itertools
 import json
 import re
 import shlex
 import subprocess
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -25,11 +29,12 @@ NUMBER = re.compile(r"(?:(?<!\d)-)?\d[\d,]*(?:\.\d+)?")  # 12, -0.5, 1,000; in 7
 class Scorer(NamedTuple):
     """How responses are scored, and what is wanted of their records."""
 
-    score: Callable[[Sequence[Record], Sequence[str]], np.ndarray]  # N records, N responses -> [N]
+    # N records, N responses -> N scores, one by one as they are known
+    score: Callable[[Sequence[Record], Sequence[str]], Iterable[float]]
     lacks: Callable[[Record], str] = lambda record: ""  # what a record lacks to be scored, or ""
 
     def __call__(self, records: Sequence[Record], responses: Sequence[str]) -> np.ndarray:
-        return self.score(records, responses)
+        return np.fromiter(self.score(records, responses), np.float32)
 
     def check(self, where: str, record: Record) -> None:
         """Raises UserError, naming its place, if the responses to a record cannot be scored."""
@@ -100,7 +105,9 @@ def _plain(line: str) -> str:
     return line.strip().strip("\"'`*").rstrip(".").strip("\"'`* ").lower()
 
 
-def by_command(command: str, records: Sequence[Record], responses: Sequence[str]) -> np.ndarray:
+def by_command(
+    command: str, records: Sequence[Record], responses: Sequence[str]
+) -> Iterator[float]:
     """Scores by a command of one's own, started once for all responses, without a shell.
 
     It reads one JSON object a response from stdin, the record with its "response", and writes one
@@ -113,21 +120,45 @@ def by_command(command: str, records: Sequence[Record], responses: Sequence[str]
         json.dumps(record | {"response": text}, ensure_ascii=False) + "\n"
         for record, text in zip(records, responses, strict=True)
     ]
-    who = f"The scorer {COMMAND}{command}"
-    try:
-        done = subprocess.run(
-            shlex.split(command), input="".join(lines), capture_output=True, encoding="utf-8"
-        )
-    except (OSError, ValueError, IndexError) as error:  # not there, an open quote, empty
-        raise UserError(f"{who} cannot be started: {error}.") from None
-    if done.returncode:
-        said = done.stderr.strip().splitlines()[-1:] or ["nothing on stderr"]
-        raise UserError(f"{who} stopped with status {done.returncode}: {said[0]}")
-    # Not splitlines: a string of JSON may hold other ends of lines, such as U+2028.
-    written = done.stdout.removesuffix("\n").split("\n")
-    if len(written) != len(lines):
-        raise UserError(f"{who} wrote {len(written)} lines for {len(lines)} responses; one each.")
-    return np.array([_read_score(who, n, line) for n, line in enumerate(written, 1)], np.float32)
+    who, bad, number = f"The scorer {COMMAND}{command}", None, 0
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
+        try:
+            process = subprocess.Popen(
+                shlex.split(command),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                encoding="utf-8",
+                errors="replace",
+            )
+        except (OSError, ValueError, IndexError) as error:  # not there, an open quote, empty
+            raise UserError(f"{who} cannot be started: {error}.") from None
+        with process:
+            threading.Thread(target=_feed, args=(process.stdin, lines), daemon=True).start()
+            try:
+                for number, line in enumerate(process.stdout or (), start=1):
+                    if bad is None and number <= len(lines):
+                        try:
+                            yield _read_score(who, number, line.removesuffix("\n"))
+                        except UserError as error:  # the command may say more itself when it ends
+                            bad = error
+                process.wait()
+            finally:
+                process.kill()  # where nobody wants the other scores
+        if process.returncode:
+            errors.seek(0)
+            said = errors.read().strip().splitlines()[-1:] or ["nothing on stderr"]
+            raise UserError(f"{who} stopped with status {process.returncode}: {said[0]}")
+    if number != len(lines):
+        raise UserError(f"{who} wrote {number} lines for {len(lines)} responses; one each.")
+    if bad:
+        raise bad
+
+
+def _feed(stdin: IO[str], lines: Sequence[str]) -> None:
+    # It may end before it has read all.
+    with contextlib.suppress(BrokenPipeError, ValueError), stdin:
+        stdin.writelines(lines)
 
 
 def _read_score(who: str, number: int, line: str) -> float:
@@ -159,10 +190,20 @@ def get_scorer(name: str) -> Scorer | None:
     return SCORERS.get(name)
 
 
+def score_each(
+    scorer: Scorer, records: Sequence[Record], responses: Sequence[Sequence[str]]
+) -> Iterator[list[float]]:
+    """Yields the scores of each record's responses, rounded to 6 decimals, as they are known."""
+    asked = [record for record, texts in zip(records, responses, strict=True) for _ in texts]
+    scores = iter(scorer.score(asked, [text for texts in responses for text in texts]))
+    for texts in responses:
+        yield [round(float(score), 6) for score in itertools.islice(scores, len(texts))]
+    for _ in scores:  # the last word of a command comes after its scores
+        pass
+
+
 def score_all(
     scorer: Scorer, records: Sequence[Record], responses: Sequence[Sequence[str]]
 ) -> list[list[float]]:
-    """Returns the scores of each record's responses, rounded to 6 decimals."""
-    asked = [record for record, texts in zip(records, responses, strict=True) for _ in texts]
-    scores = iter(scorer(asked, [text for texts in responses for text in texts]).tolist())
-    return [[round(next(scores), 6) for _ in texts] for texts in responses]
+    """Returns all that `score_each` yields."""
+    return list(score_each(scorer, records, responses))
