@@ -204,7 +204,11 @@ def test_a_killed_sweep_goes_on_and_waits_for_the_run_that_it_left_behind(stub, 
     program = (
         "import sys; from experiments import sweep\n"
         f"sweep.nca_jax = lambda *x: [sys.executable, {str(tmp_path / 'stub.py')!r}, *x]\n"
-        "sweep.write_page = lambda out: 0\n"
+        "sweep.write_page, run_tasks = lambda out: 0, sweep.run_tasks\n"
+        "def run(*args, **more):\n"
+        f"    open({str(tmp_path / 'began')!r}, 'a').close()\n"
+        "    return run_tasks(*args, **more)\n"
+        "sweep.run_tasks = run\n"
         f"sys.exit(sweep.main(['sweep', *{flags!r}]))"
     )
     env = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -216,8 +220,9 @@ def test_a_killed_sweep_goes_on_and_waits_for_the_run_that_it_left_behind(stub, 
     wait_for(lambda: (workdir / "run.json").exists())
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
+    (tmp_path / "began").unlink()
     second = start()
-    time.sleep(1)
+    wait_for((tmp_path / "began").exists)  # it has seen what there is to do
     released.touch()
     assert second.wait(timeout=60) == 0
     assert starts(workdir) == ["train"]
