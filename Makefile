@@ -40,7 +40,7 @@ test-slow: $(VENV)/installed
 # Campaigns of faults: so many of each kind.
 FAULT_TRIES ?= 100
 test-faults: $(VENV)/installed
-	FAULT_TRIES=$(FAULT_TRIES) $(BIN)/python -m pytest -m faults -n 2 --dist worksteal
+	FAULT_TRIES=$(FAULT_TRIES) $(BIN)/python -m pytest tests/faults -n 2 --dist worksteal
 
 # A few minutes of tests on a newer Python with its newer JAX, where there is one.
 test-second:

@@ -129,7 +129,9 @@ def _hear_threads() -> None:
             threading.__excepthook__(args)
 
     def of_native_code(args: "sys.UnraisableHookArgs") -> None:
-        if "Event loop is closed" not in str(args.exc_value):  # who was to hear has stopped already
+        is_closed = "Event loop is closed" in str(args.exc_value)  # who was to hear has stopped
+        is_stop = isinstance(args.exc_value, signals.Interrupted)  # in a callback, which ends it
+        if not (is_closed or is_stop):
             sys.__unraisablehook__(args)
 
     threading.excepthook, sys.unraisablehook = of_thread, of_native_code

@@ -5,6 +5,7 @@ A raw file is .parquet, .jsonl or .jsonl.gz; `layouts` knows how the records of 
 
 import contextlib
 import io
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -94,7 +95,7 @@ class ScoredRecords(  # pyright: ignore[reportGeneralTypeIssues]
 
 
 def prepare(builder: ScoredRecords) -> None:
-    """Writes the files of a builder, all or none.
+    """Writes the files of a builder, all or none, and removes what a killed start has left.
 
     Raises:
       UserError: the data set is already there, a file cannot be read, or a split has no records.
@@ -104,6 +105,9 @@ def prepare(builder: ScoredRecords) -> None:
             f"{builder.data_dir} is already there; use it as it is, delete it, or give another "
             "--out=FOLDER."
         )
+    folder = Path(builder.data_dir)
+    for left in folder.parent.glob(f"incomplete.*_{folder.name}"):  # as tfds names them
+        shutil.rmtree(left, ignore_errors=True)
     # What it prints is about downloads, and there are none.
     with contextlib.redirect_stdout(io.StringIO()):
         builder.download_and_prepare()

@@ -21,18 +21,16 @@ def held() -> tuple[int, int, int]:
     return pages * os.sysconf("SC_PAGE_SIZE"), files, len(os.listdir(tempfile.gettempdir()))
 
 
+def record(i: int, first: int) -> dict:
+    """Returns a record whose prompt is of its number alone, in ids below 60."""
+    prompt = [first, 3 + i % 50, 3 + i // 50 % 50, 3 + i // 2500]
+    return id_record(i % 5) | {"prompt_ids": prompt}
+
+
 def test_memory_files_and_temporary_folders_stay_flat(tmp_path, monkeypatch, tries, tally):
     num_records, num_heldout, steps = 200 * tries, 10 * tries, 20 * tries
-    records = write(
-        tmp_path / "records.jsonl",
-        [id_record(i % 12) | {"prompt_ids": [1 + i % 120, 1 + i // 120 % 120, i // 14400]}
-         for i in range(num_records)],
-    )  # fmt: skip
-    heldout = write(
-        tmp_path / "heldout.jsonl",
-        [id_record(i % 12) | {"prompt_ids": [1 + i % 120, 1 + i // 120, 9, 9]}
-         for i in range(num_heldout)],
-    )  # fmt: skip
+    records = write(tmp_path / "records.jsonl", [record(i, 1) for i in range(num_records)])
+    heldout = write(tmp_path / "heldout.jsonl", [record(i, 2) for i in range(num_heldout)])
     monkeypatch.setattr(build, "make_mesh", lambda sizes, _: make_mesh(sizes, jax.devices()[:1]))
     seen = []
 
