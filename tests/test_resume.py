@@ -140,13 +140,6 @@ def kills_and_resumes(workdir: Path, rows: Path, num_kills: int, seed: int) -> N
 
 
 @pytest.mark.slow
-def test_a_run_killed_once_is_the_uninterrupted_run(tmp_path, uninterrupted):
-    want, rows = uninterrupted
-    kills_and_resumes(tmp_path / "run", rows, num_kills=1, seed=0)
-    assert_same_run(tmp_path / "run", want)
-
-
-@pytest.mark.slow
 def test_a_run_killed_ten_times_is_the_uninterrupted_run(tmp_path, uninterrupted):
     want, rows = uninterrupted
     kills_and_resumes(tmp_path / "run", rows, num_kills=10, seed=1)
