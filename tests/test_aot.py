@@ -166,6 +166,7 @@ def test_a_step_of_billions_of_parameters_is_described_without_arrays():
     assert batch.rows.tokens.shape == (2, 8, config.data.row_len)
 
 
+@pytest.mark.slow
 def test_what_compiles_but_needs_more_than_the_chip_has_does_not_fit(monkeypatch, tmp_path):
     config, _ = parse_flags(["aot", "--config=configs/jsonl.py:files=x,smoke", *SMOKE])
     run = build.build_for(config, jax.devices())

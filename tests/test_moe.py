@@ -47,7 +47,14 @@ def assert_same(got, want):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
 
 
-@pytest.mark.parametrize("chosen", [None, (3, 1), (0, 2)], ids=["random", "two", "other two"])
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        pytest.param(None, id="random"),
+        pytest.param((3, 1), id="two", marks=pytest.mark.slow),
+        pytest.param((0, 2), id="other two", marks=pytest.mark.slow),
+    ],
+)
 def test_grouped_products_equal_the_dense_mixture_and_drop_no_token(chosen):
     arrays = problem(chosen)
     assert_same(value_and_gradients(MIX, arrays), value_and_gradients(dense, arrays))
@@ -69,6 +76,7 @@ def test_experts_over_a_mesh_equal_the_dense_mixture(sizes):
     assert_same(got, want)
 
 
+@pytest.mark.slow
 def test_a_gradient_through_many_tiles_equals_the_dense_one(monkeypatch):
     monkeypatch.setattr(grouped, "TILE_ROWS", 128)
     monkeypatch.setattr(grouped, "TILE_SIDE", 128)

@@ -60,6 +60,7 @@ def change_weights(folder: Path, factor: float) -> None:
     save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+@pytest.mark.slow
 def test_a_reference_of_its_own_is_what_step_1_compares_with_and_may_not_change(tmp_path, other):
     flags = (*FLAGS, f"--config.reference.init_from={other}", f"--workdir={tmp_path / 'run'}")
     train.main(["train", *flags])

@@ -358,6 +358,7 @@ def test_rows_and_meshes_leave_the_released_numbers(
     check(largest_differences(golden, lines))
 
 
+@pytest.mark.slow
 def test_a_cached_reference_and_one_prompt_a_micro_batch_leave_the_released_numbers(
     tmp_path, use_devices, monkeypatch
 ):

@@ -95,7 +95,9 @@ def test_what_saves_is_asked_once_and_ended_by_a_second_signal():
 
 
 def test_a_signal_that_is_ignored_stays_ignored():
-    process = start("saves", "0", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # which is inherited
+    process = start("saves", "0")
+    signal.signal(signal.SIGHUP, before)
     process.send_signal(signal.SIGHUP)
     time.sleep(0.5)
     assert process.poll() is None
