@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from commands import QUICK, ROOT, TIMES
-from old_run import MODEL, OLD
+from old_run import ALL_BUT_STEPS, MODEL, OLD
 from safetensors.numpy import load_file
 
 from nca_jax.data.tfds_source import TfdsSource
@@ -190,20 +190,11 @@ def nca_jax(name: str, *flags: str) -> list[str]:
 
 def run_flags(records: Path | str = OLD / "rows.jsonl") -> list[str]:
     """A run of token ids on a model of a few thousand parameters."""
+    _, *flags = (flag for flag in ALL_BUT_STEPS if "data.rows=" not in flag)
     return [
         f"--config=configs/jsonl.py:files={records},init_from={MODEL},k=3",
-        "--config.epochs=0",
-        "--config.data.tokenizer=none",
-        "--config.data.eval_fraction=0.2",
-        "--config.data.batch_size=4",
-        "--config.data.rows=1",
-        "--config.data.row_len=64",
-        "--config.data.block=16",
-        "--config.loss.logits_chunk=64",
-        "--config.optim.lr=1e-2",
-        "--config.data.max_prompt_len=16",
-        "--config.data.max_response_len=16",
-        "--config.log.tensorboard=False",
+        *flags,
+        "--config.data.rows=1",  # for one device
         "--config.steps=6",
         "--config.eval_every=3",
         "--config.save_every=2",
