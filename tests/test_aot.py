@@ -31,6 +31,7 @@ def main_of(program: str) -> str:
     return re.sub(r"@\w+", "@function", program.split("func.func private")[0])
 
 
+@pytest.mark.slow
 def test_the_program_that_is_compiled_is_the_one_that_trains(tmp_path, monkeypatch):
     rows = write_records(tmp_path / "rows.jsonl")
     flags = (f"--config=configs/jsonl.py:files={rows},smoke", *SMOKE)

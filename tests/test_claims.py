@@ -40,6 +40,7 @@ def test_as_k_grows_the_optimum_becomes_the_limit():
     assert apart[-1] < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("loss", "beta", "optimum"),
     [
@@ -61,6 +62,7 @@ def test_the_mean_loss_over_every_draw_has_no_gradient_at_the_optimum(loss, beta
     assert np.abs(jax.grad(mean_loss)(jnp.zeros(4))).max() > 0.05
 
 
+@pytest.mark.slow
 def test_training_reaches_the_optimum_and_only_nca_keeps_the_mass_of_what_is_drawn():
     def final(problem: Problem) -> np.ndarray:
         return np.asarray(jax.nn.softmax(tabular.train(problem, 500, jax.random.key(0))[-1]))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import ROOT
+from commands import QUICK, ROOT
 
 pytest.importorskip("matplotlib")
 from experiments import results  # noqa: E402  (they plot)
@@ -260,7 +260,7 @@ def test_the_judge_tells_praise_from_blame_as_a_scorer():
 def test_a_claim_runs_in_its_smoke_form(claim, tmp_path):
     pytest.importorskip("vaderSentiment")
     command = [sys.executable, "-m", f"experiments.claims.{claim}", f"--out={tmp_path}"]
-    env = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    env = os.environ | {"XLA_FLAGS": QUICK, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [*command, "--smoke", "--seeds=1"], cwd=ROOT, env=env, capture_output=True, text=True
     )
@@ -274,7 +274,7 @@ def test_a_claim_runs_in_its_smoke_form(claim, tmp_path):
 def test_the_claim_on_real_answers_runs_in_its_smoke_form(monkeypatch, tmp_path):
     monkeypatch.setattr(real, "ARMS", {"dpo, K=2": ("dpo", 2)})  # one arm, for time
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
-    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("XLA_FLAGS", QUICK)
     monkeypatch.chdir(ROOT)
     rows_file = scored_rows(tmp_path / "rows.gz", real.NUM_HELDOUT + real.NUM_TRAIN)
     argv = ["real", f"--rows={rows_file}", f"--out={tmp_path}", "--smoke", "--seeds=1"]

@@ -245,6 +245,7 @@ def without_extras(program: str) -> str:
     return run.stdout
 
 
+@pytest.mark.slow
 def test_every_command_starts_without_the_extras():
     commands = [path.stem for path in (ROOT / "nca_jax").glob("*.py") if path.stem != "__init__"]
     assert "prepare" in commands

@@ -1,5 +1,6 @@
 """What a step reports, on cases that fit on paper: ties, absent responses, empty slots, ranks."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -21,9 +22,13 @@ def responses(logps, scores, mask=None, ref_logps=None, lengths=None) -> Respons
 def metrics_of(given: Responses, loss="nca", has_reference=True, **change) -> dict[str, float]:
     record = LOSSES[loss]._replace(**change)
     fields = {name: FIELDS[name] for name in record.fields}
-    losses = record.per_prompt(given, fields)
-    found = alignment_metrics(record, given, fields, losses=losses, has_reference=has_reference)
-    return {name: float(value) for name, value in found.items()}
+
+    @jax.jit
+    def found(given):
+        losses = record.per_prompt(given, fields)
+        return alignment_metrics(record, given, fields, losses=losses, has_reference=has_reference)
+
+    return {name: float(value) for name, value in found(given).items()}
 
 
 def test_ranks_are_by_score_and_ties_are_in_data_order():

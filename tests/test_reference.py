@@ -84,6 +84,7 @@ def test_a_reference_of_its_own_is_what_step_1_compares_with_and_may_not_change(
         train.main(["train", *flags])
 
 
+@pytest.mark.slow
 def test_a_run_in_bfloat16_starts_at_its_reference_and_keeps_float32_parameters(tmp_path):
     flags = (*FLAGS, "--config.model.dtype=bfloat16", f"--workdir={tmp_path / 'run'}")
     train.main(["train", *flags])

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import ROOT, write_records
+from commands import QUICK, ROOT, write_records
 
 from experiments import sweep
 from nca_jax.checks import UserError
@@ -264,7 +264,7 @@ def test_a_real_sweep_trains_evaluates_and_reports(tmp_path):
         "--config.eval_every=0",
         "--config.log.tensorboard=False",
     ]
-    env = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    env = os.environ | {"XLA_FLAGS": QUICK, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, "-m", "experiments.sweep", *argv],
         cwd=ROOT, env=env, capture_output=True, text=True,

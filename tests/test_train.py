@@ -43,13 +43,8 @@ def rows(tmp_path):
     return write_records(tmp_path / "rows.jsonl")
 
 
-@pytest.mark.parametrize(
-    ("algo", "start"),
-    [
-        ("nca", 2 * math.log(2)),
-        pytest.param("infonca", math.log(4), marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("algo", "start"), [("nca", 2 * math.log(2)), ("infonca", math.log(4))])
 def test_first_loss_is_that_of_policy_equal_to_reference(tmp_path, rows, algo, start):
     flags = ("--config.steps=1", "--config.eval_every=0")
     lines = run(tmp_path / "run", rows, *flags, arg=f"algo={algo},smoke")
