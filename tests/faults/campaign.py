@@ -27,7 +27,7 @@ from nca_jax.models.decoder import Model
 from nca_jax.models.formats.hf import read_config
 
 KINDS = ("survived", "refused", "lost")
-PATIENCE = 120  # seconds after which a command is stuck
+PATIENCE = int(os.environ.get("FAULT_PATIENCE", "120"))  # seconds after which a command is stuck
 
 
 class Tally(Counter):

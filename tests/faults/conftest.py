@@ -1,6 +1,7 @@
 """Campaigns of faults: each tries many, and says what became of them.
 
-    make test-faults            100 of each kind; FAULT_TRIES= and FAULT_SEED= choose others
+    make test-faults            100 of each kind; FAULT_TRIES=, FAULT_SEED= and, where a machine is
+                                busy, FAULT_PATIENCE= (seconds) choose others
 
 A fault that is survived leaves the result that there would have been without it. One that is
 refused ends a command with one line and status 2. Any other outcome, a traceback or another
