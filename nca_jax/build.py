@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from nca_jax.checks import UserError
 from nca_jax.config import flatten
 from nca_jax.data.encode import Encoder
+from nca_jax.data.facts import facts_of
 from nca_jax.data.load import Share
 from nca_jax.data.pipeline import Data, load_data
 from nca_jax.data.template import Turn, usual_turn
@@ -239,10 +240,10 @@ def read_data(run: Run, *, score_unit: float | None = None) -> Data:
             f"config.data.eval_fraction={config.data.eval_fraction} holds out none of "
             f"{sum(map(len, data.sources))} records; raise it, or set config.eval_every=0."
         )
+    training = [example for source in data.sources for example in source]
+    data.counts.update(facts_of(training, config.data.num_responses))
     if score_unit is None:
-        is_spread = config.data.score_unit == "spread"
-        training = [example for source in data.sources for example in source]
-        score_unit = spread(training) if is_spread else 1.0
+        score_unit = spread(training) if config.data.score_unit == "spread" else 1.0
     return data.in_unit(score_unit)
 
 

@@ -121,8 +121,7 @@ class Encoder:
         responses, scores, notes = self._responses_of(parts)
         group = self._cut(Group(prompt, responses))
         num_tokens = len(prompt) + sum(map(len, responses))
-        text, record, k = parts.prompt, question(record), self.config.num_responses
-        few = (f"records with fewer responses than data.num_responses={k}",) * (len(scores) < k)
+        text, record = parts.prompt, question(record)
         return Example(
             where=where,
             group=group,
@@ -132,7 +131,7 @@ class Encoder:
             num_tokens=num_tokens,
             num_cut=num_tokens - sum(group.lengths()),
             is_pair=parts.is_pair,
-            notes=parts.notes + notes + few + self._notes_of(text),
+            notes=parts.notes + notes + self._notes_of(text),
         )
 
     def _prompt_of(self, parts: Parts) -> np.ndarray:

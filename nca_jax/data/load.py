@@ -25,7 +25,6 @@ from nca_jax.protocols import DataSection
 Item = TypeVar("Item", Example, Prompt)  # what a record is read as
 
 READ_THREADS, READ_AHEAD = 2, 64  # records
-SAME_PROMPT = "records with the prompt of an earlier one"
 SAME_UNIT = 2  # scores whose spans differ by a larger factor are taken to be of different units
 # What of an Example is a JSON value.
 _SIMPLE = ("where", "record", "prompt_hash", "num_tokens", "num_cut", "is_pair", "notes")
@@ -75,8 +74,6 @@ def load_examples(files: str, encoder: Encoder, *, share: Share = ALONE) -> Exam
         for pattern in patterns
     ]
     _count_units(patterns, sources, counts)
-    prompts = [example.prompt_hash for source in sources for example in source]
-    counts += Counter({SAME_PROMPT: len(prompts) - len(set(prompts))})  # without what is 0 times
     return Examples(sources, counts)
 
 

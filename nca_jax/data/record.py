@@ -36,8 +36,6 @@ CHOICES = ("chosen", "rejected")
 ROLLOUT = ("prompt_ids", "response_ids", "finished", "tokenizer")
 OTHER_TOKENIZER = "records of another tokenizer: their text is encoded"
 EQUAL = "records with equal responses of different scores"
-REPEATED = "records with equal responses of equal scores"
-TIED = "records whose scores are all equal"
 UNREAD_SCORES = (
     "pairs have the scores 1 and 0, not their score_chosen and score_rejected: for these write "
     "responses and scores"
@@ -131,15 +129,10 @@ def read_score(score: Any, who: str) -> float:
 def _notes_of(
     responses: list, scores: np.ndarray, finished: Sequence[bool] | None
 ) -> tuple[str, ...]:
-    """Returns what is said of a record that says one response twice, or prefers none."""
+    """Returns what is said of a record that scores one response in two ways."""
     said = list(map(str, zip(responses, finished or [True] * len(responses), strict=True)))
-    num_said, num_scored = len(set(said)), len(set(zip(said, scores.tolist(), strict=True)))
-    notes = {
-        EQUAL: num_scored > num_said,
-        REPEATED: num_scored < len(said),
-        TIED: len(said) > 1 and len(set(scores.tolist())) == 1,
-    }
-    return tuple(note for note, is_so in notes.items() if is_so)
+    differ = len(set(zip(said, scores.tolist(), strict=True))) > len(set(said))
+    return (EQUAL,) if differ else ()
 
 
 def _notes_of_pair(record: dict[str, Any], texts: list) -> tuple[str, ...]:
