@@ -12,6 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from nca_jax.data.pipeline import choose
+from nca_jax.infra.optim import make_schedule
 from nca_jax.losses import targets_from_scores
 from nca_jax.protocols import DataSection
 from nca_jax.train_step import loss_of
@@ -90,12 +91,14 @@ def _of_batch(data: DataSection, num_prompts: int) -> list[str]:
 
 
 def _of_warmup(config: ConfigDict, steps: int) -> list[str]:
-    warmup = math.ceil(config.optim.warmup_frac * steps)
+    rates = np.asarray(make_schedule(config.optim, steps)(jnp.arange(steps)))
+    is_full = rates >= 0.999 * config.optim.lr
+    warmup = int(np.argmax(is_full)) if is_full.any() else steps
     if 2 * warmup < steps:
         return []
     return [
-        f"the learning rate still rises in {warmup} of {steps} steps, so that little or nothing is "
-        "learned; set more config.epochs or config.steps, a smaller config.data.batch_size, or "
+        f"the learning rate still rises in {warmup} of {steps} steps, below config.optim.lr; set "
+        "more config.epochs or config.steps, a smaller config.data.batch_size, or "
         "config.optim.warmup_frac=0"
     ]
 

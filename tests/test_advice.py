@@ -10,6 +10,7 @@ from nca_jax.checks import UserError
 from nca_jax.data.facts import facts_of
 from nca_jax.data.unit import spread
 from nca_jax.flags import parse_flags
+from nca_jax.infra.optim import make_schedule
 from nca_jax.losses import LOSSES
 
 POINTS = [[2.0, 5.0, 9.0], [3.0, 6.0, 8.0], [2.0, 4.0, 7.0], [3.0, 5.0, 9.0]]
@@ -54,11 +55,16 @@ def test_a_batch_larger_than_the_data_is_said_with_what_to_set():
     assert "config.data.batch_size=4 or less" in warning
 
 
-@pytest.mark.parametrize(("steps", "is_short"), [(1, True), (2, True), (3, False), (20, False)])
-def test_steps_so_few_that_warmup_is_most_of_them_are_said(steps, is_short):
-    _, *warnings = said(POINTS, config_of(",alpha=1.5"), steps)
-    assert len(warnings) == is_short
-    assert all(f"rises in 1 of {steps} steps" in one for one in warnings)
+@pytest.mark.parametrize(("frac", "is_long"), [(0.0, False), (0.1, False), (0.7, True)])
+def test_a_warmup_of_most_of_the_steps_is_said(frac, is_long):
+    _, *warnings = said(POINTS, config_of(",alpha=1.5", **{"optim.warmup_frac": frac}))
+    assert ["still rises" in one for one in warnings] == [True] * is_long
+
+
+def test_a_run_in_which_the_rate_is_never_above_0_is_warned():
+    config = config_of(",alpha=1.5")
+    never = make_schedule(config.optim, 1)(0) == 0
+    assert len(said(POINTS, config, steps=1)) == 1 + never
 
 
 def test_ties_of_nearly_all_prompts_are_said_whatever_the_loss():

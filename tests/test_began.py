@@ -152,7 +152,7 @@ def test_the_unit_of_scores_is_kept_and_evaluated_in(run, monkeypatch):
 
 def test_inspect_says_before_a_run_what_train_says(run, capsys):
     shutil.rmtree(run / "run" / "checkpoints")
-    flags = ("--config.loss.alpha=1e-4", "--config.optim.warmup_frac=0.5")
+    flags = ("--config.loss.alpha=1e-4", "--config.optim.warmup_frac=0.9")
     inspect.main(["inspect", *flags_of(run), *flags, "--rows=1"])
     plan, *warnings = capsys.readouterr().out.splitlines()[-3:]
     go_on(run, *flags)
