@@ -11,6 +11,8 @@ the section in with the table's defaults. `config.loss` is `name`, `logits_chunk
 its own loss, see `nca_jax.losses`.
 """
 
+from collections.abc import Set
+
 from ml_collections import ConfigDict
 
 from nca_jax.checks import UserError
@@ -97,6 +99,13 @@ FIELDS: dict[str, Field] = {
         "prompt and response become ids as one text where that can be cut; released: apart",
         since=3,
         before="apart",
+    ),
+    "data.score_unit": Field(
+        "raw",
+        one_of("raw", "spread"),
+        "of scores and loss.alpha: the data's own, or the mean over the training records of the "
+        "standard deviation of a record's scores",
+        since=4,
     ),
     "data.num_responses": Field(4, COUNT, "K, responses of a prompt in a step"),
     "data.choose": Field(
@@ -190,19 +199,35 @@ def default_config() -> ConfigDict:
     return config
 
 
-def choose_loss(config: ConfigDict, name: str, *, k: int = 0, **values: Value) -> None:
+def choose_loss(
+    config: ConfigDict, name: str, *, asked: Set[str] = frozenset(), k: int = 0, **values: Value
+) -> None:
     """Makes `name` the loss of a config, as its record has it.
 
     Its own fields come in with their defaults, or with those of `values` that are fields of it; K
     is the number nearest to `k` that it takes (0: to the config's); where it reads no reference
     there is none.
 
+    Args:
+      asked: names that a user gave a value, see `parse_arg`: of "k" and of `values` these do not
+        give way.
     Raises:
-      UserError: there is no such loss.
+      UserError: there is no such loss, or it does not read what was asked for.
     """
     if name not in LOSSES:
         raise UserError(f"There is no loss {name!r}; wanted one of {', '.join(LOSSES)}.")
     loss = LOSSES[name]
+    if "k" in asked and k != loss.nearest_k(k):
+        raise UserError(
+            f"algo={name} takes {loss.takes} responses a prompt, not k={k}: set "
+            f"k={loss.nearest_k(k)}, leave k out, or choose another algo."
+        )
+    for unread in sorted(asked & values.keys() - loss.fields.keys()):
+        having = [other for other, its in LOSSES.items() if unread in its.fields]
+        raise UserError(
+            f"algo={name} does not read {unread}; it takes {', '.join(loss.fields) or 'nothing'}: "
+            f"leave {unread} out, or choose an algo that does ({', '.join(having)})."
+        )
     own = {x: values.get(x, field.default) for x, field in loss.fields.items()}
     chunk = config.loss.logits_chunk
     config.loss = ConfigDict({"name": name, "logits_chunk": chunk} | own)
@@ -260,7 +285,6 @@ def _check(flat: dict[str, Value], name: str, field: Field) -> None:
 def _check_together(config: ConfigDict) -> None:
     data, model, loss, kind = config.data, config.model, config.loss, config.reference.kind
     record, best = LOSSES[loss.name], config.checkpoint.best_metric
-    least, most = record.k
     num_blocks = data.row_len // data.block
     for is_bad, message in (
         (
@@ -269,10 +293,8 @@ def _check_together(config: ConfigDict) -> None:
         ),
         (
             data.num_responses != record.nearest_k(data.num_responses),
-            f"config.loss.name={loss.name!r} takes {least}"
-            + (" or more" if most is None else f" to {most}" if most > least else "")
-            + f" responses a prompt: set config.data.num_responses={least}; it is "
-            f"{data.num_responses}",
+            f"config.loss.name={loss.name!r} takes {record.takes} responses a prompt: set "
+            f"config.data.num_responses={record.k[0]}; it is {data.num_responses}",
         ),
         (
             kind == "none" and "ref_logps" in record.reads,
@@ -316,6 +338,11 @@ def _check_together(config: ConfigDict) -> None:
             f"config.data.row_len={data.row_len}",
         ),
         (
+            data.score_unit != "raw" and data.first_bonus > 0,
+            "config.data.first_bonus is in the data's own unit, as released: set "
+            "config.data.score_unit='raw'",
+        ),
+        (
             0 < data.row_pairs < num_blocks,
             f"config.data.row_pairs={data.row_pairs} is less than the {num_blocks} blocks of a row",
         ),
@@ -349,40 +376,7 @@ def _check_together(config: ConfigDict) -> None:
             raise UserError(message + ".")
 
 
-def describe() -> str:
-    """Returns docs/config.md: every field with its default, what it must be and what it means."""
-    lines = [
-        "# Fields of a config",
-        "",
-        "Made by `python -m nca_jax.config > docs/config.md`. Every field can be set in a config",
-        "file (`configs/`) and by `--config.section.field=value`. Those marked * may change when a",
-        "run is resumed.",
-    ]
-    title = None
-    for name, field in FIELDS.items():
-        head, _, leaf = name.rpartition(".")
-        if head != title:
-            title = head
-            absent = " (absent where nothing is sampled)" if head in OPTIONAL else ""
-            lines += ["", f"## {f'config.{head}' if head else 'config'}{absent}", *_HEADER]
-        lines.append(_line(leaf, field))
-    for name, loss in LOSSES.items():
-        least, most = loss.k
-        k = f"K = {least}" if least == most else f"K >= {least}" + (f" to {most}" if most else "")
-        reads = ", ".join(loss.reads)
-        lines += ["", f"## config.loss of {name}: {k}; reads {reads}", *_HEADER]
-        lines += [_line(leaf, field) for leaf, field in loss.fields.items()]
-    return "\n".join(lines) + "\n"
-
-
-_HEADER = ("", "| field | default | must be | meaning |", "|---|---|---|---|")
-
-
-def _line(leaf: str, field: Field) -> str:
-    mark = "*" if field.may_change else ""
-    wanted = field.check.wanted.replace("|", "\\|")
-    return f"| {leaf}{mark} | `{field.default!r}` | {wanted} | {field.meaning} |"
-
-
 if __name__ == "__main__":
+    from nca_jax.config_doc import describe
+
     print(describe(), end="")

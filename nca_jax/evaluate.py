@@ -40,7 +40,7 @@ from nca_jax.flags import parse_flags
 from nca_jax.infra import distributed
 from nca_jax.infra.finite import bad_metrics
 from nca_jax.infra.mesh import compiler_options, rows_here
-from nca_jax.infra.records import date_of
+from nca_jax.infra.records import date_of, score_unit_of
 from nca_jax.params import policy_params
 from nca_jax.reference import reference_params
 from nca_jax.rewards.scorers import Scorer, get_scorer, score_all
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
     scorers = {"reward": get_scorer(config.generate.scorer), "judge": get_scorer(flags.judge)}
     run = build.build(config, date=date_of(flags.workdir))
     texts = read_texts(run, flags.text) if flags.text else []
-    data = build.read_data(run)
+    data = build.read_data(run, score_unit=score_unit_of(flags.workdir))
     if not data.heldout:
         raise UserError("No records are held out: set data.eval_fraction or data.eval_files.")
     heldout = data.heldout[: flags.num_prompts]

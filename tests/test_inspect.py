@@ -48,4 +48,4 @@ def test_inspect_shows_packing_and_the_histogram_of_lengths(shown):
     assert "scored_tokens 21" in shown and "needed_tokens 37" in shown
     assert "=== prompts: 2, mean 8.0 tokens, longest 8" in shown
     assert "=== responses: 4, mean 5.2 tokens, longest 7" in shown
-    assert "2 prompts to train on, 0 held out" in shown
+    assert "2 training prompts, 0 held out, 10 steps of 2 prompts (10 epochs) on" in shown

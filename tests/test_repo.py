@@ -58,8 +58,8 @@ LEAVES = (
 LAYERS = (  # from the bottom
     (*LEAVES, "model_config"),
     GROUPS,
-    ("evaluators", "logprobs", "losses", "metrics", "sampling", "train_step"),
-    ("config", "saved_config", "flags"),
+    ("advice", "evaluators", "logprobs", "losses", "metrics", "sampling", "train_step"),
+    ("config", "config_doc", "saved_config", "flags"),
     ("build",),
     ("params",),
     ("programs",),
