@@ -128,8 +128,20 @@ FIELDS: dict[str, Field] = {
         128, COUNT, "tokens of a row whose logits exist at once; divides row_len", True
     ),
     "optim.lr": Field(5e-6, POSITIVE, "peak learning rate of AdamW"),
-    "optim.schedule": Field("cosine", one_of("cosine", "constant"), "after the warmup"),
-    "optim.warmup_frac": Field(0.1, FRACTION, "of the steps, rounded up: linear from 0"),
+    "optim.schedule": Field(
+        "cosine", one_of("constant", "linear", "cosine", "wsd"), "after the warmup"
+    ),
+    "optim.warmup_frac": Field(0.1, FRACTION, "of the steps, rounded up: linear"),
+    "optim.warmup_from": Field(
+        "share",
+        one_of("share", "zero"),
+        "rate of the first of W steps of warmup: lr / W, or 0, which trains nothing; released: 0",
+        since=4,
+        before="zero",
+    ),
+    "optim.decay_frac": Field(
+        0.0, FRACTION, "of the steps, rounded up: the last ones, in which wsd falls to 0", since=4
+    ),
     "optim.clip_norm": Field(1.0, NOT_NEGATIVE, "of the whole gradient; 0: not clipped"),
     "optim.b1": Field(0.9, FRACTION, "decay of the first moment"),
     "optim.b2": Field(0.999, FRACTION, "decay of the second moment"),
@@ -259,7 +271,7 @@ def _check(flat: dict[str, Value], name: str, field: Field) -> None:
 
 def _check_together(config: ConfigDict) -> None:
     data, model, loss, kind = config.data, config.model, config.loss, config.reference.kind
-    record, best = LOSSES[loss.name], config.checkpoint.best_metric
+    record, best, optim = LOSSES[loss.name], config.checkpoint.best_metric, config.optim
     least, most = record.k
     num_blocks = data.row_len // data.block
     for is_bad, message in (
@@ -324,6 +336,11 @@ def _check_together(config: ConfigDict) -> None:
             "set one of config.data.eval_files and config.data.eval_fraction",
         ),
         (
+            (optim.schedule == "wsd") != (optim.decay_frac > 0),
+            "config.optim.decay_frac is the part of the steps in which schedule='wsd' falls, such "
+            "as 0.2, and is read by no other",
+        ),
+        (
             list(config.mesh.values()).count(-1) > 1,
             "only one axis of config.mesh may be -1",
         ),
@@ -349,40 +366,7 @@ def _check_together(config: ConfigDict) -> None:
             raise UserError(message + ".")
 
 
-def describe() -> str:
-    """Returns docs/config.md: every field with its default, what it must be and what it means."""
-    lines = [
-        "# Fields of a config",
-        "",
-        "Made by `python -m nca_jax.config > docs/config.md`. Every field can be set in a config",
-        "file (`configs/`) and by `--config.section.field=value`. Those marked * may change when a",
-        "run is resumed.",
-    ]
-    title = None
-    for name, field in FIELDS.items():
-        head, _, leaf = name.rpartition(".")
-        if head != title:
-            title = head
-            absent = " (absent where nothing is sampled)" if head in OPTIONAL else ""
-            lines += ["", f"## {f'config.{head}' if head else 'config'}{absent}", *_HEADER]
-        lines.append(_line(leaf, field))
-    for name, loss in LOSSES.items():
-        least, most = loss.k
-        k = f"K = {least}" if least == most else f"K >= {least}" + (f" to {most}" if most else "")
-        reads = ", ".join(loss.reads)
-        lines += ["", f"## config.loss of {name}: {k}; reads {reads}", *_HEADER]
-        lines += [_line(leaf, field) for leaf, field in loss.fields.items()]
-    return "\n".join(lines) + "\n"
-
-
-_HEADER = ("", "| field | default | must be | meaning |", "|---|---|---|---|")
-
-
-def _line(leaf: str, field: Field) -> str:
-    mark = "*" if field.may_change else ""
-    wanted = field.check.wanted.replace("|", "\\|")
-    return f"| {leaf}{mark} | `{field.default!r}` | {wanted} | {field.meaning} |"
-
-
 if __name__ == "__main__":
+    from nca_jax.config_docs import describe
+
     print(describe(), end="")

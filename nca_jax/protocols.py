@@ -92,6 +92,8 @@ class OptimSection(Protocol):
     lr: float
     schedule: str
     warmup_frac: float
+    warmup_from: str
+    decay_frac: float
     clip_norm: float
     b1: float
     b2: float

@@ -10,7 +10,12 @@ import pytest
 from ml_collections import ConfigDict
 
 from nca_jax.axes import flatten_paths
+from nca_jax.config import default_config
 from nca_jax.infra.optim import make_optimizer, make_schedule, scale_by_adam
+
+OPTIM = dict(lr=0.01, schedule="constant", warmup_frac=0.0, b1=0.9, b2=0.95, eps=1e-8)
+OPTIM |= dict(mu_dtype="float32", weight_decay=0.0, clip_norm=0.0)
+OPTIM |= dict(warmup_from="zero", decay_frac=0.0)
 
 
 def test_adam_equals_its_formula_in_float64_from_the_first_step_on():
@@ -29,7 +34,7 @@ def test_adam_equals_its_formula_in_float64_from_the_first_step_on():
 
 @pytest.mark.parametrize(("num_steps", "warmup"), [(30, 3), (31, 4), (5, 1)])
 def test_schedule_warms_up_over_the_ceiling_and_falls_to_zero_by_a_cosine(num_steps, warmup):
-    optim = ConfigDict(dict(lr=2.0, schedule="cosine", warmup_frac=0.1))
+    optim = ConfigDict(OPTIM | dict(lr=2.0, schedule="cosine", warmup_frac=0.1))
     schedule = make_schedule(optim, num_steps)
     for step in range(num_steps + 1):
         want = 2.0 * step / warmup
@@ -38,8 +43,34 @@ def test_schedule_warms_up_over_the_ceiling_and_falls_to_zero_by_a_cosine(num_st
         assert float(schedule(step)) == pytest.approx(want, abs=1e-6)
 
 
-OPTIM = dict(lr=0.01, schedule="constant", warmup_frac=0.0, b1=0.9, b2=0.95, eps=1e-8)
-OPTIM |= dict(mu_dtype="float32", weight_decay=0.0, clip_norm=0.0)
+FALLS = {  # of the share of the steps after the warmup that are done
+    "constant": lambda x: 1.0,
+    "linear": lambda x: 1 - x,
+    "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
+    "wsd": lambda x: min(1.0, (1 - x) * 45 / 30),  # 45 steps after the warmup, 30 of them fall
+}
+
+
+@pytest.mark.parametrize("name", FALLS)
+def test_a_schedule_rises_from_the_first_steps_share_and_falls_by_its_formula(name):
+    decay = 0.6 if name == "wsd" else 0.0
+    optim = dict(lr=2.0, schedule=name, warmup_frac=0.1, warmup_from="share", decay_frac=decay)
+    schedule = make_schedule(ConfigDict(optim), 50)
+    rates = [float(schedule(step)) for step in range(50)]
+    want = [2.0 * (step + 1) / 5 for step in range(5)]
+    want += [2.0 * FALLS[name](step / 45) for step in range(45)]
+    assert rates == pytest.approx(want, abs=1e-6) and min(rates) > 0
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize(("num_steps", "warmup_frac"), [(1, 0.1), (2, 0.9), (3, 0.0), (7, 0.3)])
+def test_no_step_of_a_run_has_rate_0_unless_it_is_asked_for(schedule, num_steps, warmup_frac):
+    optim = default_config().optim
+    optim.schedule, optim.warmup_frac = schedule, warmup_frac
+    rate = make_schedule(optim, num_steps)
+    assert min(float(rate(step)) for step in range(num_steps)) > 0
+
+
 SHAPES = {  # of every kind that a model has
     "embed/table": (5, 4),
     "head/kernel": (4, 5),

@@ -59,14 +59,14 @@ LAYERS = (  # from the bottom
     (*LEAVES, "model_config"),
     GROUPS,
     ("evaluators", "logprobs", "losses", "metrics", "sampling", "train_step"),
-    ("config", "saved_config", "flags"),
+    ("config", "config_docs", "saved_config", "flags"),
     ("build",),
     ("params",),
     ("programs",),
     ("reference", "fit", "rollout"),
     COMMANDS,
 )
-MAX_LINES, MAX_LEAVES = 400, 70
+MAX_LINES, MAX_LEAVES = 400, 76
 
 FILES_ARGUMENT = {"torch_parity.py": "rows"}  # elsewhere "files"
 

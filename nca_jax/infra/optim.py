@@ -1,4 +1,4 @@
-"""The optimizer: AdamW, warmup and cosine, clipping by the global norm."""
+"""The optimizer: AdamW, its learning rate by step, clipping by the global norm."""
 
 import math
 
@@ -10,15 +10,27 @@ from nca_jax.protocols import OptimSection
 
 
 def make_schedule(optim: OptimSection, num_steps: int) -> optax.Schedule:
-    """Linear warmup from 0 over ceil(warmup_frac * steps), then cosine to 0 (or constant)."""
-    warmup = math.ceil(optim.warmup_frac * num_steps)
-    if optim.schedule == "constant":
-        after = optax.constant_schedule(optim.lr)
+    """Returns the learning rate by the number of updates done, from 0 to num_steps - 1.
+
+    A linear warmup over W = ceil(warmup_frac * num_steps) updates, of which the first has lr / W
+    (warmup_from "share") or 0 ("zero", as released); what follows begins at lr and, unless it is
+    constant, would be 0 at num_steps. wsd is constant until its last ceil(decay_frac * num_steps)
+    updates, and linear in them.
+    """
+    lr, warmup = optim.lr, math.ceil(optim.warmup_frac * num_steps)
+    if optim.warmup_from == "share":
+        rise = optax.linear_schedule(lr / max(warmup, 1), lr, max(warmup - 1, 1))
     else:
-        after = optax.cosine_decay_schedule(optim.lr, max(num_steps - warmup, 1))
-    return optax.join_schedules(
-        [optax.linear_schedule(0.0, optim.lr, max(warmup, 1)), after], [warmup]
-    )
+        rise = optax.linear_schedule(0.0, lr, max(warmup, 1))
+    left = max(num_steps - warmup, 1)
+    fall = min(math.ceil(optim.decay_frac * num_steps), left)
+    after = {
+        "constant": optax.constant_schedule(lr),
+        "linear": optax.linear_schedule(lr, 0.0, left),
+        "cosine": optax.cosine_decay_schedule(lr, left),
+        "wsd": optax.linear_schedule(lr, 0.0, max(fall, 1), transition_begin=left - fall),
+    }
+    return optax.join_schedules([rise, after[optim.schedule]], [warmup])
 
 
 def make_optimizer(optim: OptimSection, schedule: optax.Schedule) -> optax.GradientTransformation:
