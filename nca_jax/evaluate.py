@@ -202,21 +202,14 @@ def perplexities(
     run: build.Run, policy: Params, reference: Params | None, texts: list[list[int]]
 ) -> dict[str, float]:
     """Returns {"text_perplexity", "text_perplexity_reference"} of plain text."""
-    logps = programs.jit_rows_logps(run, len(texts))
+    logps = programs.make_group_logps(run, len(texts))
     groups = [Group(ids[:1], [ids[1:]]) for ids in (np.array(text, np.int32) for text in texts)]
     found = {}
     of_whom = {"text_perplexity": policy, "text_perplexity_reference": reference}
     for name, params in of_whom.items():
         if params is None:
             continue
-        values = score_responses(
-            lambda rows, params=params: np.asarray(logps(params, rows))[0],
-            groups,
-            row_layout(run.config.data),
-            num_slots=len(texts),
-            mesh=run.mesh,
-        )
-        found[name] = text_perplexity(values, texts)
+        found[name] = text_perplexity(logps(params, groups), texts)
     return found
 
 

@@ -33,6 +33,7 @@ GROUPS = ("models", "data", "rewards", "infra", "compiled")
 COMMANDS = (
     "train",
     "precompute",
+    "logps",
     "evaluate",
     "generate",
     "inspect",
