@@ -82,7 +82,9 @@ FIELDS: dict[str, Field] = {
     "data.weights": Field(
         "", TEXT, "mixture weight of each entry of files; empty: every record once an epoch"
     ),
-    "data.eval_files": Field("", TEXT, "held-out records, or:"),
+    "data.eval_files": Field(
+        "", TEXT, "held-out records, as files; NAME=ENTRY is of a set that has its own metrics; or:"
+    ),
     "data.eval_fraction": Field(0.0, FRACTION, "of the prompts in files, held out by their hash"),
     "data.tokenizer": Field(
         "", TEXT, "as model.init_from, byte, or none; empty: that of model.init_from"

@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
     out = out_file(flags.out)
     run = build.build(config, date=date_of(flags.workdir))
     data = build.read_data(run)
-    splits = [("train", source) for source in data.sources] + [("eval", data.heldout)]
+    splits = [("train", source) for source in data.sources] + [*data.splits.items()]
     examples = [(split, example) for split, source in splits for example in source]
     made_from = {
         "config": text_fingerprint(json.dumps(flatten(config))),

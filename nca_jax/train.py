@@ -101,9 +101,12 @@ def train(config: ConfigDict, workdir: AnyPath, traced: range, check_held: lock.
             ref_logps=reference.cached(training),
             rows_here=here,
         )
-        heldout = eval_batches(
-            data.heldout, config.data, ref_logps=reference.cached(data.heldout), rows_here=here
-        )
+        heldout = {
+            split: eval_batches(
+                examples, config.data, ref_logps=reference.cached(examples), rows_here=here
+            )
+            for split, examples in data.splits.items()
+        }
         steps = build.num_steps(config, len(dataset))
         profile.check_within(traced, steps)
         print(
@@ -144,10 +147,10 @@ def train(config: ConfigDict, workdir: AnyPath, traced: range, check_held: lock.
         frozen = Frozen(reference=reference.params)
         train_step, step_logps = jit_train_step(run, optimizer, frozen), jit_step_logps(run)
         evaluators = []
-        if config.eval_every:
-            heldout = fill_reference(step_logps, reference.params, heldout)
-            measure = functools.partial(heldout_metrics, step_logps, batches=heldout, config=config)
-            evaluators.append(Evaluator("eval", config.eval_every, measure))
+        for split, batches in heldout.items() if config.eval_every else ():
+            batches = fill_reference(step_logps, reference.params, batches)
+            measure = functools.partial(heldout_metrics, step_logps, batches=batches, config=config)
+            evaluators.append(Evaluator(split, config.eval_every, measure))
 
         # ---- Loop ----------------------------------------------------------------------------
         stop = until_saved.enter_context(stop_asked())
