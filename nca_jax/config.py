@@ -48,6 +48,14 @@ FIELDS: dict[str, Field] = {
     "eval_every": Field(
         0, COUNT_OR_0, "steps from one held-out evaluation to the next; 0: none", True
     ),
+    "eval_patience": Field(
+        0,
+        COUNT_OR_0,
+        "evaluations that may follow the best one, by checkpoint.best_metric, before the run ends;"
+        " 0: all steps",
+        True,
+        since=4,
+    ),
     "save_every": Field(200, COUNT, "steps; the last one is always saved", True),
     "model.name": Field(
         "", one_of("", *MODELS), "a size, with random weights; empty: as init_from has it"
@@ -362,6 +370,11 @@ def _check_together(config: ConfigDict) -> None:
         (
             bool(best) and not config.eval_every,
             "config.checkpoint.best_metric goes by evaluations; set config.eval_every",
+        ),
+        (
+            bool(config.eval_patience) and not best,
+            "config.eval_patience waits for a better config.checkpoint.best_metric; set that, such "
+            "as to loss",
         ),
     ):
         if is_bad:

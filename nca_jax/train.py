@@ -23,13 +23,13 @@ from nca_jax.data.encode import Example
 from nca_jax.data.pipeline import Dataset, eval_batches
 from nca_jax.evaluators import fill_reference, heldout_metrics
 from nca_jax.files import AnyPath, as_path, out_folder, write_json
-from nca_jax.fit import Evaluator, fit
+from nca_jax.fit import Evaluator, fit, stalled_since
 from nca_jax.flags import parse_flags
 from nca_jax.infra import checkpoint, distributed, lock, profile
 from nca_jax.infra.fingerprint import tokenizer_fingerprint
 from nca_jax.infra.mesh import rows_here
 from nca_jax.infra.preemption import stop_asked
-from nca_jax.infra.records import read_run, record_run
+from nca_jax.infra.records import note_early_stop, read_run, record_run
 from nca_jax.infra.writer import MetricWriter, SilentWriter
 from nca_jax.metrics import IS_BETTER_HIGH
 from nca_jax.params import start_params
@@ -184,10 +184,19 @@ def train(config: ConfigDict, workdir: AnyPath, traced: range, check_held: lock.
                 checkpoints=checkpoints,
                 asked_to_stop=stop.asked,
             )
+        best = stalled_since(config, checkpoints, int(state.step))
+        if best is not None and distributed.is_first():
+            note_early_stop(workdir, int(state.step))
 
     # ---- Close -------------------------------------------------------------------------------
     step = int(state.step)
-    if step < steps:
+    if best is not None and step < steps:
+        print(
+            f"early stop after step {step} of {steps}: {config.checkpoint.best_metric} was best at "
+            f"step {best}, and {config.eval_patience} evaluations since were not as good; with a "
+            "larger config.eval_patience the run goes on"
+        )
+    elif step < steps:
         print(f"{stop.name}: saved after step {step} of {steps}; the same command goes on.")
     else:
         print(f"done: {steps} steps in {workdir}")

@@ -34,6 +34,21 @@ def test_an_older_run_goes_on_in_other_rows_and_ends_as_it_would_have(workdir):
     assert run["commit"] == "5f08b2107fc0" and len(run["commits"]) == 2
 
 
+@pytest.mark.slow
+def test_a_run_that_ended_early_says_so_and_goes_on_only_with_more_patience(
+    tmp_path, monkeypatch, capsys
+):
+    losses = iter([1.0, 0.5, 0.6, 0.7, 0.8, 0.9])  # of steps 0 to 5
+    monkeypatch.setattr(train, "heldout_metrics", lambda *_, **__: {"loss": next(losses)})
+    flags = [*FLAGS, f"--workdir={tmp_path}", "--config.checkpoint.best_metric=loss"]
+    flags += ["--config.steps=9", "--config.eval_every=1"]
+    for patience, last in ((2, 3), (2, 3), (4, 5)):
+        train.main(["train", *flags, f"--config.eval_patience={patience}"])
+        assert f"early stop after step {last} of 9: loss was best at" in capsys.readouterr().out
+        assert json.loads((tmp_path / "run.json").read_text())["early_stop"] == last
+    assert sorted(x.name for x in (tmp_path / "checkpoints").iterdir()) == ["1", "5"]
+
+
 def test_an_older_run_does_not_go_on_under_another_config(workdir):
     with pytest.raises(UserError, match="optim.lr: 0.01 there, 0.02 here"):
         train.main(["train", *FLAGS, f"--workdir={workdir}", "--config.optim.lr=2e-2"])
