@@ -22,6 +22,7 @@ from nca_jax.field import (
     FLAG,
     FRACTION,
     NOT_NEGATIVE,
+    PATTERN,
     POSITIVE,
     TEXT,
     Check,
@@ -151,6 +152,12 @@ FIELDS: dict[str, Field] = {
     ),
     "optim.decay_frac": Field(
         0.0, FRACTION, "of the steps, rounded up: the last ones, in which wsd falls to 0", since=4
+    ),
+    "optim.freeze": Field(
+        "",
+        PATTERN,
+        "parameters in whose path it is found are not trained, such as embed; empty: all are",
+        since=4,
     ),
     "optim.clip_norm": Field(1.0, NOT_NEGATIVE, "of the whole gradient; 0: not clipped"),
     "optim.b1": Field(0.9, FRACTION, "decay of the first moment"),

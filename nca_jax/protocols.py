@@ -94,6 +94,7 @@ class OptimSection(Protocol):
     warmup_frac: float
     warmup_from: str
     decay_frac: float
+    freeze: str
     clip_norm: float
     b1: float
     b2: float

@@ -65,6 +65,7 @@ def flags(tmp_path):
         ("--config.steps=0", "set one of config.steps and config.epochs"),
         ("--config.optim.schedule=wsd", "config.optim.decay_frac is the part of the steps"),
         ("--config.eval_patience=2", "set that, such as to loss"),
+        ("--config.optim.freeze=embd", "'embd' is found in none of the parameters"),
         ("--config.data.block=100", "must divide config.data.row_len"),
         ("--config.data.format=releasd", "config.data.format must be one of 'chat'"),
         ("--config.model.remat=full", "set config.model.scan_layers=True"),

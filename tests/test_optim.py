@@ -9,13 +9,20 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from nca_jax.axes import flatten_paths
+from nca_jax.axes import flatten_paths, nest_paths
+from nca_jax.checks import UserError
 from nca_jax.config import default_config
-from nca_jax.infra.optim import make_optimizer, make_schedule, scale_by_adam
+from nca_jax.infra.optim import (
+    make_optimizer,
+    make_schedule,
+    merge_trained,
+    scale_by_adam,
+    split_trained,
+)
 
 OPTIM = dict(lr=0.01, schedule="constant", warmup_frac=0.0, b1=0.9, b2=0.95, eps=1e-8)
 OPTIM |= dict(mu_dtype="float32", weight_decay=0.0, clip_norm=0.0)
-OPTIM |= dict(warmup_from="zero", decay_frac=0.0)
+OPTIM |= dict(warmup_from="zero", decay_frac=0.0, freeze="")
 
 
 def test_adam_equals_its_formula_in_float64_from_the_first_step_on():
@@ -83,14 +90,7 @@ IS_DECAYED = {path: path.endswith(("table", "kernel")) for path in SHAPES}
 
 
 def nested(flat: dict) -> dict:
-    tree: dict = {}
-    for path, value in flat.items():
-        *folders, last = path.split("/")
-        place = tree
-        for folder in folders:
-            place = place.setdefault(folder, {})
-        place[last] = jnp.float32(value)
-    return tree
+    return nest_paths({path: jnp.float32(x) for path, x in flat.items()})
 
 
 def random_arrays(rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -166,3 +166,23 @@ def test_a_clipped_gradient_keeps_its_direction_and_has_the_norm():
         adam = next(x for x in state if isinstance(x, optax.ScaleByAdamState))
         got = (float(adam.mu["a"]["kernel"][0]), float(adam.mu["b"]["scale"][0]))
         assert got == pytest.approx(want, rel=1e-6)
+
+
+def test_what_is_frozen_has_no_moments_and_is_put_back_where_it_was():
+    optim = ConfigDict(OPTIM | dict(freeze="embed|norm"))
+    params = nested(random_arrays(np.random.default_rng(0)))
+    trained, frozen = split_trained(params, optim.freeze)
+    assert set(flatten_paths(frozen)) == {"embed/table", "layers/attn_norm/scale", "norm/scale"}
+    assert merge_trained(trained, frozen) == params
+    state = make_optimizer(optim, make_schedule(optim, 2)).init(params)
+    adam = next(x for x in state if isinstance(x, optax.ScaleByAdamState))
+    assert jax.tree.structure(adam.mu) == jax.tree.structure(adam.nu)
+    assert flatten_paths(adam.mu).keys() == SHAPES.keys() - flatten_paths(frozen).keys()
+
+
+@pytest.mark.parametrize(
+    ("freeze", "said"), [("lm_head", "in none of the"), (".", "in all of the")]
+)
+def test_a_pattern_that_freezes_nothing_or_all_is_refused(freeze, said):
+    with pytest.raises(UserError, match=f"{said} parameters.*: embed/table, head/kernel"):
+        split_trained(nested(random_arrays(np.random.default_rng(0))), freeze)

@@ -1,11 +1,14 @@
 """The optimizer: AdamW, its learning rate by step, clipping by the global norm."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from nca_jax.axes import Params, flatten_paths, nest_paths
+from nca_jax.checks import UserError
 from nca_jax.protocols import OptimSection
 
 
@@ -34,19 +37,49 @@ def make_schedule(optim: OptimSection, num_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(optim: OptimSection, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Clip, then AdamW with the first moment in `mu_dtype`; decay spares norms and biases."""
+    """Clip, then AdamW with the first moment in `mu_dtype`; decay spares norms and biases.
+
+    `init` takes all parameters, and `update` knows those that are trained: see `split_trained`.
+    """
 
     def decayed(params):
         is_matrix = ("kernel", "table")
         return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in is_matrix, params)
 
     clip = [optax.clip_by_global_norm(optim.clip_norm)] if optim.clip_norm else []
-    return optax.chain(
+    tx = optax.chain(
         *clip,
         scale_by_adam(optim.b1, optim.b2, optim.eps, mu_dtype=optim.mu_dtype),
         optax.add_decayed_weights(optim.weight_decay, decayed),
         optax.scale_by_learning_rate(schedule),
     )
+    return optax.GradientTransformation(
+        lambda params: tx.init(split_trained(params, optim.freeze)[0]), tx.update
+    )
+
+
+def split_trained(params: Params, freeze: str) -> tuple[Params, Params]:
+    """Returns (what is trained, what is not): `freeze` is found in the paths of the latter.
+
+    Args:
+      freeze: a regular expression; "": all are trained.
+    Raises:
+      UserError: it is found in no path, or in all.
+    """
+    flat = flatten_paths(params)
+    frozen = {path: x for path, x in flat.items() if freeze and re.search(freeze, path)}
+    if freeze and len(frozen) in (0, len(flat)):
+        raise UserError(
+            f"config.optim.freeze={freeze!r} is found in {'all' if frozen else 'none'} of the "
+            f"parameters, and must be found in some: {', '.join(flat)}."
+        )
+    trained = {path: x for path, x in flat.items() if path not in frozen}
+    return nest_paths(trained), nest_paths(frozen)
+
+
+def merge_trained(trained: Params, frozen: Params) -> Params:
+    """Returns what `split_trained` was given."""
+    return nest_paths(flatten_paths(trained) | flatten_paths(frozen))
 
 
 def scale_by_adam(
