@@ -1,6 +1,7 @@
 """docs/how.md: its recipes run as they stand there, one after the other, and name what exists."""
 
 import json
+import math
 import os
 import re
 import shlex
@@ -139,6 +140,6 @@ def test_the_recipes_for_training_do_what_they_say(folder):
 
 
 @pytest.mark.slow
-def test_the_loss_in_a_loop_of_ones_own_goes_to_its_floor(folder):
-    last = (folder / "said.txt").read_text()
-    assert re.search(r"^0\.\d+ \[\[", last, re.M)
+def test_the_loss_in_a_loop_of_ones_own_falls_and_the_best_response_becomes_likelier(folder):
+    loss, best = re.findall(r"^([\d.]+) \[\[\s*(\S+)", (folder / "said.txt").read_text(), re.M)[-1]
+    assert float(loss) < 2 * math.log(2) and float(best) > math.log(1 / 4)
