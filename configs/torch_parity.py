@@ -3,7 +3,7 @@ r"""The run of the PyTorch release, number by number (arXiv:2402.05369; its code
 rows: JSON lines {"prompt_ids": [int, ...], "response_ids": [[int, ...], ...], "scores": [...]}, the
 best response first, taken in file order and again from the start. As released: the first response's
 score gets +0.01, an eos inside a prompt or response is no key, and what is longer than 1024 tokens
-is cut by its rule. AdamW with linear warmup over ceil(0.1 * steps) and cosine to 0.
+is cut by its rule. AdamW with linear warmup from 0 over ceil(0.1 * steps) and cosine to 0.
 
 algo: any loss. A pair loss (dpo, pairwise_nca, biased_nca) wants rows of 2 responses, has hard
 labels, and takes no alpha and no other k: the first response wins unless the second is scored
@@ -50,7 +50,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.data.first_bonus = 0.01  # in the unit of the scores
     c.data.batch_size = c.data.rows = arg.batch_size
     c.data.row_len = 1024 * c.data.num_responses  # the most that a prompt and its responses can be
-    c.optim.lr = arg.lr
+    c.optim.lr, c.optim.warmup_from = arg.lr, "zero"
 
     c.checkpoint.keep_last = 1
     c.log.tensorboard = False

@@ -12,6 +12,7 @@ COMMANDS = (
     "generate",
     "score",
     "precompute",
+    "logps",
     "prepare",
     "export",
     "aot",

@@ -72,3 +72,15 @@ def flatten_paths(tree: Any) -> dict[str, Any]:
     """Returns {"a/b/c": leaf} of any pytree, in the order of its leaves."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def nest_paths(flat: dict[str, Any]) -> Params:
+    """Returns the nested dicts that `flatten_paths` gives `flat` of."""
+    nested: Params = {}
+    for path, leaf in flat.items():
+        *folders, last = path.split("/")
+        inner = nested
+        for folder in folders:
+            inner = inner.setdefault(folder, {})
+        inner[last] = leaf
+    return nested

@@ -25,6 +25,7 @@ from nca_jax.data.unit import spread
 from nca_jax.infra import distributed
 from nca_jax.infra.fingerprint import code_fingerprint, text_fingerprint, tokenizer_fingerprint
 from nca_jax.infra.mesh import check_divides, make_mesh
+from nca_jax.infra.optim import split_trained
 from nca_jax.losses import LOSSES
 from nca_jax.model_config import MODELS, ModelConfig
 from nca_jax.models.attention import splash
@@ -126,6 +127,8 @@ def _assemble(
         align=config.data.align,
         interpret=platform_of(mesh) != "tpu",
     )
+    if config.optim.freeze:
+        split_trained(model.abstract_params(), config.optim.freeze)
     return Run(config, mesh, model, tokenizer)
 
 

@@ -24,6 +24,7 @@ from nca_jax.field import (
     FLAG,
     FRACTION,
     NOT_NEGATIVE,
+    PATTERN,
     POSITIVE,
     TEXT,
     Check,
@@ -49,6 +50,14 @@ FIELDS: dict[str, Field] = {
     "log_every": Field(1, COUNT, "steps from one line of metrics to the next", True),
     "eval_every": Field(
         0, COUNT_OR_0, "steps from one held-out evaluation to the next; 0: none", True
+    ),
+    "eval_patience": Field(
+        0,
+        COUNT_OR_0,
+        "evaluations that may follow the best one, by checkpoint.best_metric, before the run ends;"
+        " 0: all steps",
+        True,
+        since=4,
     ),
     "save_every": Field(200, COUNT, "steps; the last one is always saved", True),
     "model.name": Field(
@@ -84,7 +93,9 @@ FIELDS: dict[str, Field] = {
     "data.weights": Field(
         "", TEXT, "mixture weight of each entry of files; empty: every record once an epoch"
     ),
-    "data.eval_files": Field("", TEXT, "held-out records, or:"),
+    "data.eval_files": Field(
+        "", TEXT, "held-out records, as files; NAME=ENTRY is of a set that has its own metrics; or:"
+    ),
     "data.eval_fraction": Field(0.0, FRACTION, "of the prompts in files, held out by their hash"),
     "data.tokenizer": Field(
         "", TEXT, "as model.init_from, byte, or none; empty: that of model.init_from"
@@ -137,8 +148,26 @@ FIELDS: dict[str, Field] = {
         128, COUNT, "tokens of a row whose logits exist at once; divides row_len", True
     ),
     "optim.lr": Field(5e-6, POSITIVE, "peak learning rate of AdamW"),
-    "optim.schedule": Field("cosine", one_of("cosine", "constant"), "after the warmup"),
-    "optim.warmup_frac": Field(0.1, FRACTION, "of the steps, rounded up: linear from 0"),
+    "optim.schedule": Field(
+        "cosine", one_of("constant", "linear", "cosine", "wsd"), "after the warmup"
+    ),
+    "optim.warmup_frac": Field(0.1, FRACTION, "of the steps, rounded up: linear"),
+    "optim.warmup_from": Field(
+        "share",
+        one_of("share", "zero"),
+        "rate of the first of W steps of warmup: lr / W, or 0, which trains nothing; released: 0",
+        since=4,
+        before="zero",
+    ),
+    "optim.decay_frac": Field(
+        0.0, FRACTION, "of the steps, rounded up: the last ones, in which wsd falls to 0", since=4
+    ),
+    "optim.freeze": Field(
+        "",
+        PATTERN,
+        "parameters in whose path it is found are not trained, such as embed; empty: all are",
+        since=4,
+    ),
     "optim.clip_norm": Field(1.0, NOT_NEGATIVE, "of the whole gradient; 0: not clipped"),
     "optim.b1": Field(0.9, FRACTION, "decay of the first moment"),
     "optim.b2": Field(0.999, FRACTION, "decay of the second moment"),
@@ -284,7 +313,7 @@ def _check(flat: dict[str, Value], name: str, field: Field) -> None:
 
 def _check_together(config: ConfigDict) -> None:
     data, model, loss, kind = config.data, config.model, config.loss, config.reference.kind
-    record, best = LOSSES[loss.name], config.checkpoint.best_metric
+    record, best, optim = LOSSES[loss.name], config.checkpoint.best_metric, config.optim
     num_blocks = data.row_len // data.block
     for is_bad, message in (
         (
@@ -351,6 +380,11 @@ def _check_together(config: ConfigDict) -> None:
             "set one of config.data.eval_files and config.data.eval_fraction",
         ),
         (
+            (optim.schedule == "wsd") != (optim.decay_frac > 0),
+            "config.optim.decay_frac is the part of the steps in which schedule='wsd' falls, such "
+            "as 0.2, and is read by no other",
+        ),
+        (
             list(config.mesh.values()).count(-1) > 1,
             "only one axis of config.mesh may be -1",
         ),
@@ -370,6 +404,11 @@ def _check_together(config: ConfigDict) -> None:
         (
             bool(best) and not config.eval_every,
             "config.checkpoint.best_metric goes by evaluations; set config.eval_every",
+        ),
+        (
+            bool(config.eval_patience) and not best,
+            "config.eval_patience waits for a better config.checkpoint.best_metric; set that, such "
+            "as to loss",
         ),
     ):
         if is_bad:

@@ -2,7 +2,8 @@ r"""Evaluate a policy on held-out prompts: python -m nca_jax.evaluate --config=.
 
 Prints, and writes to --out (by default DIR/evaluation.json): the held-out metrics of training, KL
 to the reference on the policy's own samples, and a scorer's mean reward on samples of policy and
-reference, with their length and repetition: a reward may be bought by breaking the language.
+reference, with their length and repetition: a reward may be bought by breaking the language. Of a
+held-out set with a name (data.eval_files=NAME=FILE) a metric is NAME/metric.
 Without --workdir it evaluates the model of init_from.
 
     --num_prompts  held-out prompts to sample responses for; 0: none, so no KL and no rewards
@@ -24,7 +25,7 @@ from nca_jax.axes import Params
 from nca_jax.checks import UserError, run_main
 from nca_jax.data.encode import Example, Prompt
 from nca_jax.data.group import Group
-from nca_jax.data.pipeline import eval_batches
+from nca_jax.data.pipeline import EVAL, eval_batches
 from nca_jax.data.room import row_layout
 from nca_jax.evaluators import (
     fill_reference,
@@ -68,10 +69,13 @@ def main(argv: list[str]) -> int:
         reference = reference_params(run)
         step_logps = programs.jit_step_logps(run)
         here = rows_here(run.mesh, config.data.rows)
-        batches = eval_batches(data.heldout, config.data, rows_here=here)
-        batches = fill_reference(step_logps, reference, batches)
-        metrics = heldout_metrics(step_logps, policy, batches, config)
-        samples = {}
+        metrics, samples = {}, {}
+        for split, examples in data.splits.items():
+            batches = eval_batches(examples, config.data, rows_here=here)
+            batches = fill_reference(step_logps, reference, batches)
+            found = heldout_metrics(step_logps, policy, batches, config)
+            name = split.removeprefix(EVAL).removeprefix("/")
+            metrics |= {f"{name}/{x}" if name else x: value for x, value in found.items()}
         if heldout:
             sampled, samples = sample_metrics(run, policy, reference, heldout, scorers)
             metrics |= sampled
@@ -202,21 +206,14 @@ def perplexities(
     run: build.Run, policy: Params, reference: Params | None, texts: list[list[int]]
 ) -> dict[str, float]:
     """Returns {"text_perplexity", "text_perplexity_reference"} of plain text."""
-    logps = programs.jit_rows_logps(run, len(texts))
+    logps = programs.make_group_logps(run, len(texts))
     groups = [Group(ids[:1], [ids[1:]]) for ids in (np.array(text, np.int32) for text in texts)]
     found = {}
     of_whom = {"text_perplexity": policy, "text_perplexity_reference": reference}
     for name, params in of_whom.items():
         if params is None:
             continue
-        values = score_responses(
-            lambda rows, params=params: np.asarray(logps(params, rows))[0],
-            groups,
-            row_layout(run.config.data),
-            num_slots=len(texts),
-            mesh=run.mesh,
-        )
-        found[name] = text_perplexity(values, texts)
+        found[name] = text_perplexity(logps(params, groups), texts)
     return found
 
 

@@ -5,6 +5,7 @@ this is a leaf that imports nothing: a loss needs jax and numpy alone.
 """
 
 import math
+import re
 import struct
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -64,7 +65,16 @@ def one_of(*names: str) -> Check:
     return Check(str, lambda x: x in names, "one of " + ", ".join(repr(name) for name in names))
 
 
+def _is_pattern(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
+
+
 TEXT = Check(str, lambda x: True, "a string")
+PATTERN = Check(str, _is_pattern, "a regular expression")
 FLAG = Check(bool, lambda x: True, "True or False")
 COUNT = Check(int, lambda x: x >= 1, "a whole number of at least 1")
 COUNT_OR_0 = Check(int, lambda x: x >= 0, "a whole number of at least 0")

@@ -75,8 +75,8 @@ def fit(
 
     Every step is checked to be finite, one step late, and before anything is saved; so are the
     evaluations, and the state that is saved. The metrics of
-    step 1, of every `config.log_every`-th and of the last one are written. Called inside
-    `jax.set_mesh(run.mesh)`.
+    step 1, of every `config.log_every`-th and of the last one are written. It ends early where
+    `stalled_since` says so. Called inside `jax.set_mesh(run.mesh)`.
 
     Args:
       state: is donated.
@@ -85,7 +85,7 @@ def fit(
       steps: of the whole run; its last step is evaluated and saved.
       evaluators: the metrics of the first say which checkpoint is the best.
       writer: None: metrics are checked and go nowhere.
-      checkpoints: None: nothing is saved.
+      checkpoints: None: nothing is saved, and the run does not end early.
       asked_to_stop: called once a step; True: this step is the last one, and is saved.
     Raises:
       UserError: a loss, gradient, evaluation or saved state is not finite, or step 1 is not at the
@@ -111,6 +111,8 @@ def fit(
                 measured = measured or metrics
         return measured
 
+    if stalled_since(config, checkpoints, first) is not None:  # it has ended, and is resumed
+        return state
     if first == 0:
         evaluate(0)
     for step, host in enumerate(batches, start=first + 1):
@@ -134,10 +136,25 @@ def fit(
             writer.sync()
             checkpoint.save(checkpoints, state, eval_metrics)
         lap()
-        if is_stopped:
+        if is_stopped or stalled_since(config, checkpoints, step) is not None:
             break
     finish(before)
     return state
+
+
+def stalled_since(
+    config: ConfigDict, checkpoints: CheckpointManager | None, step: int
+) -> int | None:
+    """Returns the step of the best checkpoint if a run ends early at `step`, else None.
+
+    It does where `config.eval_patience` evaluations have followed and none was as good.
+    """
+    if not config.eval_patience or checkpoints is None:
+        return None
+    best = checkpoints.best_step()
+    if best is None or step - best < config.eval_patience * config.eval_every:
+        return None
+    return best
 
 
 def is_time(step: int, every: int, last: int) -> bool:

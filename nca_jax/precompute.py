@@ -18,8 +18,6 @@ from tqdm import tqdm
 
 from nca_jax import build, programs, reference
 from nca_jax.checks import UserError, run_main
-from nca_jax.data.room import row_layout
-from nca_jax.evaluators import score_responses
 from nca_jax.files import AnyPath, out_folder, write_json
 from nca_jax.flags import parse_flags
 from nca_jax.infra import distributed, lock
@@ -56,16 +54,10 @@ def fill_cache(config: ConfigDict, folder: AnyPath, check_held: lock.CheckHeld) 
         if distributed.is_first():
             write_json(folder / "fingerprint.json", fingerprint | {"date": run.date})
         num_slots = PART * max(len(example.scores) for example in examples)
-        logps = programs.jit_rows_logps(run, num_slots)
+        logps = programs.make_group_logps(run, num_slots)
         start, tokens = time.perf_counter(), 0
         for i in tqdm(missing, unit="part", disable=None):
-            scored = score_responses(
-                lambda rows: np.asarray(logps(params, rows))[0],
-                [example.group for example in parts[i]],
-                row_layout(config.data),
-                num_slots=num_slots,
-                mesh=run.mesh,
-            )
+            scored = logps(params, [example.group for example in parts[i]])
             if distributed.is_first():
                 check_held()
                 reference.write_part(folder, i, parts[i], scored)

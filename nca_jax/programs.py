@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -15,10 +17,11 @@ from ml_collections import ConfigDict
 from nca_jax.axes import ROWS, Params
 from nca_jax.batch import Batch, Rows
 from nca_jax.build import Run
+from nca_jax.data.group import Group
 from nca_jax.data.pack import pack
 from nca_jax.data.released import key_off_ids
 from nca_jax.data.room import row_layout
-from nca_jax.evaluators import HostLogps
+from nca_jax.evaluators import HostLogps, score_responses
 from nca_jax.infra.mesh import (
     batch_shardings,
     check_split,
@@ -33,6 +36,9 @@ from nca_jax.sampling.sampler import make_sampler
 from nca_jax.train_step import Frozen, TrainState, make_logps, make_step_logps, make_train_step
 
 WIDTH_MULTIPLE = 16  # prompt slots are rounded up, so that few widths are compiled
+
+# Log-probability of every response of groups, in order: -> [responses] float32 nats
+GroupLogps = Callable[[Params, Sequence[Group]], np.ndarray]
 
 
 class Optimizer(NamedTuple):
@@ -104,7 +110,7 @@ def jit_step_logps(run: Run) -> HostLogps:
 
 
 def jit_rows_logps(run: Run, num_slots: int) -> Wrapped:
-    """Returns `logps(params, rows) -> [1, num_slots]` of one micro-batch, jitted: `precompute`."""
+    """Returns `logps(params, rows) -> [1, num_slots]` of one micro-batch, jitted."""
     shardings = param_shardings(run.mesh, run.model.abstract_params())
     return jax.jit(
         make_logps(run.model, run.config, shape=(1, num_slots)),
@@ -112,6 +118,22 @@ def jit_rows_logps(run: Run, num_slots: int) -> Wrapped:
         out_shardings=NamedSharding(run.mesh, P()),
         compiler_options=compiler_options(run.mesh, run.model.dtype),
     )
+
+
+def make_group_logps(run: Run, num_slots: int) -> GroupLogps:
+    """Returns `logps(params, groups) -> [responses]`, so many responses packed together."""
+    of_rows, layout = jit_rows_logps(run, num_slots), row_layout(run.config.data)
+
+    def logps(params: Params, groups: Sequence[Group]) -> np.ndarray:
+        return score_responses(
+            lambda rows: np.asarray(of_rows(params, rows))[0],
+            groups,
+            layout,
+            num_slots=num_slots,
+            mesh=run.mesh,
+        )
+
+    return logps
 
 
 def jit_train_step(run: Run, optimizer: Optimizer, frozen: Frozen) -> Wrapped:

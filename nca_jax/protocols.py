@@ -93,6 +93,9 @@ class OptimSection(Protocol):
     lr: float
     schedule: str
     warmup_frac: float
+    warmup_from: str
+    decay_frac: float
+    freeze: str
     clip_norm: float
     b1: float
     b2: float

@@ -25,7 +25,7 @@ from nca_jax.axes import Params
 from nca_jax.build import Run
 from nca_jax.checks import UserError
 from nca_jax.data.encode import Example
-from nca_jax.data.sources import list_files
+from nca_jax.data.sources import list_files, split_named
 from nca_jax.files import AnyPath, as_path, read_json, write_whole
 from nca_jax.infra.fingerprint import (
     array_kind,
@@ -101,12 +101,13 @@ def abstract_reference(run: Run, dtype: jax.typing.DTypeLike) -> tuple[Params | 
 def cache_fingerprint(run: Run, ref_params: Params) -> dict[str, str | int]:
     """What the numbers of a cache depend on; equal exactly where the numbers are."""
     config = run.config
+    named = split_named(config.data.eval_files)
     return {
         "params": params_fingerprint(ref_params),
         "dtype": config.model.dtype,
         "tokenizer": tokenizer_fingerprint(run.tokenizer),
         "files": files_fingerprint(list_files(config.data.files)),
-        "eval_files": files_fingerprint(list_files(config.data.eval_files)),
+        "eval_files": files_fingerprint(list_files(",".join(named.values()))),
         **{name: config.data[name] for name in ENCODING},
     }
 

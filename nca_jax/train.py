@@ -23,13 +23,13 @@ from nca_jax.data.encode import Example
 from nca_jax.data.pipeline import Dataset, eval_batches
 from nca_jax.evaluators import fill_reference, heldout_metrics
 from nca_jax.files import AnyPath, as_path, out_folder, write_json
-from nca_jax.fit import Evaluator, fit
+from nca_jax.fit import Evaluator, fit, stalled_since
 from nca_jax.flags import parse_flags
 from nca_jax.infra import checkpoint, distributed, lock, profile
 from nca_jax.infra.fingerprint import tokenizer_fingerprint
 from nca_jax.infra.mesh import rows_here
 from nca_jax.infra.preemption import stop_asked
-from nca_jax.infra.records import read_run, record_run
+from nca_jax.infra.records import note_early_stop, read_run, record_run
 from nca_jax.infra.writer import MetricWriter, SilentWriter
 from nca_jax.metrics import IS_BETTER_HIGH
 from nca_jax.params import start_params
@@ -101,9 +101,12 @@ def train(config: ConfigDict, workdir: AnyPath, traced: range, check_held: lock.
             ref_logps=reference.cached(training),
             rows_here=here,
         )
-        heldout = eval_batches(
-            data.heldout, config.data, ref_logps=reference.cached(data.heldout), rows_here=here
-        )
+        heldout = {
+            split: eval_batches(
+                examples, config.data, ref_logps=reference.cached(examples), rows_here=here
+            )
+            for split, examples in data.splits.items()
+        }
         steps = build.num_steps(config, len(dataset))
         profile.check_within(traced, steps)
         for line in advice.before_training(
@@ -149,10 +152,10 @@ def train(config: ConfigDict, workdir: AnyPath, traced: range, check_held: lock.
         frozen = Frozen(reference=reference.params)
         train_step, step_logps = jit_train_step(run, optimizer, frozen), jit_step_logps(run)
         evaluators = []
-        if config.eval_every:
-            heldout = fill_reference(step_logps, reference.params, heldout)
-            measure = functools.partial(heldout_metrics, step_logps, batches=heldout, config=config)
-            evaluators.append(Evaluator("eval", config.eval_every, measure))
+        for split, batches in heldout.items() if config.eval_every else ():
+            batches = fill_reference(step_logps, reference.params, batches)
+            measure = functools.partial(heldout_metrics, step_logps, batches=batches, config=config)
+            evaluators.append(Evaluator(split, config.eval_every, measure))
 
         # ---- Loop ----------------------------------------------------------------------------
         stop = until_saved.enter_context(stop_asked())
@@ -186,10 +189,19 @@ def train(config: ConfigDict, workdir: AnyPath, traced: range, check_held: lock.
                 checkpoints=checkpoints,
                 asked_to_stop=stop.asked,
             )
+        best = stalled_since(config, checkpoints, int(state.step))
+        if best is not None and distributed.is_first():
+            note_early_stop(workdir, int(state.step))
 
     # ---- Close -------------------------------------------------------------------------------
     step = int(state.step)
-    if step < steps:
+    if best is not None and step < steps:
+        print(
+            f"early stop after step {step} of {steps}: {config.checkpoint.best_metric} was best at "
+            f"step {best}, and {config.eval_patience} evaluations since were not as good; with a "
+            "larger config.eval_patience the run goes on"
+        )
+    elif step < steps:
         print(f"{stop.name}: saved after step {step} of {steps}; the same command goes on.")
     else:
         print(f"done: {steps} steps in {workdir}")

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from nca_jax.axes import Params
 from nca_jax.batch import Batch, Rows
+from nca_jax.infra.optim import merge_trained, split_trained
 from nca_jax.logprobs import sequence_logps
 from nca_jax.losses import LOSSES, Fields, Loss, Responses
 from nca_jax.metrics import alignment_metrics, prompt_weights
@@ -20,7 +21,7 @@ class TrainState(NamedTuple):
     """What a checkpoint holds; the data position is `step` alone."""
 
     step: jax.Array  # [] int32: updates done
-    params: Params  # what is trained, float32
+    params: Params  # of the policy, float32; those that optim.freeze names stay as they are
     opt_state: optax.OptState
 
 
@@ -104,14 +105,16 @@ def make_train_step(
         state: TrainState, frozen: Frozen, batch: Batch[jax.Array]
     ) -> tuple[TrainState, Metrics]:
         b, k = batch.scores.shape
+        trained, untrained = split_trained(state.params, config.optim.freeze)
         logps_of = make_logps(model, config, shape=(b, k))
         zeros = jnp.zeros(batch.scores.shape, jnp.float32)
         weights = prompt_weights(loss, responses_of(batch, zeros, None), fields)  # [B]
         total_weight = jnp.sum(weights)
 
         def micro_loss(
-            params: Params, rows: Rows[jax.Array], ref_logps: jax.Array | None, here: jax.Array
+            trained: Params, rows: Rows[jax.Array], ref_logps: jax.Array | None, here: jax.Array
         ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+            params = merge_trained(trained, untrained)
             logps = logps_of(params, rows)  # [B, K], 0 for prompts in other micro-batches
             responses = responses_of(batch, logps, ref_logps)
             responses = responses._replace(mask=batch.mask & here[:, None])
@@ -125,20 +128,20 @@ def make_train_step(
             if frozen.reference is not None:
                 ref_logps = ref_logps + logps_of(frozen.reference, rows)
             grad_of = jax.grad(micro_loss, has_aux=True)
-            micro_grads, (micro_logps, micro_losses) = grad_of(state.params, rows, ref_logps, here)
+            micro_grads, (micro_logps, micro_losses) = grad_of(trained, rows, ref_logps, here)
             grads = jax.tree.map(jnp.add, grads, micro_grads)
             return grads, logps + micro_logps, ref_logps, losses + micro_losses
 
         start = (
-            jax.tree.map(jnp.zeros_like, state.params),
+            jax.tree.map(jnp.zeros_like, trained),
             zeros,
             batch.ref_logps if frozen.reference is None else zeros,
             jnp.zeros(batch.scores.shape[:1], jnp.float32),
         )
         grads, logps, ref_logps, losses = jax.lax.fori_loop(0, batch.num_micro, add_micro, start)
 
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        updates, opt_state = tx.update(grads, state.opt_state, trained)
+        params = merge_trained(optax.apply_updates(trained, updates), untrained)
         metrics = alignment_metrics(
             loss,
             responses_of(batch, logps, ref_logps),

@@ -48,6 +48,10 @@ class Saves:
     def latest_step(self):
         return self.saved[-1][0] if self.saved else None
 
+    def best_step(self):
+        known = [(metrics["margin"], step) for step, metrics in self.saved if metrics]
+        return max(known)[1] if known else None
+
 
 @pytest.fixture
 def run_of(tmp_path):
@@ -184,6 +188,21 @@ def test_the_best_checkpoint_is_saved_where_its_metric_is_known(run_of):
     measured = {"margin": 1.0}
     assert saves.saved == [(2, measured), (4, measured), (5, None), (6, measured)]
     assert writer.steps("eval") == [0, 2, 4, 6]
+
+
+def test_a_run_without_a_better_evaluation_ends_early_and_does_not_go_on_by_itself(run_of):
+    flags = ("--config.eval_every=2", "--config.data.eval_fraction=0.3")
+    flags += ("--config.checkpoint.best_metric=margin", "--config.save_every=5")
+    run, dataset = run_of(*flags, "--config.eval_patience=2")
+    values = iter([9.0, 1.0, 3.0, 2.0, 1.0, 2.0, 2.5])  # the first is of no step that is saved
+    how = dict(checkpoints=Saves())
+    how["evaluators"] = [Evaluator("eval", 2, lambda params: {"margin": next(values)})]
+    step = int(train(run, dataset, fake_step(), 20, **how).step)
+    assert step == 8 and how["checkpoints"].saved[-1] == (8, {"margin": 1.0})
+    again = fake_step()
+    assert int(train(run, dataset, again, 20, first=step, **how).step) == 8 and not again.called
+    patient, _ = run_of(*flags, "--config.eval_patience=4")
+    assert int(train(patient, dataset, fake_step(), 20, first=step, **how).step) == 12
 
 
 def test_several_evaluators_each_have_their_own_steps_and_split(run_of):

@@ -9,8 +9,20 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from nca_jax.axes import flatten_paths
-from nca_jax.infra.optim import make_optimizer, make_schedule, scale_by_adam
+from nca_jax.axes import flatten_paths, nest_paths
+from nca_jax.checks import UserError
+from nca_jax.config import default_config
+from nca_jax.infra.optim import (
+    make_optimizer,
+    make_schedule,
+    merge_trained,
+    scale_by_adam,
+    split_trained,
+)
+
+OPTIM = dict(lr=0.01, schedule="constant", warmup_frac=0.0, b1=0.9, b2=0.95, eps=1e-8)
+OPTIM |= dict(mu_dtype="float32", weight_decay=0.0, clip_norm=0.0)
+OPTIM |= dict(warmup_from="zero", decay_frac=0.0, freeze="")
 
 
 def test_adam_equals_its_formula_in_float64_from_the_first_step_on():
@@ -29,7 +41,7 @@ def test_adam_equals_its_formula_in_float64_from_the_first_step_on():
 
 @pytest.mark.parametrize(("num_steps", "warmup"), [(30, 3), (31, 4), (5, 1)])
 def test_schedule_warms_up_over_the_ceiling_and_falls_to_zero_by_a_cosine(num_steps, warmup):
-    optim = ConfigDict(dict(lr=2.0, schedule="cosine", warmup_frac=0.1))
+    optim = ConfigDict(OPTIM | dict(lr=2.0, schedule="cosine", warmup_frac=0.1))
     schedule = make_schedule(optim, num_steps)
     for step in range(num_steps + 1):
         want = 2.0 * step / warmup
@@ -38,8 +50,34 @@ def test_schedule_warms_up_over_the_ceiling_and_falls_to_zero_by_a_cosine(num_st
         assert float(schedule(step)) == pytest.approx(want, abs=1e-6)
 
 
-OPTIM = dict(lr=0.01, schedule="constant", warmup_frac=0.0, b1=0.9, b2=0.95, eps=1e-8)
-OPTIM |= dict(mu_dtype="float32", weight_decay=0.0, clip_norm=0.0)
+FALLS = {  # of the share of the steps after the warmup that are done
+    "constant": lambda x: 1.0,
+    "linear": lambda x: 1 - x,
+    "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
+    "wsd": lambda x: min(1.0, (1 - x) * 45 / 30),  # 45 steps after the warmup, 30 of them fall
+}
+
+
+@pytest.mark.parametrize("name", FALLS)
+def test_a_schedule_rises_from_the_first_steps_share_and_falls_by_its_formula(name):
+    decay = 0.6 if name == "wsd" else 0.0
+    optim = dict(lr=2.0, schedule=name, warmup_frac=0.1, warmup_from="share", decay_frac=decay)
+    schedule = make_schedule(ConfigDict(optim), 50)
+    rates = [float(schedule(step)) for step in range(50)]
+    want = [2.0 * (step + 1) / 5 for step in range(5)]
+    want += [2.0 * FALLS[name](step / 45) for step in range(45)]
+    assert rates == pytest.approx(want, abs=1e-6) and min(rates) > 0
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize(("num_steps", "warmup_frac"), [(1, 0.1), (2, 0.9), (3, 0.0), (7, 0.3)])
+def test_no_step_of_a_run_has_rate_0_unless_it_is_asked_for(schedule, num_steps, warmup_frac):
+    optim = default_config().optim
+    optim.schedule, optim.warmup_frac = schedule, warmup_frac
+    rate = make_schedule(optim, num_steps)
+    assert min(float(rate(step)) for step in range(num_steps)) > 0
+
+
 SHAPES = {  # of every kind that a model has
     "embed/table": (5, 4),
     "head/kernel": (4, 5),
@@ -52,14 +90,7 @@ IS_DECAYED = {path: path.endswith(("table", "kernel")) for path in SHAPES}
 
 
 def nested(flat: dict) -> dict:
-    tree: dict = {}
-    for path, value in flat.items():
-        *folders, last = path.split("/")
-        place = tree
-        for folder in folders:
-            place = place.setdefault(folder, {})
-        place[last] = jnp.float32(value)
-    return tree
+    return nest_paths({path: jnp.float32(x) for path, x in flat.items()})
 
 
 def random_arrays(rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -135,3 +166,23 @@ def test_a_clipped_gradient_keeps_its_direction_and_has_the_norm():
         adam = next(x for x in state if isinstance(x, optax.ScaleByAdamState))
         got = (float(adam.mu["a"]["kernel"][0]), float(adam.mu["b"]["scale"][0]))
         assert got == pytest.approx(want, rel=1e-6)
+
+
+def test_what_is_frozen_has_no_moments_and_is_put_back_where_it_was():
+    optim = ConfigDict(OPTIM | dict(freeze="embed|norm"))
+    params = nested(random_arrays(np.random.default_rng(0)))
+    trained, frozen = split_trained(params, optim.freeze)
+    assert set(flatten_paths(frozen)) == {"embed/table", "layers/attn_norm/scale", "norm/scale"}
+    assert merge_trained(trained, frozen) == params
+    state = make_optimizer(optim, make_schedule(optim, 2)).init(params)
+    adam = next(x for x in state if isinstance(x, optax.ScaleByAdamState))
+    assert jax.tree.structure(adam.mu) == jax.tree.structure(adam.nu)
+    assert flatten_paths(adam.mu).keys() == SHAPES.keys() - flatten_paths(frozen).keys()
+
+
+@pytest.mark.parametrize(
+    ("freeze", "said"), [("lm_head", "in none of the"), (".", "in all of the")]
+)
+def test_a_pattern_that_freezes_nothing_or_all_is_refused(freeze, said):
+    with pytest.raises(UserError, match=f"{said} parameters.*: embed/table, head/kernel"):
+        split_trained(nested(random_arrays(np.random.default_rng(0))), freeze)

@@ -62,6 +62,21 @@ def test_eval_files_are_held_out_instead_of_a_fraction(tmp_path):
     }
 
 
+def test_held_out_sets_with_names_are_splits_and_a_file_is_no_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a.jsonl", [id_record(i) for i in range(5)])
+    for i, name in enumerate(("b.jsonl", "c.jsonl", "d.jsonl", "x=e.jsonl")):
+        write(tmp_path / name, [id_record(10 + i)])
+    files = "hard=b.jsonl,easy=c.jsonl,hard=d.jsonl,x=e.jsonl"
+    data = pipeline.load_data(make_encoder(data_config(files="a.jsonl", eval_files=files)))
+    assert {split: [e.where for e in examples] for split, examples in data.splits.items()} == {
+        "eval/hard": ["b.jsonl:1", "d.jsonl:1"],
+        "eval/easy": ["c.jsonl:1"],
+        "eval": ["x=e.jsonl:1"],
+    }
+    assert len(data.heldout) == 4 and len(data.sources[0]) == 5
+
+
 def test_a_prompt_is_held_out_in_every_form_that_it_is_written_in(tmp_path):
     def forms(i: int) -> list[dict]:
         user, answers = {"role": "user", "content": f"Say {i}."}, {"chosen": "a", "rejected": "b"}

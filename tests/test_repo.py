@@ -33,6 +33,7 @@ GROUPS = ("models", "data", "rewards", "infra", "compiled")
 COMMANDS = (
     "train",
     "precompute",
+    "logps",
     "evaluate",
     "generate",
     "inspect",
@@ -66,7 +67,7 @@ LAYERS = (  # from the bottom
     ("reference", "fit", "rollout"),
     COMMANDS,
 )
-MAX_LINES, MAX_LEAVES = 400, 70
+MAX_LINES, MAX_LEAVES = 400, 76
 
 FILES_ARGUMENT = {"torch_parity.py": "rows"}  # elsewhere "files"
 

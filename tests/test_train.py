@@ -195,7 +195,7 @@ def test_cached_reference_equals_live_one_and_is_checked(tmp_path, rows):
 @pytest.mark.slow
 def test_non_finite_loss_names_step_and_rows_and_keeps_the_last_checkpoint(tmp_path, rows):
     flags = ("--config.optim.lr=1e30", "--config.save_every=1", "--config.optim.warmup_frac=0.3")
-    flags += ("--config.eval_every=0",)
+    flags += ("--config.optim.warmup_from=zero", "--config.eval_every=0")
     with pytest.raises(UserError, match=r"Step 3: loss nan.*rows\.jsonl:\d+"):
         run(tmp_path / "run", rows, *flags)
     assert [line["step"] for line in metric_lines(tmp_path / "run", "train")] == [1, 2]

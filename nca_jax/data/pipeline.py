@@ -21,12 +21,13 @@ from nca_jax.data.group import Group
 from nca_jax.data.load import ALONE, Examples, Share, load_examples, notes_of
 from nca_jax.data.pack import pack
 from nca_jax.data.room import check_examples, fit_examples, row_layout
-from nca_jax.data.sources import split_globs
+from nca_jax.data.sources import split_globs, split_named
 from nca_jax.data.unit import divided
 from nca_jax.protocols import DataSection
 
 PREFETCH = 2  # batches made ahead by a thread: one is packed while the device runs another
 SHARED = "training records share a prompt with data.eval_files: left out of training"
+EVAL = "eval"  # the split of what is held out
 EVAL_SEED = 0  # of the choice of responses, so that every evaluation of every run sees the same
 
 
@@ -43,14 +44,20 @@ class Data(NamedTuple):
     """Training examples, one list a source; held-out ones; what is to be said of the others."""
 
     sources: list[list[Example]]
-    heldout: list[Example]
+    splits: dict[str, list[Example]]  # held out: of "eval", or of "eval/NAME" where a set has one
     counts: Counter[str]  # as in `Examples`
     score_unit: float = 1.0  # what the data's own scores have been divided by
 
     def in_unit(self, unit: float) -> "Data":
         """Returns the same with all scores, which are in the data's own unit, divided by `unit`."""
         sources = [divided(source, unit) for source in self.sources]
-        return Data(sources, divided(self.heldout, unit), self.counts, unit)
+        splits = {split: divided(examples, unit) for split, examples in self.splits.items()}
+        return Data(sources, splits, self.counts, unit)
+
+    @property
+    def heldout(self) -> list[Example]:
+        """All that is held out."""
+        return [example for examples in self.splits.values() for example in examples]
 
     def notes(self) -> list[str]:
         """Returns lines such as "3 records skipped: json"; none where all were read as they are."""
@@ -151,11 +158,16 @@ def load_data(encoder: Encoder, *, share: Share = ALONE) -> Data:
     _weights(config)  # what is wrong should not wait for the reading
     _check_k(config, encoder.least_responses)
     sources, counts = _load_fitting(config.files, encoder, share)
-    if not split_globs(config.eval_files):
-        return Data(*split_heldout(sources, config.eval_fraction), counts)
-    found, more = _load_fitting(config.eval_files, encoder, share)
-    heldout = [example for source in found for example in source]
-    prompts = {example.prompt_hash for example in heldout}
+    named = split_named(config.eval_files)
+    if not named:
+        train, heldout = split_heldout(sources, config.eval_fraction)
+        return Data(train, {EVAL: heldout}, counts)
+    splits, more = {}, Counter()
+    for name, files in named.items():
+        found, said = _load_fitting(files, encoder, share)
+        splits[f"{EVAL}/{name}" if name else EVAL] = [e for source in found for e in source]
+        more += said
+    prompts = {example.prompt_hash for examples in splits.values() for example in examples}
     train = [[e for e in source if e.prompt_hash not in prompts] for source in sources]
     if not all(train):
         raise UserError(
@@ -164,7 +176,7 @@ def load_data(encoder: Encoder, *, share: Share = ALONE) -> Data:
         )
     counts += more  # without what is counted 0 times
     counts += Counter({SHARED: sum(map(len, sources)) - sum(map(len, train))})
-    return Data(train, heldout, counts)
+    return Data(train, splits, counts)
 
 
 def _load_fitting(files: str, encoder: Encoder, share: Share) -> Examples:

@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from typing import IO, Any
@@ -96,6 +97,19 @@ def split_globs(files: str) -> list[str]:
         pieces = pieces[entry.count(",") + 1 :]
         entries.append(entry)
     return [entry for entry in entries if entry]
+
+
+def split_named(files: str) -> dict[str, str]:
+    """Returns {name: its entries}: an entry may be NAME=ENTRY, and belongs to "" where it is not.
+
+    An entry that is a file, whatever marks it holds, has no name.
+    """
+    named: dict[str, list[str]] = {}
+    for whole in split_globs(files):
+        found = None if is_file(whole) else re.fullmatch(r"(\w[\w.-]*)=(.+)", whole)
+        name, entry = found.groups() if found else ("", whole)
+        named.setdefault(name, []).append(entry)
+    return {name: ",".join(entries) for name, entries in named.items()}
 
 
 def list_files(files: str) -> list[str]:

@@ -5,6 +5,7 @@ and
     commit     of the code that began the run
     commits    of the code of the start and of every resume, in order; one that follows itself once
     jax        its versions, likewise
+    early_stop the step after which the run ended by config.eval_patience, if it has
 
 A run has begun once it has a checkpoint. What is there without one is of a run that was stopped
 before, and means nothing.
@@ -43,6 +44,7 @@ KINDS = {  # else str
     "score_unit": float,
     "steps": int,
     "eos_ids": list,
+    "early_stop": int,
 }
 
 
@@ -57,7 +59,7 @@ def record_run(workdir: AnyPath, began: dict[str, Any] | None, now: dict[str, An
     Raises:
       UserError: the run depends on something that has changed; names all, and nothing is written.
     """
-    began = began or {}
+    began = {x: v for x, v in (began or {}).items() if x != "early_stop"}  # it may go on now
     differs = [
         f"{words}: {began[name]} there, {now[name]} here"
         for name, words in DEPENDS.items()
@@ -103,6 +105,11 @@ def read_run(workdir: AnyPath) -> dict[str, Any]:
             f"{path} is damaged ({', '.join(sorted(wrong))}); restore it, or use a new --workdir."
         )
     return {"commits": [run["commit"]]} | {x: v for x, v in run.items() if v != "cached"}
+
+
+def note_early_stop(workdir: AnyPath, step: int) -> None:
+    """Writes into run.json after which step a run has ended early."""
+    write_json(workdir / RUN, read_json(workdir / RUN) | {"early_stop": step})
 
 
 def known_run(workdir: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from nca_jax.protocols import LogSection
 
 
 class MetricWriter:
-    """Writes `{"step": n, "split": "train" | "eval", metric: value, ...}` lines.
+    """Writes `{"step": n, "split": "train" | "eval" | "eval/NAME", metric: value, ..}`.
 
     A resumed run cuts every record back to the restored step, so that no line is there twice and
     none is lost. Nothing can be appended on gs://: the records of such a run are in a local folder,
