@@ -1,4 +1,6 @@
-r"""Build a data set as tensorflow-datasets: python -m nca_jax.prepare --name=NAME [--raw=FOLDER].
+r"""Build a data set as tensorflow-datasets.
+
+    python -m nca_jax.prepare --name=NAME [--raw=FOLDER] [--score=NAME] [--out=FOLDER]
 
     --name    ultrafeedback_reward, ultrafeedback_preference, ultra_interact_pair, scored_jsonl
     --raw     folder (or one file) of .parquet, .jsonl or .jsonl.gz; without it, from the hub

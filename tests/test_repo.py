@@ -52,6 +52,7 @@ LEAVES = (
     "field",
     "files",
     "flops",
+    "other_names",
     "protocols",
     "signals",
 )

@@ -1,12 +1,14 @@
 """Sources of records as grain reads them, and the error that says which record is at fault.
 
 An entry of data.files is a file of JSON lines, a glob of them, or tfds:NAME[/BUILDER_CONFIG]:SPLIT.
+Entries are parted by commas, or by + as in a.jsonl+b.jsonl.
 """
 
 import gzip
 import hashlib
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from typing import IO, Any
@@ -16,6 +18,7 @@ from nca_jax.data.tfds_source import PREFIX, TfdsSource, record_files
 from nca_jax.files import as_path, find_files, is_file, write_whole
 
 LINE_BYTES = 64 << 20  # of one record
+SEPARATOR = re.compile(r"(,|(?<=\.jsonl)\+|(?<=\.json)\+|(?<=\.gz)\+|\+(?=tfds:))")  # of entries
 
 
 class RecordError(UserError):
@@ -88,18 +91,22 @@ def write_records(path: str | os.PathLike, records: Iterable[dict[str, Any]]) ->
 
 
 def split_globs(files: str) -> list[str]:
-    """Returns the entries of a comma-separated list; a file's name may hold commas itself."""
-    pieces, entries = files.split(","), []
-    while pieces:
-        names = [",".join(pieces[:n]).strip() for n in range(len(pieces), 1, -1)]
-        entry = next((name for name in names if is_file(name)), pieces[0].strip())
-        pieces = pieces[entry.count(",") + 1 :]
-        entries.append(entry)
+    """Returns the entries of a list, parted by commas or, after a file's ending, by +.
+
+    A + serves where a comma parts other things: in the argument of a config file. The name of a
+    file that is there may hold both.
+    """
+    parts, entries = SEPARATOR.split(files), []  # entry, separator, entry, ...
+    while parts:
+        names = {n: "".join(parts[:n]).strip() for n in range(len(parts), 1, -2)}
+        n = next((n for n, name in names.items() if is_file(name)), 1)
+        entries.append("".join(parts[:n]).strip())
+        parts = parts[n + 1 :]
     return [entry for entry in entries if entry]
 
 
 def list_files(files: str) -> list[str]:
-    """Returns the files of comma-separated entries: entry by entry, sorted within each."""
+    """Returns the files of the entries of a list: entry by entry, sorted within each."""
     return [path for entry in split_globs(files) for path in _files_of(entry)]
 
 
