@@ -32,7 +32,7 @@ def parse_arg(arg: str | None, **defaults) -> SimpleNamespace:
             raise UserError(f"Config argument {item!r}: commas part arguments, not spaces.")
         kind = type(defaults[name])
         if not equals and kind is not bool:
-            raise UserError(f"Config argument {name}: give {name}=VALUE, {WANTED[kind]}.")
+            raise UserError(f"Config argument {name}: give {name}=VALUE.")
         values[name] = _convert(name, text if equals else "true", kind)
     return SimpleNamespace(**values)
 

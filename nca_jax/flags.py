@@ -65,7 +65,7 @@ def parse_flags(
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
     _read_flags(values, argv, extra, known)
     if config is None:
-        a_run = ", or the --workdir of a run, which has its config" if "workdir" in extra else ""
+        a_run = f", or the --workdir of a run: {workdir} has no {CONFIG}" if workdir else ""
         raise UserError(f"Give --config=FILE[:args], see configs/{a_run}.")
     config = ConfigDict(values.config.to_dict())
     _end_by_what_is_given(config, given)

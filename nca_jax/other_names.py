@@ -94,7 +94,7 @@ def _nearest(name: str, known: Sequence[str]) -> Sequence[str]:
         [x for x in known if x in others]
         or [x for x in known if _leaf(x) == leaf][:1]
         or [beside[x] for x in difflib.get_close_matches(leaf, beside, n=1)]
-        or difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+        or difflib.get_close_matches(name, known, n=1, cutoff=0.9)
     )
 
 

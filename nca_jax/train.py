@@ -91,6 +91,8 @@ def train(
         print(f"{workdir} has no checkpoint of the run that was started there: it starts anew")
     extensions = extended(began, max(saved, default=0), more_steps)
     more = [one["steps"] for one in extensions]
+    if config.steps:
+        profile.check_within(traced, config.steps + sum(more))
     run = build.build(config, date=start_date(config, began))
     data = build.read_data(run)
     for note in data.notes():

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -59,9 +60,11 @@ def topology_devices(name: str, num_slices: int) -> Sequence[Device]:
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "none")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
-    kwargs: dict[str, int | str] = {"num_slices": num_slices} if num_slices > 1 else {}
+    kwargs: dict[str, Any] = {"num_slices": num_slices} if num_slices > 1 else {}
     if name.startswith("v4:"):
         kwargs["chip_config_name"] = "megacore"
+    if name.endswith(":1x1"):
+        kwargs["chips_per_host_bounds"] = [1, 1, 1]
     try:
         devices = topologies.get_topology_desc(name, "tpu", **kwargs).devices
     except (ValueError, jax.errors.JaxRuntimeError) as error:
@@ -69,7 +72,7 @@ def topology_devices(name: str, num_slices: int) -> Sequence[Device]:
         raise UserError(
             f"--topology={asked!r} --num_slices={num_slices} is none that libtpu knows ({reason}); "
             "write GENERATION:SHAPE, such as v5e:4x4, v5p:4x4x4 or v6e:16x16, or the name of a "
-            "slice of 2, 4, 8, ... chips: v5litepod-16, v5p-128 (of 64 chips) or v6e-256."
+            "slice of 4, 8, 16, ... chips: v5litepod-16, v5p-128 (of 64 chips) or v6e-256."
         ) from error
     if devices[0].device_kind not in CHIPS:
         raise UserError(

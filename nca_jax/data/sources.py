@@ -46,7 +46,10 @@ class JsonlSource:
     def __init__(self, pattern: str):
         paths = _files_of(pattern)
         if not paths:
-            raise UserError(f"No file matches {pattern!r}; wanted .jsonl or .jsonl.gz files.")
+            within = f": a folder's are {pattern}/*.jsonl" if os.path.isdir(pattern) else ""
+            raise UserError(
+                f"No file matches {pattern!r}; wanted .jsonl or .jsonl.gz files{within}."
+            )
         self._lines = [(path, *line) for path in paths for line in _read_lines(path)]
 
     def __len__(self) -> int:
@@ -67,7 +70,8 @@ class JsonlSource:
             what = f"text is not Unicode ({error})"
             raise RecordError(what, reason="text", where=where) from None
         except (ValueError, RecursionError) as error:  # bad JSON or bad UTF-8; nested too deep
-            raise RecordError(f"not JSON ({error})", reason="json", where=where) from None
+            what = f"not JSON ({error}); wanted a JSON object on each line"
+            raise RecordError(what, reason="json", where=where) from None
         if not isinstance(record, dict):
             raise RecordError(
                 f"wanted a JSON object, got {type(record).__name__}", reason="json", where=where
