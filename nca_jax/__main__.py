@@ -27,7 +27,7 @@ def main() -> None:
         sys.argv = [f"nca-jax {name}", *sys.argv[2:]]
         runpy.run_module(f"nca_jax.{name}", run_name="__main__", alter_sys=True)
     elif asked in ("--help", "-h", "help"):
-        print("nca-jax COMMAND --flag=value ..., or python -m nca_jax.COMMAND ...\n")
+        print("nca-jax COMMAND --flag=value ...; each is a module too, nca_jax.COMMAND:\n")
         for command in COMMANDS:
             print(f"  {command:11s} {_first_line(command)}")
         print("\nnca-jax COMMAND --help says what a command reads and writes, and its flags.")
