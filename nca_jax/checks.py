@@ -69,15 +69,15 @@ def run_main(
     Args:
       interrupted: what that line says of what was done.
     """
+    _outlive_readers()
     if not {"--help", "-help", "-h"}.isdisjoint(sys.argv[1:]):
-        print((sys.modules[inspect.unwrap(main).__module__].__doc__ or "").rstrip())
+        print((sys.modules[inspect.unwrap(main).__module__].__doc__ or "").rstrip(), flush=True)
         return
     from absl import logging  # of commands alone: a loss needs jax and no more
 
     # Libraries warn of what is no concern of a user, and log the errors that they raise.
     logging.set_verbosity(logging.FATAL)
     signals.watch()
-    _outlive_readers()
     _hear_threads()
     try:
         status = main(sys.argv)
