@@ -38,9 +38,9 @@ from experiments.tasks import TRAINED, Task, commands_left, run_tasks
 from nca_jax.checks import UserError, run_main
 from nca_jax.files import local_path, out_folder
 from nca_jax.flags import parse_flags
-from nca_jax.infra.checkpoint import saved_steps
 from nca_jax.infra.fingerprint import text_fingerprint
 from nca_jax.infra.records import METRICS
+from nca_jax.infra.steps import saved_steps
 from nca_jax.params import reference_init_from
 from nca_jax.reference import ENCODING
 from nca_jax.saved_config import CONFIG, check_same_run

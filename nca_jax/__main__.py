@@ -1,6 +1,7 @@
 """The commands by one name: `nca-jax train ...` is `python -m nca_jax.train ...`."""
 
 import ast
+import difflib
 import runpy
 import sys
 from pathlib import Path
@@ -21,16 +22,20 @@ COMMANDS = (
 
 def main() -> None:
     """Runs the command that is named, with the arguments that follow; without one lists them."""
-    name = sys.argv[1].replace("-", "_") if len(sys.argv) > 1 else ""
+    asked = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    name = asked.replace("-", "_")
     if name in COMMANDS:
         sys.argv = [f"nca-jax {name}", *sys.argv[2:]]
-        runpy.run_module(f"nca_jax.{name}", run_name="__main__")
-        return
-    print("nca-jax COMMAND --flag=value ...; each is a module, nca_jax.COMMAND:\n")
-    for command in COMMANDS:
-        print(f"  {command:11s} {_first_line(command)}")
-    if name not in ("", "__help", "_h", "help"):
-        print(f"\nerror: there is no command {sys.argv[1]!r}", file=sys.stderr)
+        runpy.run_module(f"nca_jax.{name}", run_name="__main__", alter_sys=True)
+    elif asked in ("--help", "-h", "help"):
+        print("nca-jax COMMAND --flag=value ...; each is a module too, nca_jax.COMMAND:\n")
+        for command in COMMANDS:
+            print(f"  {command:11s} {_first_line(command)}")
+        print("\nnca-jax COMMAND --help says what a command reads and writes, and its flags.")
+    else:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        said = f"did you mean {near[0]}?" if near else f"wanted one of {', '.join(COMMANDS)}."
+        print(f"error: there is no command {asked!r}; {said}", file=sys.stderr)
         raise SystemExit(2)
 
 

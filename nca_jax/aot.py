@@ -5,6 +5,9 @@ r"""Compile a run for a TPU pod that is not there, and say whether it fits.
 What is compiled are the programs of `train`, `precompute` and `generate`, by the TPU's compiler, on
 a host without a TPU. Exit status 1, with the largest buffers, when one does not fit.
 
+    --config         a config file or nca_jax:NAME, with its arguments; --help_config lists fields
+    --topology       GENERATION:SHAPE, or by the name that Cloud TPU has for it, as in v5litepod-8
+    --num_slices     slices of that topology
     --rows_per_chip  rows of a micro-batch on each chip; 0: as config.data.rows has them
     --programs       which of train, precompute, decode
     --fit            looks for the leanest recomputation, then for the most rows a chip, that fit
@@ -31,7 +34,7 @@ from nca_jax.checks import UserError, run_main
 from nca_jax.chips import CHIPS
 from nca_jax.compiled.hlo import collectives
 from nca_jax.compiled.report import NUM_LARGEST, largest_values, print_report
-from nca_jax.compiled.topology import topology_devices
+from nca_jax.compiled.topology import topology_devices, topology_name
 from nca_jax.config import check_config, flatten
 from nca_jax.data.pack import segment_spans
 from nca_jax.field import Value
@@ -76,7 +79,7 @@ def main(argv: list[str]) -> int:
     run = build.build_for(changed(config, changes), devices)
     report = {
         "commit": git_commit(),
-        "topology": flags.topology,
+        "topology": topology_name(flags.topology),
         "num_slices": flags.num_slices,
         "chips": len(devices),
         "device_kind": devices[0].device_kind,

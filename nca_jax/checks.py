@@ -7,6 +7,7 @@ this project and keeps its traceback.
 
 import contextlib
 import errno
+import inspect
 import io
 import os
 import sys
@@ -30,6 +31,7 @@ EXTRAS = {  # libraries that only some commands and files want, and the extra th
 # What a disk says to a file that it does not take.
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 REFUSALS += (errno.ENAMETOOLONG,)
+EXHAUSTED = "RESOURCE_EXHAUSTED: "  # what XLA begins with where memory is too small
 
 
 class UserError(ValueError):
@@ -59,19 +61,23 @@ def run_main(
 ) -> None:
     """Runs `main(argv)` as a command, and ends the process with its status.
 
-    A UserError becomes one line on stderr and status 2, as do a library of an extra that is not
-    installed and a disk that refuses; a bug its traceback and status 1. Ctrl-C and its like are one
+    --help prints the docstring of the command's module instead. A UserError becomes one line on
+    stderr and status 2, as do a library of an extra that is not installed, a disk that refuses and
+    memory that is too small; a bug its traceback and status 1. Ctrl-C and its like are one
     line and 128 + the signal's number, unless `main` answers them: see `nca_jax.signals`.
 
     Args:
       interrupted: what that line says of what was done.
     """
+    _outlive_readers()
+    if not {"--help", "-help", "-h"}.isdisjoint(sys.argv[1:]):
+        print((sys.modules[inspect.unwrap(main).__module__].__doc__ or "").rstrip(), flush=True)
+        return
     from absl import logging  # of commands alone: a loss needs jax and no more
 
     # Libraries warn of what is no concern of a user, and log the errors that they raise.
     logging.set_verbosity(logging.FATAL)
     signals.watch()
-    _outlive_readers()
     _hear_threads()
     try:
         status = main(sys.argv)
@@ -141,7 +147,27 @@ def _to_mend(error: Exception) -> str | None:
     """Returns what the user can mend, in words; None for a bug."""
     if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
         return f"{error.name} is not installed: pip install 'nca_jax[{EXTRAS[error.name]}]'."
-    return str(error) if isinstance(error, UserError) else _refused(error)
+    if isinstance(error, UserError):
+        return str(error)
+    return _exhausted(error) or _refused(error)
+
+
+def _exhausted(error: Exception) -> str | None:
+    """Returns what to lower where memory is too small, as XLA or numpy said; None for others."""
+    said = str(error).strip() or "no more memory"
+    if isinstance(error, MemoryError):
+        where = "of the host"
+    elif type(error).__name__ == "JaxRuntimeError" and EXHAUSTED in said:
+        where, said = "of a device", said.partition(EXHAUSTED)[2]
+    else:
+        return None
+    return (
+        f"out of memory {where} ({said.splitlines()[0]:.200}). What needs less, the cheapest "
+        "first: a smaller config.loss.logits_chunk, config.data.rows, then row_len with "
+        "max_prompt_len and max_response_len; config.model.remat=full with scan_layers=True; "
+        "config.generate.batch_size where responses are sampled; reference.kind=cached; more "
+        "devices on config.mesh.fsdp. nca_jax.aot says what fits before there is a device."
+    )
 
 
 def _refused(error: BaseException) -> str | None:

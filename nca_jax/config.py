@@ -35,6 +35,7 @@ from nca_jax.field import (
 from nca_jax.losses import LOSSES
 from nca_jax.metrics import IS_BETTER_HIGH
 from nca_jax.model_config import MODELS
+from nca_jax.other_names import did_you_mean
 
 OPTIONAL = ("generate",)  # sections that a config may lack
 
@@ -89,7 +90,7 @@ FIELDS: dict[str, Field] = {
     ),
     "reference.init_from": Field("", TEXT, "as model.init_from; empty: the policy's start"),
     "reference.cache": Field("", TEXT, "folder of a cached reference"),
-    "data.files": Field("", TEXT, "globs or tfds:NAME[/SCORE]:SPLIT, separated by commas"),
+    "data.files": Field("", TEXT, "globs or tfds:NAME[/SCORE]:SPLIT, separated by commas or +"),
     "data.weights": Field(
         "", TEXT, "mixture weight of each entry of files; empty: every record once an epoch"
     ),
@@ -296,10 +297,12 @@ def check_config(config: ConfigDict) -> None:
     wanted = {x for x in fields if x.split(".")[0] in config or x.split(".")[0] not in OPTIONAL}
     missing, unknown = sorted(wanted - flat.keys()), sorted(flat.keys() - wanted)
     if missing or unknown:
+        known = [f"config.{name}" for name in fields]
+        near = did_you_mean(f"config.{unknown[0]}", known) if unknown else ""
         raise UserError(
             f"The config (loss {config.loss.name!r}) lacks {missing or 'nothing'} and has "
-            f"{unknown or 'nothing'} that nca_jax does not read; docs/config.md lists the fields. "
-            "Another loss is chosen by the argument `algo` of a config file."
+            f"{unknown or 'nothing'} that nca_jax does not read; docs/config.md lists the "
+            f"fields.{near} Another loss is chosen by the argument `algo` of a config file."
         )
     for name in wanted:
         _check(flat, name, fields[name])

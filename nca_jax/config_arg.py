@@ -1,11 +1,15 @@
 """The argument of a config file: `--config=configs/FILE.py:name=value,flag`.
 
-Config files import this leaf and nothing else of the project.
+A config file imports this leaf and `nca_jax.config` alone of the project.
 """
 
+import re
 from types import SimpleNamespace
 
 from nca_jax.checks import UserError
+from nca_jax.other_names import did_you_mean
+
+WANTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
 def parse_arg(arg: str | None, **defaults) -> SimpleNamespace:
@@ -23,8 +27,14 @@ def parse_arg(arg: str | None, **defaults) -> SimpleNamespace:
         if name not in defaults:
             raise UserError(
                 f"Unknown config argument {name!r}; this config takes {', '.join(defaults)}."
+                f"{did_you_mean(name, list(defaults))} {_hint(name)}"
             )
-        values[name] = _convert(name, text if equals else "true", type(defaults[name]))
+        if re.search(rf"\s({'|'.join(defaults)})=", text):
+            raise UserError(f"Config argument {item!r}: commas part arguments, not spaces.")
+        kind = type(defaults[name])
+        if not equals and kind is not bool:
+            raise UserError(f"Config argument {name}: give {name}=VALUE.")
+        values[name] = _convert(name, text if equals else "true", kind)
         asked.add(name)
     return SimpleNamespace(**values, asked=asked)
 
@@ -33,4 +43,11 @@ def _convert(name: str, text: str, kind: type):
     try:
         return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
     except (ValueError, KeyError):
-        raise UserError(f"Config argument {name}={text!r} is not a {kind.__name__}.") from None
+        raise UserError(f"Config argument {name}={text!r}: wanted {WANTED[kind]}.") from None
+
+
+def _hint(name: str) -> str:
+    """Returns what somebody may have meant who gave an argument that there is not."""
+    if re.search(r"[./]", name):
+        return "Several files are one argument: files=A.jsonl+B.jsonl."
+    return "Fields are set by flags of their own: --config.section.field=value."

@@ -1,4 +1,6 @@
-r"""Evaluate a policy on held-out prompts: python -m nca_jax.evaluate --config=... --workdir=DIR.
+r"""Evaluate a policy on held-out prompts.
+
+    python -m nca_jax.evaluate --workdir=DIR [--step=N|best] [--config.section.field=value ...]
 
 Prints, and writes to --out (by default DIR/evaluation.json): the held-out metrics of training, KL
 to the reference on the policy's own samples, and a scorer's mean reward on samples of policy and
@@ -6,7 +8,13 @@ reference, with their length and repetition: a reward may be bought by breaking 
 held-out set with a name (data.eval_files=NAME=FILE) a metric is NAME/metric.
 Without --workdir it evaluates the model of init_from.
 
+    --config       a config file or nca_jax:NAME, with its arguments; by default that of the run in
+                   --workdir; --help_config lists all fields
+    --workdir      of a training run
+    --step         of a checkpoint that was kept, or best by checkpoint.best_metric; by default the
+                   latest
     --num_prompts  held-out prompts to sample responses for; 0: none, so no KL and no rewards
+    --out          a file; by default evaluation.json in --workdir
     --judge        a second scorer (see nca_jax.score), which was not trained on
     --text         a file of plain text, paragraphs apart by empty lines: the perplexity of both
 """
@@ -50,7 +58,14 @@ from nca_jax.rollout import Samples, check_scorable, make_generator, make_record
 
 def main(argv: list[str]) -> int:
     config, flags = parse_flags(
-        argv, sections=("generate",), workdir="", out="", num_prompts=64, judge="", text=""
+        argv,
+        sections=("generate",),
+        workdir="",
+        step="",
+        out="",
+        num_prompts=64,
+        judge="",
+        text="",
     )
     beside = as_path(flags.workdir or ".") / "evaluation.json"
     is_missing = not flags.out and not beside.parent.exists()  # the workdir, as will be said
@@ -65,7 +80,7 @@ def main(argv: list[str]) -> int:
     for scorer in scorers.values():
         check_scorable([as_prompt(run, example) for example in heldout], scorer)
     with jax.set_mesh(run.mesh):
-        policy = policy_params(run, flags.workdir)
+        policy = policy_params(run, flags.workdir, flags.step)
         reference = reference_params(run)
         step_logps = programs.jit_step_logps(run)
         here = rows_here(run.mesh, config.data.rows)

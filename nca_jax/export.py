@@ -1,11 +1,13 @@
 r"""Write a trained policy as a Hugging Face folder.
 
-    python -m nca_jax.export --workdir=DIR --out=HF_DIR [--dtype=float32|bfloat16] [--step=N]
+    python -m nca_jax.export --workdir=DIR --out=HF_DIR [--dtype=float32|bfloat16] [--step=N|best]
 
---workdir  of a training run; its config.json says which model and tokenizer it is
+--workdir  of a training run
+--config   a config file or nca_jax:NAME, with its arguments; by default that of the run, which says
+           what model and tokenizer it is; --help_config lists all fields
 --out      a folder that is empty or not there yet: it is whole when the command succeeds
 --dtype    of the stored weights
---step     of a checkpoint that was kept; by default the latest
+--step     of a checkpoint that was kept, or best by checkpoint.best_metric; by default the latest
 
 The folder has config.json, generation_config.json, safetensors (several with an index from 5 GB
 on), the tokenizer's files, and a model card: README.md with the config, metrics and commit.
@@ -24,8 +26,8 @@ from nca_jax.checks import UserError, run_main
 from nca_jax.config import flatten
 from nca_jax.data.template import usual_turn
 from nca_jax.files import AnyPath, as_path, new_folder, whole_folder, whole_lines
-from nca_jax.flags import parse_own_flags
-from nca_jax.infra.checkpoint import restore_params, saved_step
+from nca_jax.flags import parse_flags
+from nca_jax.infra.checkpoint import restore_params
 from nca_jax.infra.mesh import host_mesh
 from nca_jax.infra.records import METRICS, is_metrics, read_run
 from nca_jax.losses import LOSSES
@@ -34,18 +36,17 @@ from nca_jax.models.decoder import Model
 from nca_jax.models.formats.hf_export import DTYPES, write_hf
 from nca_jax.models.formats.names import Param
 from nca_jax.models.formats.pretrained import resolve, save_tokenizer
+from nca_jax.params import chosen_step
 from nca_jax.protocols import ModelSection
-from nca_jax.saved_config import CONFIG, read_saved
 
 
 def main(argv: list[str]) -> int:
-    flags = parse_own_flags(argv, workdir=None, out=None, dtype="float32", step=0)
+    config, flags = parse_flags(argv, workdir=None, out=None, dtype="float32", step="")
     workdir = as_path(flags.workdir)
     if flags.dtype not in DTYPES:
         raise UserError(f"--dtype must be one of {', '.join(DTYPES)}; it is {flags.dtype!r}.")
     out = new_folder(flags.out)
-    step = saved_step(workdir, flags.step)
-    config = read_saved(workdir / CONFIG)
+    step = chosen_step(config, workdir, flags.step)
     card = model_card(workdir, config, step)
     model_config = build.open_model_config(config.model)
 

@@ -1,20 +1,24 @@
 """The command line: `--config=FILE[:args] --config.section.field=value`, and a command's own flags.
 
 FILE is a Python file with `get_config(arg)`, or nca_jax:NAME for one of the project's own, which
-are there after `pip install` too: --config=nca_jax:jsonl:files=records.jsonl,algo=nca.
+are there after `pip install` too: --config=nca_jax:jsonl:files=records.jsonl,algo=nca. A command
+that has a --workdir takes the config of the run there where no --config is given.
 """
 
-import difflib
 import importlib.util
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from nca_jax.checks import UserError
-from nca_jax.config import OPTIONAL, check_config, fields_of, flatten, section
+from nca_jax.config import FIELDS, OPTIONAL, check_config, fields_of, flatten, section
 from nca_jax.config_doc import describe
+from nca_jax.files import as_path
+from nca_jax.other_names import did_you_mean
+from nca_jax.saved_config import CONFIG, read_saved
 
 OWN = "nca_jax"  # --config=nca_jax:NAME
 HERE = Path(__file__).parent
@@ -33,7 +37,8 @@ def parse_flags(
 ) -> tuple[ConfigDict, flags.FlagValues]:
     """Reads the config, its overrides and the command's own flags; --help_config prints all fields.
 
-    An exception that is raised inside a config file is the file's own, and keeps its traceback.
+    An exception that is raised inside a config file is the file's own, and keeps its traceback,
+    unless it is a UserError.
 
     Args:
       argv: as in sys.argv.
@@ -48,29 +53,31 @@ def parse_flags(
     if "--help_config" in argv:
         print(describe(), end="")
         raise SystemExit(0)
-    where, argv = _take_config(argv)
-    values = flags.FlagValues()
-    config = None
-    if where is not None:
-        config = load_config(where)
-        overridden = [x for x in OPTIONAL if any(arg.startswith(f"--config.{x}.") for arg in argv)]
-        for name in (*sections, *overridden):
-            if name not in config:
+    where, argv = _take(argv, "config")
+    workdir = _take(argv, "workdir")[0] if "workdir" in extra else None
+    values, given, known = flags.FlagValues(), _overridden(argv), ["config"]
+    config = load_config(where) if where else _saved_config(workdir)
+    if config is not None:
+        for name in (*sections, *(x.split(".")[0] for x in given)):
+            if name in OPTIONAL and name not in config:
                 config[name] = section(name)
-        _check_names(config, argv)
+        known += [f"config.{name}" for name in fields_of(config.loss.name)]
+        _check_names(config, given, known)
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
-    _read_flags(values, argv, extra)
+    _read_flags(values, argv, extra, known)
     if config is None:
-        raise UserError("Give --config=FILE[:args]; see configs/.")
-    config = ConfigDict(values.config.to_dict()).lock()
+        a_run = f", or the --workdir of a run: {workdir} has no {CONFIG}" if workdir else ""
+        raise UserError(f"Give --config=FILE[:args], see configs/{a_run}.")
+    config = ConfigDict(values.config.to_dict())
+    _end_by_what_is_given(config, given)
     check_config(config)
-    return config, values
+    return config.lock(), values
 
 
 def parse_own_flags(argv: list[str], **extra: str | int | None) -> flags.FlagValues:
     """Reads the flags of a command that takes no config: those of `extra`, as in `parse_flags`."""
     values = flags.FlagValues()
-    _read_flags(values, argv, extra)
+    _read_flags(values, argv, extra, [])
     return values
 
 
@@ -87,7 +94,9 @@ def load_config(where: str) -> ConfigDict:
     else:
         path = Path(name)
     if not path.is_file():
-        raise UserError(f"--config={where}: there is no file {path}; see configs/.")
+        near = f" Did you mean {OWN}:{name}?" if name in _own_configs() else ""
+        near = f" Did you mean {name}.py?" if path.with_suffix(".py").is_file() else near
+        raise UserError(f"--config={where}: there is no file {path}; see configs/.{near}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
         raise UserError(f"--config={where}: {path} is no Python file.")
@@ -99,57 +108,96 @@ def load_config(where: str) -> ConfigDict:
     return ConfigDict(config.to_dict())
 
 
+def _own_configs() -> dict[str, Path]:
+    """Returns {name: file} of the project's configs."""
+    return {path.stem: path for folder in CONFIG_FOLDERS for path in sorted(folder.glob("*.py"))}
+
+
 def _own_config(name: str) -> Path:
-    """Returns the file of one of the project's configs."""
-    found = {path.stem: path for folder in CONFIG_FOLDERS for path in sorted(folder.glob("*.py"))}
+    found = _own_configs()
     if name not in found:
         raise UserError(f"--config={OWN}:{name}: wanted one of {', '.join(found) or 'none'}.")
     return found[name]
 
 
-def _take_config(argv: list[str]) -> tuple[str | None, list[str]]:
-    """Returns the value of --config, and the other arguments."""
-    for i, arg in enumerate(argv):
-        if arg.startswith("--config="):
-            return arg.removeprefix("--config="), argv[:i] + argv[i + 1 :]
-        if arg == "--config" and i + 1 < len(argv):
-            return argv[i + 1], argv[:i] + argv[i + 2 :]
-    return None, argv
+def _saved_config(workdir: str | None) -> ConfigDict | None:
+    """Returns the config of the run in a workdir, unlocked; None where there is none."""
+    if not workdir or not (as_path(workdir) / CONFIG).exists():
+        return None
+    return ConfigDict(read_saved(as_path(workdir) / CONFIG).to_dict())
 
 
-def _check_names(config: ConfigDict, argv: list[str]) -> None:
+def _take(argv: list[str], name: str) -> tuple[str | None, list[str]]:
+    """Returns the last value of --name, None without one, and the other arguments."""
+    value, others, rest = None, [], iter(argv)
+    for arg in rest:
+        flag, equals, text = arg.partition("=")
+        if flag not in (f"--{name}", f"-{name}"):
+            others.append(arg)
+        else:
+            value = text if equals else next(rest, None)
+    return value, others
+
+
+def _overridden(argv: Sequence[str]) -> list[str]:
+    """Returns the names, such as "optim.lr", of all overrides of the config."""
+    found = [re.match(r"--?(?:no)?config\.([^=]+)", arg) for arg in argv]
+    return [override[1] for override in found if override]
+
+
+def _check_names(config: ConfigDict, given: Sequence[str], known: Sequence[str]) -> None:
     """Raises UserError for an override of a field that the config does not have."""
     there = flatten(config)
-    for arg in argv:
-        found = re.match(r"--config\.([^=]+)", arg)
-        if not found or found[1] in there:
+    for name in given:
+        if name in there:
             continue
-        name = found[1]
-        head, _, leaf = name.rpartition(".")
-        inside = [x.rpartition(".")[2] for x in there if x.rpartition(".")[0] == head]
-        near = difflib.get_close_matches(leaf, inside, n=1) or difflib.get_close_matches(
-            name, there
-        )
-        said = f" Did you mean {near[0]}?" if near else ""
-        others = f" config.{head} has {', '.join(inside)}." if head and inside else ""
-        if name in fields_of(config.loss.name) or head == "loss":
-            others += f" The loss is {config.loss.name!r}."
-        raise UserError(f"config.{name} is no field of this config.{said}{others}")
+        head = name.rpartition(".")[0]
+        inside = [x.removeprefix(f"{head}.") for x in there if x.rpartition(".")[0] == head]
+        said = did_you_mean(f"config.{name}", known)
+        if inside:
+            said += f" {f'config.{head}' if head else 'config'} has {', '.join(inside)}."
+        if head == "loss":
+            said += f" The loss is {config.loss.name!r}."
+        raise UserError(f"config.{name} is no field of this config.{said}")
+
+
+def _end_by_what_is_given(config: ConfigDict, given: Sequence[str]) -> None:
+    """Lets steps or epochs of the command line, where one is there, win over the config's other."""
+    for name, other in (("steps", "epochs"), ("epochs", "steps")):
+        if name in given and other not in given and config[name] and config[other]:
+            print(f"--config.{name}={config[name]} wins over the config's {other}={config[other]}")
+            config[other] = type(config[other])(0)
 
 
 def _read_flags(
-    values: flags.FlagValues, argv: list[str], extra: dict[str, str | int | bool | None]
+    values: flags.FlagValues,
+    argv: list[str],
+    extra: dict[str, str | int | bool | None],
+    known: Sequence[str],
 ) -> None:
-    """Defines the flags of `extra` and reads the command line into `values`."""
+    """Defines the flags of `extra` and reads the command line into `values`.
+
+    Args:
+      known: other flags that there are, which a wrong one may have meant.
+    """
     for name, default in extra.items():
         define = DEFINE_FLAG[type(default)]
         define(name, default, "", flag_values=values)
     try:
         rest = values(argv)
+    except flags.UnrecognizedFlagError as error:
+        said = did_you_mean(error.flagname, [*extra, *known], prefix="--")
+        raise UserError(f"There is no flag --{error.flagname}.{said} --help lists them.") from None
     except (flags.Error, KeyError, AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"Command line: {error}") from error
+        raise UserError(f"Command line: {error}{_wanted(str(error))}") from error
     if len(rest) > 1:
         raise UserError(f"Unknown argument {rest[1]!r}; flags are --name=value.")
     for name, default in extra.items():
         if default is None and values[name].value is None:
             raise UserError(f"Give --{name}=...")
+
+
+def _wanted(error: str) -> str:
+    """Returns what a field must be, of which absl says that its value is no such thing."""
+    found = re.match(r"flag --config\.([\w.]+)=", error)
+    return f"; it must be {FIELDS[found[1]].check.wanted}." if found and found[1] in FIELDS else ""

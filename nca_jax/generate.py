@@ -1,10 +1,15 @@
-r"""Sample responses: python -m nca_jax.generate --config=FILE[:args] --prompts=FILE --out=FILE.
+r"""Sample responses to prompts.
 
+    python -m nca_jax.generate --workdir=DIR --prompts=FILE --out=FILE [--step=N|best]
+
+--config   a config file or nca_jax:NAME, with its arguments; by default that of the run in
+           --workdir; --help_config lists all fields
 --prompts  JSON lines with a "prompt" (text or messages); other keys, an "answer", go along
 --out      the same records with "responses", whether each is "finished" or was cut off at
            generate.max_new_tokens, their ids, and "scores" where config.generate.scorer names a
            scorer (see nca_jax.score): nca_jax.train reads them as they were sampled
---workdir  of a training run: its latest checkpoint; without it the model of init_from
+--workdir  of a training run; without it the model of init_from
+--step     of a checkpoint that was kept, or best by checkpoint.best_metric; by default the latest
 
 What is sampled is kept in OUT.pieces until OUT is whole: after a stop the same command goes on from
 there, and gives the same responses. A prompt is cut, refused or skipped as in training:
@@ -32,7 +37,9 @@ from nca_jax.rollout import check_scorable, rollout_batches, with_scores
 
 
 def main(argv: list[str]) -> int:
-    config, flags = parse_flags(argv, sections=("generate",), prompts=None, out=None, workdir="")
+    config, flags = parse_flags(
+        argv, sections=("generate",), prompts=None, out=None, workdir="", step=""
+    )
     out, scorer = out_file(flags.out), get_scorer(config.generate.scorer)
     run = build.build(config, date=date_of(flags.workdir))
     if run.tokenizer is None:
@@ -49,7 +56,7 @@ def main(argv: list[str]) -> int:
     }
     distributed.check_same(prompts=made_from["prompts"])
     with jax.set_mesh(run.mesh):
-        params = policy_params(run, flags.workdir)
+        params = policy_params(run, flags.workdir, flags.step)
         made_from["parameters"] = params_fingerprint(params)
         with lock.held(out_folder(pieces.folder_of(out))):
             records = pieces.begin(out, made_from) if distributed.is_first() else []

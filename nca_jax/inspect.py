@@ -1,4 +1,9 @@
-"""Show what the model will see: python -m nca_jax.inspect --config=FILE[:args] [--rows=2].
+"""Show what the model will see.
+
+    python -m nca_jax.inspect --config=FILE[:args] [--rows=2] [--config.section.field=value ...]
+
+--config    a config file or nca_jax:NAME, with its arguments; --help_config lists all fields
+--rows      prompts that are shown
 
 What the chat template adds to a response. For the first prompts of step 1: rendered text, tokens
 with their segment and whether they are scored, scores and targets; then how the step is packed, and

@@ -8,10 +8,12 @@ from ml_collections import ConfigDict
 from nca_jax.axes import Params
 from nca_jax.build import Run
 from nca_jax.checks import UserError
-from nca_jax.files import as_path
+from nca_jax.files import AnyPath, as_path
 from nca_jax.infra.checkpoint import restore_params
 from nca_jax.infra.finite import not_finite
 from nca_jax.infra.mesh import param_shardings, place
+from nca_jax.infra.steps import best_step, saved_step, saved_steps
+from nca_jax.metrics import IS_BETTER_HIGH
 from nca_jax.models.formats.pretrained import open_pretrained
 
 
@@ -45,15 +47,44 @@ def start_params(run: Run, init_from: str, *, keep_dtype: bool = False) -> Param
     return params
 
 
-def policy_params(run: Run, workdir: str) -> Params:
-    """Returns the params of the latest checkpoint of a run, or of `config.model.init_from` for "".
+def policy_params(run: Run, workdir: str, step: str = "") -> Params:
+    """Returns the params of a checkpoint of a run, or of `config.model.init_from` for workdir "".
 
     Raises:
-      UserError: as `start_params` or `restore_params`.
+      UserError: as `start_params`, `chosen_step` or `restore_params`.
     """
     if not workdir:
+        if step:
+            raise UserError(f"--step={step} is one of a run: give its --workdir too.")
         return start_params(run, run.config.model.init_from)
-    return restore_params(as_path(workdir), run.model.abstract_params(), run.mesh)
+    folder = as_path(workdir)
+    number = chosen_step(run.config, folder, step)
+    return restore_params(folder, run.model.abstract_params(), run.mesh, step=number)
+
+
+def chosen_step(config: ConfigDict, workdir: AnyPath, step: str) -> int:
+    """Returns the step of the checkpoint that --step names: N, "best", or "" for the latest.
+
+    Raises:
+      UserError: there is no such checkpoint; names those that are there.
+    """
+    if step == "best":
+        found = best_step(workdir, config.checkpoint, best_is_high=best_is_high(config))
+        if found is None:
+            metric = config.checkpoint.best_metric
+            raise UserError(
+                f"{workdir} has no best checkpoint: config.checkpoint.best_metric is {metric!r}, "
+                f"and none was saved with such a metric. It has those of {saved_steps(workdir)}."
+            )
+        return found
+    if step and not step.isdecimal():
+        raise UserError(f"--step={step}: wanted the number of a step, or best.")
+    return saved_step(workdir, int(step or 0))
+
+
+def best_is_high(config: ConfigDict) -> bool:
+    """Whether the best checkpoint is that whose metric is highest."""
+    return IS_BETTER_HIGH.get(config.checkpoint.best_metric, True)
 
 
 def reference_init_from(config: ConfigDict) -> str:

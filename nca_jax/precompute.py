@@ -3,6 +3,8 @@ r"""Write the cached reference that a sweep shares.
     python -m nca_jax.precompute --config=FILE[:args] --config.reference.kind=cached \
         --config.reference.cache=FOLDER
 
+--config   a config file or nca_jax:NAME, with its arguments; --help_config lists all fields
+
 Every response of every record, training and held out, is scored once under the frozen reference.
 Started again after any stop, it goes on with the parts that are missing or damaged; of a folder
 that does not say what its parts were made from, it makes all again. Several processes share

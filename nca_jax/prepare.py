@@ -1,4 +1,6 @@
-r"""Build a data set as tensorflow-datasets: python -m nca_jax.prepare --name=NAME [--raw=FOLDER].
+r"""Build a data set as tensorflow-datasets.
+
+    python -m nca_jax.prepare --name=NAME [--raw=FOLDER] [--score=NAME] [--out=FOLDER]
 
     --name    ultrafeedback_reward, ultrafeedback_preference, ultra_interact_pair, scored_jsonl
     --raw     folder (or one file) of .parquet, .jsonl or .jsonl.gz; without it, from the hub
@@ -13,17 +15,21 @@ tfds:NAME[/SCORE]:SPLIT. Wants the tfds extra.
 
 import sys
 
-from absl import flags
-
 from nca_jax.checks import UserError, run_main
 from nca_jax.data.layouts import DATA_SETS
 from nca_jax.data.tfds_source import data_dir
 from nca_jax.files import as_path, is_remote, local_copy, out_folder
+from nca_jax.flags import parse_own_flags
 from nca_jax.infra import lock
 
 
 def main(argv: list[str]) -> int:
-    given = parse(argv)
+    given = parse_own_flags(argv, name="", raw="", score="", out="")
+    if given.name not in DATA_SETS:
+        raise UserError(f"--name={given.name} is none of {', '.join(DATA_SETS)}.")
+    if given.score not in DATA_SETS[given.name]:
+        known = ", ".join(filter(None, DATA_SETS[given.name])) or "none"
+        raise UserError(f"--score={given.score}: {given.name} takes {known}, or no --score.")
     import tensorflow_datasets as tfds  # with builders, wants the tfds extra: see checks.EXTRAS
 
     from nca_jax.data import builders
@@ -50,26 +56,6 @@ def main(argv: list[str]) -> int:
     for split, counts in builder.counts.items():
         print(f"{entry}:{split}: {builders.report(counts)}")
     return 0
-
-
-def parse(argv: list[str]) -> flags.FlagValues:
-    """Returns the flags as attributes. Raises UserError unless they name a data set and score."""
-    values = flags.FlagValues()
-    for name in ("name", "raw", "score", "out"):
-        flags.DEFINE_string(name, "", "", flag_values=values)
-    try:
-        rest = values(argv)
-    except flags.Error as error:
-        raise UserError(f"Command line: {error}") from None
-    if len(rest) > 1:
-        raise UserError(f"Unknown argument {rest[1]!r}; flags are --name=value.")
-    if values.name not in DATA_SETS:
-        raise UserError(f"--name={values.name} is none of {', '.join(DATA_SETS)}.")
-    scores = DATA_SETS[values.name]
-    if values.score not in scores:
-        known = ", ".join(filter(None, scores)) or "none"
-        raise UserError(f"--score={values.score}: {values.name} takes {known}, or no --score.")
-    return values
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -46,9 +47,19 @@ class Optimizer(NamedTuple):
     schedule: optax.Schedule
 
 
-def build_optimizer(config: ConfigDict, steps: int) -> Optimizer:
-    """Returns the optimizer of a run of so many steps, and its learning rate by step."""
+def build_optimizer(config: ConfigDict, steps: int, more_steps: Sequence[int] = ()) -> Optimizer:
+    """Returns the optimizer of a run of so many steps, and its learning rate by step.
+
+    Args:
+      more_steps: of each extension, which goes through the schedule anew from its peak.
+    """
     schedule = make_schedule(config.optim, steps)
+    if more_steps:
+        restarted = config.optim.copy_and_resolve_references()
+        restarted.update(warmup_frac=0.0)  # Adam's moments are there
+        parts = [schedule, *(make_schedule(restarted, n) for n in more_steps)]
+        ends = itertools.accumulate([steps, *more_steps[:-1]])
+        schedule = optax.join_schedules(parts, list(ends))
     return Optimizer(make_optimizer(config.optim, schedule), schedule)
 
 

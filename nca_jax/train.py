@@ -1,7 +1,14 @@
-"""Train a policy: python -m nca_jax.train --config=FILE[:args] --workdir=DIR [--config.key=value].
+r"""Train a policy on scored responses.
 
-    --workdir  a local folder or one on gs://
-    --profile  N:M, the first and the last of the steps to trace; see nca_jax.infra.profile
+    python -m nca_jax.train --config=FILE[:args] --workdir=DIR [--config.section.field=value ...]
+
+--config        a config file or nca_jax:NAME, with its arguments; --help_config lists all fields;
+                without it that of the run in --workdir goes on
+--workdir       of the run: a local folder or one on gs://
+--more_steps    N: a finished run goes on for N steps, from the peak learning rate without warmup
+                through optim.schedule over these N; run.json says from which step
+--profile       N:M, the first and the last of the steps to trace; see nca_jax.infra.profile
+--host_timeout  seconds after which a process of several that says nothing is given up
 
 The loop reads top to bottom in the order in which it happens. Start it again with the same command
 after any stop, and it goes on where the last checkpoint is, bit for bit; or says what has changed
@@ -10,7 +17,6 @@ since. A workdir is that of one run at a time, which holds it.
 
 import contextlib
 import functools
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,10 +35,10 @@ from nca_jax.infra import checkpoint, distributed, lock, profile
 from nca_jax.infra.fingerprint import tokenizer_fingerprint
 from nca_jax.infra.mesh import rows_here
 from nca_jax.infra.preemption import stop_asked
-from nca_jax.infra.records import note_early_stop, read_run, record_run
+from nca_jax.infra.records import extended, note_best, note_early_stop, read_run, record_run
+from nca_jax.infra.steps import best_step, saved_steps
 from nca_jax.infra.writer import MetricWriter, SilentWriter
-from nca_jax.metrics import IS_BETTER_HIGH
-from nca_jax.params import start_params
+from nca_jax.params import best_is_high, start_params
 from nca_jax.programs import (
     abstract_state,
     build_optimizer,
@@ -55,22 +61,38 @@ DROPPED = ("key",)  # leaves that older checkpoints have and nothing reads
 
 
 def main(argv: list[str]) -> int:
-    config, flags = parse_flags(argv, workdir=None, profile="")
+    config, flags = parse_flags(argv, workdir=None, profile="", more_steps=0)
     traced = profile.parse_steps(flags.profile)
-    profile.check_within(traced, config.steps or sys.maxsize)
     workdir = out_folder(flags.workdir, "--workdir")
     with lock.held(workdir) as check_held:
-        return train(config, workdir, traced, check_held)
+        return train(config, workdir, traced, flags.more_steps, check_held)
 
 
-def train(config: ConfigDict, workdir: AnyPath, traced: range, check_held: lock.CheckHeld) -> int:
-    """Trains in a workdir that this process holds, and returns the exit status."""
+def train(
+    config: ConfigDict,
+    workdir: AnyPath,
+    traced: range,
+    more_steps: int,
+    check_held: lock.CheckHeld,
+) -> int:
+    """Trains in a workdir that this process holds, and returns the exit status.
+
+    Args:
+      more_steps: by which a finished run is extended; 0: none.
+    """
     # ---- Mesh, model, data -------------------------------------------------------------------
     began, log_every, version = None, config.log_every, VERSION
-    if checkpoint.saved_steps(workdir):
+    saved = saved_steps(workdir)
+    if saved:
         config = check_same_run(config, workdir / CONFIG)
         began, log_every = read_run(workdir), read_saved(workdir / CONFIG).log_every
         version = saved_version(workdir / CONFIG)
+    elif (workdir / CONFIG).exists():
+        print(f"{workdir} has no checkpoint of the run that was started there: it starts anew")
+    extensions = extended(began, max(saved, default=0), more_steps)
+    more = [one["steps"] for one in extensions]
+    if config.steps:
+        profile.check_within(traced, config.steps + sum(more))
     run = build.build(config, date=start_date(config, began))
     data = build.read_data(run)
     for note in data.notes():
@@ -84,7 +106,7 @@ def train(config: ConfigDict, workdir: AnyPath, traced: range, check_held: lock.
         checkpoint.open_checkpoints(
             workdir,
             config.checkpoint,
-            best_is_high=IS_BETTER_HIGH.get(config.checkpoint.best_metric, True),
+            best_is_high=best_is_high(config),
         ) as checkpoints,
         jax.set_mesh(run.mesh),
     ):
@@ -107,7 +129,8 @@ def train(config: ConfigDict, workdir: AnyPath, traced: range, check_held: lock.
             )
             for split, examples in data.splits.items()
         }
-        steps = build.num_steps(config, len(dataset))
+        base_steps = build.num_steps(config, len(dataset))
+        steps = base_steps + sum(more)
         profile.check_within(traced, steps)
         for line in advice.before_training(
             [example.scores for example in dataset.examples],
@@ -125,15 +148,15 @@ def train(config: ConfigDict, workdir: AnyPath, traced: range, check_held: lock.
             "records": " + ".join(map(counted, data.sources)),
             "heldout": counted(data.heldout),
             "score_unit": data.score_unit,
-            "steps": steps,
-        }
+            "steps": base_steps,
+        } | ({"more_steps": extensions} if extensions else {})
         for note in record_run(workdir, began, now):
             print(note)
         if distributed.is_first():
             write_json(workdir / CONFIG, config_json(config, version))
 
         # ---- State: 1. own workdir, 2. init_from, 3. random ----------------------------------
-        optimizer = build_optimizer(config, steps)
+        optimizer = build_optimizer(config, base_steps, more)
         abstract, shardings = abstract_state(run, optimizer.tx)
         state = checkpoint.restore_latest(
             checkpoints,
@@ -194,6 +217,8 @@ def train(config: ConfigDict, workdir: AnyPath, traced: range, check_held: lock.
             note_early_stop(workdir, int(state.step))
 
     # ---- Close -------------------------------------------------------------------------------
+    if distributed.is_first():
+        note_best(workdir, best_step(workdir, config.checkpoint, best_is_high=best_is_high(config)))
     step = int(state.step)
     if best is not None and step < steps:
         print(

@@ -5,6 +5,7 @@ and a program that one test has compiled is there for the others, the commands t
 included: what is tested is the same, since the compiled program is that of the same key.
 """
 
+import importlib
 import os
 from pathlib import Path
 
@@ -21,5 +22,31 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "disabled"
 
 import jax  # noqa: E402  (after the flags that it reads)
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def fails(monkeypatch, capsys):
+    """Returns a function that runs a command as `python -m` does, and gives its error line."""
+
+    from nca_jax import checks
+
+    def run(name: str, *flags: str) -> str:
+        def exit_with(status):
+            raise SystemExit(status)
+
+        monkeypatch.setattr("sys.argv", [name, *flags])
+        monkeypatch.setattr("os._exit", exit_with)
+        monkeypatch.setattr("nca_jax.signals.watch", lambda: None)  # of pytest itself
+        monkeypatch.setattr(checks, "_hear_threads", lambda: None)
+        with pytest.raises(SystemExit) as stopped:
+            checks.run_main(importlib.import_module(f"nca_jax.{name}").main)
+        said = capsys.readouterr().err
+        error = said.strip().splitlines()[-1]
+        assert stopped.value.code == 2 and "Traceback" not in said
+        assert error.startswith("error: ")
+        return error
+
+    return run

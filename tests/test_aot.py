@@ -16,6 +16,7 @@ from nca_jax.checks import UserError
 from nca_jax.chips import CHIPS, Chip
 from nca_jax.compiled import topology
 from nca_jax.compiled.hlo import Collective, collectives, replica_groups, shape_bytes
+from nca_jax.compiled.topology import topology_name
 from nca_jax.files import write_json
 from nca_jax.flags import parse_flags
 
@@ -200,6 +201,28 @@ def test_fit_takes_the_least_recomputation_then_the_most_rows(monkeypatch, capsy
         "remat=full, 4 rows a chip",
         "remat=full, 8 rows a chip",
     ]
+
+
+@pytest.mark.parametrize(
+    ("slice_", "topology"),
+    [
+        ("v5e-8", "v5e:2x4"),
+        ("v5litepod-8", "v5e:2x4"),
+        ("v5litepod-256", "v5e:16x16"),
+        ("v6e-1", "v6e:1x1"),
+        ("v6e-32", "v6e:4x8"),
+        ("v4-8", "v4:2x2x1"),  # of 4 chips: N counts their TensorCores
+        ("v4-16", "v4:2x2x2"),
+        ("v5p-64", "v5p:2x4x4"),
+        ("v5p-128", "v5p:4x4x4"),
+        ("v5p-2048", "v5p:8x8x16"),
+        ("v5e:4x4", "v5e:4x4"),
+        ("v5e-6", "v5e-6"),
+        ("v9-8", "v9-8"),
+    ],
+)
+def test_the_name_that_cloud_tpu_has_for_a_slice_is_its_topology(slice_, topology):
+    assert topology_name(slice_) == topology
 
 
 wants_libtpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="wants libtpu")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import metric_lines
 from helpers import stopping
 from old_run import FLAGS, OLD
 from safetensors.numpy import load_file, save_file
@@ -17,7 +18,7 @@ from nca_jax import evaluate, export, inspect, precompute, train
 from nca_jax.checks import UserError
 from nca_jax.files import read_json
 from nca_jax.fit import fit
-from nca_jax.infra.records import DEPENDS
+from nca_jax.infra.records import DEPENDS, extended
 
 
 def flags_of(folder: Path) -> list[str]:
@@ -100,6 +101,46 @@ def test_another_cache_is_refused_by_name(run, tmp_path, monkeypatch):
         go_on(run, *flags)
 
 
+# More steps
+
+
+def test_only_a_finished_run_is_extended_and_the_same_command_goes_on_with_it():
+    first, second = {"from": 6, "steps": 2}, {"from": 8, "steps": 3}
+    assert extended(None, 0, 0) == []
+    assert extended({"steps": 6}, 6, 2) == [first]
+    with pytest.raises(UserError, match="this one is at step 3 of 6. Let it finish first"):
+        extended({"steps": 6}, 3, 2)
+    begun = {"steps": 6, "more_steps": [first]}
+    assert extended(begun, 7, 0) == extended(begun, 7, 2) == [first]
+    with pytest.raises(UserError, match="this one is at step 7 of 8"):
+        extended(begun, 7, 3)
+    assert extended(begun, 8, 3) == [first, second]
+    with pytest.raises(UserError, match="wanted a whole number of at least 1"):
+        extended(begun, 8, -1)
+    with pytest.raises(UserError, match="there is none in --workdir"):
+        extended(None, 0, 2)
+
+
+@pytest.mark.slow
+def test_an_extension_that_was_stopped_goes_on_as_if_it_never_was(begun, tmp_path, monkeypatch):
+    flags = [*flags_of(begun), "--config.save_every=1"]
+    train.main(["train", *flags, f"--workdir={tmp_path}/whole"])
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    train.main(["train", f"--workdir={tmp_path}/whole", "--more_steps=3"])
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "stop_asked", stopping(lambda: True))
+        train.main(["train", f"--workdir={tmp_path}/cut", "--more_steps=3"])
+    train.main(["train", f"--workdir={tmp_path}/cut"])
+    whole, cut = (metric_lines(tmp_path / name) for name in ("whole", "cut"))
+    assert whole == cut and [line["step"] for line in whole if line["split"] == "train"] == [
+        *range(1, 10)
+    ]
+    lrs = [line["lr"] for line in whole if line["split"] == "train"]
+    assert lrs[6] == max(lrs) and lrs[6] > lrs[7] > lrs[8] > 0
+    for name in ("whole", "cut"):
+        assert read_json(tmp_path / name / "run.json")["more_steps"] == [{"from": 6, "steps": 3}]
+
+
 @pytest.mark.parametrize("name", ["config.json", "run.json"])
 @pytest.mark.parametrize(
     "damage", [None, b"", b"{", b"\0" * 99], ids=["removed", "empty", "cut", "zeros"]
@@ -113,6 +154,8 @@ def test_a_run_whose_records_are_removed_or_damaged_does_not_go_on(run, name, da
     said = "is not there" if damage is None else "is damaged"
     with pytest.raises(UserError, match=f"{file} {said}"):
         go_on(run)
+    if name == "config.json" and damage is None:
+        said, file = "has no config.json", file.parent
     with pytest.raises(UserError, match=f"{file} {said}"):
         export.main(["export", f"--workdir={run}/run", f"--out={run}/out"])
     assert not (run / "out").exists()
@@ -121,11 +164,13 @@ def test_a_run_whose_records_are_removed_or_damaged_does_not_go_on(run, name, da
             evaluate.main(["evaluate", *flags_of(run), f"--workdir={run}/run"])
 
 
-def test_what_was_killed_before_its_first_save_starts_anew_whatever_it_left(run):
+def test_what_was_killed_before_its_first_save_starts_anew_whatever_it_left(run, capsys):
     shutil.rmtree(run / "run" / "checkpoints")
     (run / "run" / "config.json").write_text('{"steps": 3, "se')
     (run / "run" / "run.json").unlink()
     go_on(run)
+    said = f"{run}/run has no checkpoint of the run that was started there: it starts anew\n"
+    assert said in capsys.readouterr().out
     assert read_json(run / "run" / "run.json")["steps"] == 6
     assert read_json(run / "run" / "config.json")["steps"] == 6
 

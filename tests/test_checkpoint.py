@@ -14,8 +14,10 @@ from nca_jax.checks import UserError
 from nca_jax.infra.checkpoint import open_checkpoints, restore, restore_params, save
 from nca_jax.infra.mesh import host_mesh, param_shardings
 from nca_jax.infra.optim import make_optimizer, make_schedule
+from nca_jax.infra.steps import best_step
 from nca_jax.models.decoder import Model
 from nca_jax.models.formats import hf
+from nca_jax.params import chosen_step
 from nca_jax.saved_config import read_saved
 from nca_jax.train_step import TrainState
 
@@ -81,6 +83,22 @@ def test_the_best_is_still_known_after_a_resume(tmp_path):
     for part in (before, after):
         found = kept(tmp_path, {i: {"margin": x} for i, x in part.items()}, best_metric="margin")
     assert found == {1, 4}
+
+
+def test_the_step_that_is_best_is_known_by_the_same_rule(tmp_path):
+    best = ConfigDict({"keep_last": 3, "best_metric": "margin"})
+    kept(tmp_path, margins(2.0, 1.0, 2.0, None), best_metric="margin", keep_last=4)
+    assert best_step(tmp_path, best, best_is_high=True) == 3
+    assert best_step(tmp_path, best, best_is_high=False) == 2
+    config = ConfigDict({"checkpoint": best})
+    assert [chosen_step(config, tmp_path, x) for x in ("best", "1", "")] == [3, 1, 4]
+    with pytest.raises(UserError, match=r"no checkpoint of step 7; it has those of \[1, 2, 3, 4\]"):
+        chosen_step(config, tmp_path, "7")
+    with pytest.raises(UserError, match="--step=last: wanted the number of a step, or best"):
+        chosen_step(config, tmp_path, "last")
+    best.best_metric = ""
+    with pytest.raises(UserError, match=r"best_metric is '',.* It has those of \[1, 2, 3, 4\]"):
+        chosen_step(config, tmp_path, "best")
 
 
 def test_a_state_beside_metrics_is_restored_also_where_the_best_is_no_longer_kept(tmp_path):

@@ -14,6 +14,7 @@ from nca_jax.config import (
     check_config,
     choose_loss,
     default_config,
+    fields_of,
     flatten,
     section,
 )
@@ -21,6 +22,7 @@ from nca_jax.config_doc import describe
 from nca_jax.field import COUNT, FLAG, FRACTION, NOT_NEGATIVE, POSITIVE, TEXT, Check, Field
 from nca_jax.flags import load_config, parse_flags
 from nca_jax.losses import LOSSES
+from nca_jax.other_names import OTHER_NAMES
 from nca_jax.saved_config import VERSION, check_same_run, config_json, read_saved
 
 SMOKE = "--config=configs/jsonl.py:files=x.jsonl,smoke"
@@ -142,7 +144,9 @@ def test_an_override_brings_its_section_in_with_the_defaults_of_the_table(monkey
     assert dict(smoke("--config.rounds.number=2").rounds) == {"number": 2, "steps": 5}
     with pytest.raises(UserError, match="config.rounds.number must be a whole number"):
         smoke("--config.rounds.number=0")
-    with pytest.raises(UserError, match="config.rounds.nmber is no field.*Did you mean number"):
+    with pytest.raises(
+        UserError, match="config.rounds.nmber is no field.*Did you mean config.rounds.number"
+    ):
         smoke("--config.rounds.nmber=2")
 
 
@@ -172,12 +176,53 @@ def test_an_exception_inside_a_config_file_keeps_its_file_and_line(tmp_path):
         parse_flags(["train", f"--config={path}"])
     last = error.traceback[-1]
     assert str(last.path) == str(path) and last.lineno + 1 == 2
+    path.write_text("from nca_jax.checks import UserError\nraise UserError('Set LR.')\n")
+    with pytest.raises(UserError, match=r"^Set LR.$"):
+        parse_flags(["train", f"--config={path}"])
     path.write_text("lr = 1\n")
     with pytest.raises(UserError, match=r"broken.py has no function get_config"):
         parse_flags(["train", f"--config={path}"])
 
 
+def test_a_field_of_another_trainer_in_a_config_file_is_named_with_ours(tmp_path):
+    path = tmp_path / "mine.py"
+    source = open("configs/jsonl.py").read()
+    path.write_text(source.replace("    return c", "    c.optim.learning_rate = 1.0\n    return c"))
+    with pytest.raises(
+        UserError, match=r"\['optim.learning_rate'\].*Did you mean config.optim.lr?"
+    ):
+        parse_flags(["train", f"--config={path}:files=x.jsonl,smoke"])
+
+
+def test_every_name_of_another_trainer_stands_for_what_there_is():
+    known = {f"config.{name}" for loss in LOSSES for name in fields_of(loss)} | {"workdir", "out"}
+    assert known >= {ours for names in OTHER_NAMES.values() for ours in names.split()}
+
+
+# Steps and epochs
+
+
+def test_what_the_command_line_gives_of_steps_and_epochs_wins_over_the_config(capsys):
+    by_epochs = "--config=configs/jsonl.py:files=x.jsonl,model=tiny"
+    config, _ = parse_flags(["train", by_epochs, "--config.steps=7"])
+    assert (config.steps, config.epochs) == (7, 0.0)
+    assert "--config.steps=7 wins over the config's epochs=1.0" in capsys.readouterr().out
+    config = smoke("--config.epochs=2")
+    assert (config.steps, config.epochs) == (0, 2.0)
+    with pytest.raises(UserError, match="set one of config.steps and config.epochs"):
+        smoke("--config.epochs=2", "--config.steps=7")
+
+
 # config.json
+
+
+def test_a_command_with_a_workdir_takes_the_config_of_the_run_there(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config_json(smoke())))
+    argv = ["evaluate", f"--workdir={tmp_path}", "--config.generate.temperature=0"]
+    config, flags = parse_flags(argv, sections=("generate",), workdir="")
+    wanted = flatten(smoke()) | {"generate.temperature": 0.0}
+    assert flatten(config) == wanted and flags.workdir == str(tmp_path)
+    assert parse_flags([*argv, SMOKE, "--config.seed=3"], workdir="")[0].seed == 3
 
 
 def test_a_config_json_carries_its_version_and_is_read_as_it_was(tmp_path):

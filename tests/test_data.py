@@ -11,7 +11,7 @@ from transformers import ByT5Tokenizer
 from nca_jax.checks import UserError
 from nca_jax.data import chat, pipeline, sources
 from nca_jax.data.load import load_examples
-from nca_jax.data.sources import JsonlSource, RecordError, list_files
+from nca_jax.data.sources import JsonlSource, RecordError, list_files, split_globs
 
 EOS = 1  # of ByT5, whose other ids are bytes + 3
 TEMPLATE = (
@@ -51,16 +51,24 @@ def test_files_of_a_glob_are_read_in_order_with_blank_lines_left_out(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("name", ["data[v1]/a.jsonl", "a,b/a.jsonl", "a, b,c*/a.jsonl", "*.jsonl"])
+@pytest.mark.parametrize(
+    "name",
+    ["data[v1]/a.jsonl", "a,b/a.jsonl", "a, b,c*/a.jsonl", "*.jsonl", "a.jsonl+b,c.gz+d.jsonl"],
+)
 def test_a_name_that_exists_is_a_file_before_it_is_a_glob_or_a_list(name, tmp_path):
     path, other = tmp_path / name, tmp_path / "other.jsonl"
     path.parent.mkdir(exist_ok=True)
     write(path, [IDS])
     write(other, [IDS] * 2)
     assert len(JsonlSource(str(path))) == 1
-    for files in (f"{path},{other}", f"{other}, {path}"):
+    for files in (f"{path},{other}", f"{other}, {path}", f"{other}+{path}"):
         assert sorted(map(len, load(files, data_config()).sources)) == [1, 2]
         assert sorted(list_files(files)) == sorted([str(path), str(other)])
+
+
+def test_a_plus_after_a_files_ending_parts_entries_and_no_other_one_does():
+    parts = ["a.jsonl", "b/*.jsonl.gz", "c++/*.jsonl", "tfds:x:train[:1]", "tfds:y:train"]
+    assert split_globs("+".join(parts)) == split_globs(", ".join(parts)) == parts
 
 
 def test_a_glob_without_files_and_a_file_without_records_are_refused(tmp_path):

@@ -1,43 +1,15 @@
-"""What a user gets wrong is answered by one line that says what to do, and exit status 2."""
+"""Errors that are nobody's slip are one line too; `test_mistakes` has the table of the others."""
 
 import errno
-import json
 import re
 import subprocess
 import sys
 
+import jax
 import pytest
 from commands import ROOT, write_records
 
-from nca_jax import checks, evaluate, export, generate, inspect, precompute, prepare, train
-
-MAINS = {
-    main.__name__.split(".")[-1]: main
-    for main in (train, inspect, generate, evaluate, precompute, prepare, export)
-}
-
-
-@pytest.fixture
-def fails(monkeypatch, capsys):
-    """Returns a function that runs a command as `python -m` does, and gives its error line."""
-
-    def run(name: str, *flags: str) -> str:
-        def exit_with(status):
-            raise SystemExit(status)
-
-        monkeypatch.setattr("sys.argv", [name, *flags])
-        monkeypatch.setattr("os._exit", exit_with)
-        monkeypatch.setattr("nca_jax.signals.watch", lambda: None)  # of pytest itself
-        monkeypatch.setattr(checks, "_hear_threads", lambda: None)
-        with pytest.raises(SystemExit) as stopped:
-            checks.run_main(MAINS[name].main)
-        said = capsys.readouterr().err
-        error = said.strip().splitlines()[-1]
-        assert stopped.value.code == 2 and "Traceback" not in said
-        assert error.startswith("error: ")
-        return error
-
-    return run
+from nca_jax import checks, train
 
 
 @pytest.fixture
@@ -50,63 +22,10 @@ def flags(tmp_path):
     )
 
 
-@pytest.mark.parametrize(
-    ("flag", "said"),
-    [
-        ("--config.optim.lrr=1", "Did you mean"),
-        ("--config.optm.lr=1", "Did you mean"),
-        ("--config.optim.lr=fast", "could not convert"),
-        ("--config.optim.lr=-1.0", "config.optim.lr must be a number above 0"),
-        ("--config.optim.lr=1e39", "config.optim.lr must be a number above 0 in float32"),
-        ("--config.loss.alpha=1e-50", "config.loss.alpha must be a number of at least 0 in float"),
-        ("--config.loss.name=ncaa", "config.loss.name must be one of 'nca'"),
-        ("--config.loss.name=dpo", "chosen by the argument `algo`"),
-        ("--config.data.num_responses=1", "config.data.num_responses=2"),
-        ("--config.steps=0", "set one of config.steps and config.epochs"),
-        ("--config.optim.schedule=wsd", "config.optim.decay_frac is the part of the steps"),
-        ("--config.eval_patience=2", "set that, such as to loss"),
-        ("--config.optim.freeze=embd", "'embd' is found in none of the parameters"),
-        ("--config.data.block=100", "must divide config.data.row_len"),
-        ("--config.data.format=releasd", "config.data.format must be one of 'chat'"),
-        ("--config.model.remat=full", "set config.model.scan_layers=True"),
-        ("--config.mesh.tensor=3", "does not fill the 8 devices"),
-        ("--config.mesh.tensor=8", "does not divide"),
-        ("--config.data.num_responses=9", "no record has more than 4 responses"),
-        ("--config.loss.logits_chunk=7", "must divide config.data.row_len"),
-        ("--config.data.files=nothing-*.jsonl", "No file matches"),
-        ("--config.reference.kind=cached", "config.reference.cache"),
-        ("--config.model.init_from=no/where/at/all", "no/where/at/all"),
-        ("--config.model.attention=splash", "config.data.block in multiples of 128"),
-        ("--confg.steps=1", "confg.steps"),
-        ("--profile=3", "is not N:M"),
-        ("--profile=3:2", "is not N:M"),
-        ("--profile=0:2", "is not N:M"),
-        ("--profile=9:11", "--profile=9:11, but the run has 10 steps"),
-        ("--workdir=s3://bucket/run", "files are local or on gs://"),
-        ("extra", "Unknown argument"),
-    ],
-)
-def test_a_wrong_flag_is_named(fails, flags, flag, said):
-    assert said in fails("train", *flags, flag)
-
-
 def test_a_prompt_that_does_not_fit_a_row_is_named_with_the_length_it_needs(fails, flags):
     short = ("--config.data.row_len=64", "--config.loss.logits_chunk=64")
     error = fails("train", *flags, *short)
     assert "rows.jsonl:" in error and "tokens of a row, but data.row_len is 64" in error
-
-
-def test_a_config_file_that_is_not_there_and_a_wrong_argument_of_it_are_named(fails, tmp_path):
-    workdir = f"--workdir={tmp_path}"
-    assert "nowhere.py" in fails("train", workdir, "--config=configs/nowhere.py")
-    assert "Give --config" in fails("train", workdir)
-    assert "Unknown config argument 'kk'" in fails(
-        "train", workdir, "--config=configs/jsonl.py:kk=1"
-    )
-    assert "takes 2 responses a prompt, not k=4: set k=2" in fails(
-        "train", workdir, "--config=configs/jsonl.py:algo=dpo,k=4"
-    )
-    assert "Give --workdir" in fails("train", "--config=configs/jsonl.py:files=x,model=tiny")
 
 
 def test_a_config_field_that_nobody_reads_is_refused(fails, tmp_path):
@@ -118,28 +37,6 @@ def test_a_config_field_that_nobody_reads_is_refused(fails, tmp_path):
         "train", f"--workdir={tmp_path}", f"--config={tmp_path / 'more.py'}:files=x,smoke"
     )
     assert "depth" in error and "does not read" in error
-
-
-@pytest.mark.parametrize(
-    ("line", "said"),
-    [
-        ('{"prompt": "a", "responses": ["b"], "scores": [1]}', "give 2 or more"),
-        ('{"prompt": "a", "responses": ["b", "c"], "scores": [1]}', "scores"),
-        ('{"prompt": "a", "responses": ["b", "c"], "scores": [1, NaN]}', "score"),
-        ('{"prompt": "a", "responses": ["b", ""], "scores": [1, 2]}', "response 1"),
-        ('{"prompt": "", "responses": ["b", "c"], "scores": [1, 2]}', "prompt"),
-        ('{"prompt": "a", "answers": ["b", "c"]}', "responses"),
-        ("{", "JSON"),
-        ("", "has no records"),
-    ],
-)
-def test_a_malformed_row_stops_with_file_line_and_reason(fails, flags, tmp_path, line, said):
-    path = tmp_path / "broken.jsonl"
-    good = json.dumps({"prompt": "a", "responses": ["b", "c"], "scores": [1, 2]})
-    path.write_text(f"{good}\n{line}\n" if line else "")
-    error = fails("train", *flags, f"--config.data.files={path}")
-    assert said in error
-    assert f"{path}:2" in error or not line
 
 
 @pytest.mark.slow
@@ -164,6 +61,7 @@ def test_evaluate_without_a_checkpoint_and_generate_without_a_prompt_are_refused
     config, _, rows = flags
     workdir = f"--workdir={tmp_path / 'empty'}"
     assert "has no checkpoint" in fails("evaluate", config, rows, workdir)
+    assert "or the --workdir of a run: " in fails("evaluate", workdir)
     (tmp_path / "prompts.jsonl").write_text('{"question": "a"}\n')
     prompts, out = f"--prompts={tmp_path / 'prompts.jsonl'}", f"--out={tmp_path / 'out.jsonl'}"
     assert "prompts.jsonl:1: wanted a 'prompt'" in fails("generate", config, rows, prompts, out)
@@ -172,19 +70,20 @@ def test_evaluate_without_a_checkpoint_and_generate_without_a_prompt_are_refused
 @pytest.mark.slow
 def test_an_export_without_a_checkpoint_or_into_a_full_folder_is_refused(fails, flags, tmp_path):
     workdir, out = f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'out'}"
-    assert "has no checkpoint" in fails("export", workdir, out)
+    assert "has no config.json" in fails("export", workdir, out)
+    assert "has no checkpoint" in fails("export", workdir, out, flags[0])
     assert "Give --out" in fails("export", workdir)
-    assert "wdir" in fails("export", "--wdir=x", out)
+    train.main(["train", *flags, "--config.steps=1", "--config.eval_every=0"])
     assert "--dtype must be one of float32, bfloat16" in fails(
         "export", workdir, out, "--dtype=int8"
     )
     assert "is not an empty folder" in fails("export", workdir, f"--out={tmp_path}")
-    train.main(["train", *flags, "--config.steps=1", "--config.eval_every=0"])
     assert "no checkpoint of step 7; it has those of [1]" in fails(
         "export", workdir, out, "--step=7"
     )
+    assert "has no best checkpoint" in fails("export", workdir, out, "--step=best")
     (tmp_path / "run" / "config.json").unlink()
-    assert "config.json is not there" in fails("export", workdir, out)
+    assert "has no config.json" in fails("export", workdir, out)
 
 
 @pytest.mark.slow
@@ -231,12 +130,38 @@ def failing(error: Exception):
     ],
 )
 def test_a_disk_that_refuses_is_one_line_whoever_says_so(fails, monkeypatch, error, said):
-    monkeypatch.setattr(MAINS["train"], "main", failing(error))
+    monkeypatch.setattr(train, "main", failing(error))
     assert said in fails("train")
 
 
 def test_other_errors_of_the_system_keep_their_traceback(monkeypatch):
     assert checks._to_mend(FileNotFoundError(errno.ENOENT, "No such file", "a")) is None
+
+
+# Memory
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nA"),
+         "out of memory of a device (Out of memory allocating 9 bytes.)"),
+        (MemoryError("Unable to allocate 8 EiB"), "of the host (Unable to allocate 8 EiB)"),
+        (MemoryError(), "of the host (no more memory)"),
+    ],
+)  # fmt: skip
+def test_memory_that_is_too_small_is_one_line_that_says_what_to_lower(
+    fails, monkeypatch, error, said
+):
+    monkeypatch.setattr(train, "main", failing(error))
+    line = fails("train")
+    assert said in line
+    for name in ("loss.logits_chunk", "data.rows", "row_len", "model.remat", "mesh.fsdp"):
+        assert name in line
+
+
+def test_other_errors_of_xla_keep_their_traceback():
+    assert checks._to_mend(jax.errors.JaxRuntimeError("INTERNAL: RESOURCE")) is None
 
 
 # Extras

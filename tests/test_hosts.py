@@ -21,7 +21,7 @@ from nca_jax import build
 from nca_jax.checks import UserError
 from nca_jax.flags import parse_flags
 from nca_jax.infra import distributed
-from nca_jax.infra.checkpoint import saved_step
+from nca_jax.infra.steps import saved_step
 
 STEPS = 24
 

@@ -1,9 +1,17 @@
-"""What an import costs: a loss needs jax alone, and the package opens nothing unasked."""
+"""What an import costs, and how the commands are found and explain themselves."""
 
+import ast
+import importlib
+import inspect
+import re
 import subprocess
 import sys
 
 import pytest
+
+from nca_jax import __main__
+from nca_jax.checks import run_main
+from nca_jax.infra.distributed import together
 
 BLOCKED = (
     "tensorflow_datasets",
@@ -69,7 +77,38 @@ def test_the_commands_are_listed_each_with_a_line():
     done = subprocess.run([*COMMAND], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "train" in done.stdout and "Train a policy" in done.stdout
-    wrong = python(
-        "import sys; sys.argv = ['x', 'trane']; from nca_jax.__main__ import main; main()"
-    )
-    assert wrong.returncode == 2 and "no command 'trane'" in wrong.stderr
+
+
+def nca_jax(monkeypatch, *argv: str) -> None:
+    monkeypatch.setattr("sys.argv", ["nca-jax", *argv])
+    __main__.main()
+
+
+def test_a_command_that_there_is_not_is_one_line_with_the_nearest(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        nca_jax(monkeypatch, "trane")
+    said = capsys.readouterr()
+    wanted = "error: there is no command 'trane'; did you mean train?\n"
+    assert (stopped.value.code, said.out, said.err) == (2, "", wanted)
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+@pytest.mark.parametrize("name", __main__.COMMANDS)
+def test_the_help_of_a_command_is_its_docstring(monkeypatch, capsys, name, flag):
+    module = importlib.import_module(f"nca_jax.{name}")
+    monkeypatch.setattr("sys.argv", [name, "--workdir=x", flag])
+    run_main(together(module.main))
+    assert capsys.readouterr().out == module.__doc__.rstrip() + "\n"
+
+
+@pytest.mark.parametrize("name", __main__.COMMANDS)
+def test_the_help_of_a_command_has_every_flag_that_it_reads(name):
+    """Those of calls of parse_flags and parse_own_flags, by name; with a config --config too."""
+    module = importlib.import_module(f"nca_jax.{name}")
+    calls = [node for node in ast.walk(ast.parse(inspect.getsource(module.main)))]
+    reads = [x for x in calls if isinstance(x, ast.Call) and "parse" in ast.unparse(x.func)]
+    (call,) = [x for x in reads if ast.unparse(x.func) in ("parse_flags", "parse_own_flags")]
+    flags = {word.arg for word in call.keywords} - {"sections"}
+    flags |= {"config"} if ast.unparse(call.func) == "parse_flags" else set()
+    explained = set(re.findall(r"^ *--(\w+) +\S", module.__doc__, re.MULTILINE))
+    assert flags <= explained

@@ -19,6 +19,7 @@ from nca_jax.infra.optim import (
     scale_by_adam,
     split_trained,
 )
+from nca_jax.programs import build_optimizer
 
 OPTIM = dict(lr=0.01, schedule="constant", warmup_frac=0.0, b1=0.9, b2=0.95, eps=1e-8)
 OPTIM |= dict(mu_dtype="float32", weight_decay=0.0, clip_norm=0.0)
@@ -152,6 +153,16 @@ def test_the_optimizer_equals_clipped_adamw_in_float64(clip_norm, weight_decay):
     moved = {path: np.abs(want[path] - start[path]).max() for path in SHAPES}
     assert min(moved.values()) > 0.01
     assert_equal_to(params, want, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_an_extension_goes_through_the_schedule_anew_from_its_peak(schedule):
+    config = ConfigDict({"optim": OPTIM | dict(schedule=schedule, warmup_frac=0.5, lr=0.3)})
+    once = build_optimizer(config, 4).schedule
+    found = build_optimizer(config, 4, [2, 4]).schedule
+    assert [float(found(n)) for n in range(4)] == [float(once(n)) for n in range(4)]
+    half = 0.15 if schedule == "cosine" else 0.3
+    np.testing.assert_allclose([found(n) for n in (4, 5, 6, 8)], [0.3, half, 0.3, half], rtol=1e-6)
 
 
 def test_a_clipped_gradient_keeps_its_direction_and_has_the_norm():

@@ -53,6 +53,7 @@ LEAVES = (
     "field",
     "files",
     "flops",
+    "other_names",
     "protocols",
     "signals",
 )

@@ -221,6 +221,7 @@ def test_the_last_and_the_best_checkpoint_are_kept(tmp_path, rows):
     best = max(saved, key=lambda line: line["margin"])["step"]
     kept = {int(path.name) for path in (tmp_path / "run/checkpoints").iterdir()}
     assert kept == {8, best}
+    assert json.loads((tmp_path / "run/run.json").read_text())["best_step"] == best
 
 
 def test_resume_refuses_another_config_by_name(tmp_path, rows):

@@ -1,6 +1,7 @@
 """Sources of records as grain reads them, and the error that says which record is at fault.
 
 An entry of data.files is a file of JSON lines, a glob of them, or tfds:NAME[/BUILDER_CONFIG]:SPLIT.
+Entries are parted by commas, or by + as in a.jsonl+b.jsonl.
 """
 
 import gzip
@@ -17,6 +18,7 @@ from nca_jax.data.tfds_source import PREFIX, TfdsSource, record_files
 from nca_jax.files import as_path, find_files, is_file, write_whole
 
 LINE_BYTES = 64 << 20  # of one record
+SEPARATOR = re.compile(r"(,|(?<=\.jsonl)\+|(?<=\.json)\+|(?<=\.gz)\+|\+(?=tfds:))")  # of entries
 
 
 class RecordError(UserError):
@@ -44,7 +46,10 @@ class JsonlSource:
     def __init__(self, pattern: str):
         paths = _files_of(pattern)
         if not paths:
-            raise UserError(f"No file matches {pattern!r}; wanted .jsonl or .jsonl.gz files.")
+            within = f": a folder's are {pattern}/*.jsonl" if os.path.isdir(pattern) else ""
+            raise UserError(
+                f"No file matches {pattern!r}; wanted .jsonl or .jsonl.gz files{within}."
+            )
         self._lines = [(path, *line) for path in paths for line in _read_lines(path)]
 
     def __len__(self) -> int:
@@ -65,7 +70,8 @@ class JsonlSource:
             what = f"text is not Unicode ({error})"
             raise RecordError(what, reason="text", where=where) from None
         except (ValueError, RecursionError) as error:  # bad JSON or bad UTF-8; nested too deep
-            raise RecordError(f"not JSON ({error})", reason="json", where=where) from None
+            what = f"not JSON ({error}); wanted a JSON object on each line"
+            raise RecordError(what, reason="json", where=where) from None
         if not isinstance(record, dict):
             raise RecordError(
                 f"wanted a JSON object, got {type(record).__name__}", reason="json", where=where
@@ -89,13 +95,17 @@ def write_records(path: str | os.PathLike, records: Iterable[dict[str, Any]]) ->
 
 
 def split_globs(files: str) -> list[str]:
-    """Returns the entries of a comma-separated list; a file's name may hold commas itself."""
-    pieces, entries = files.split(","), []
-    while pieces:
-        names = [",".join(pieces[:n]).strip() for n in range(len(pieces), 1, -1)]
-        entry = next((name for name in names if is_file(name)), pieces[0].strip())
-        pieces = pieces[entry.count(",") + 1 :]
-        entries.append(entry)
+    """Returns the entries of a list, parted by commas or, after a file's ending, by +.
+
+    A + serves where a comma parts other things: in the argument of a config file. The name of a
+    file that is there may hold both.
+    """
+    parts, entries = SEPARATOR.split(files), []  # entry, separator, entry, ...
+    while parts:
+        names = {n: "".join(parts[:n]).strip() for n in range(len(parts), 1, -2)}
+        n = next((n for n, name in names.items() if is_file(name)), 1)
+        entries.append("".join(parts[:n]).strip())
+        parts = parts[n + 1 :]
     return [entry for entry in entries if entry]
 
 
@@ -113,7 +123,7 @@ def split_named(files: str) -> dict[str, str]:
 
 
 def list_files(files: str) -> list[str]:
-    """Returns the files of comma-separated entries: entry by entry, sorted within each."""
+    """Returns the files of the entries of a list: entry by entry, sorted within each."""
     return [path for entry in split_globs(files) for path in _files_of(entry)]
 
 

@@ -10,11 +10,9 @@ A checkpoint of an older version has no digests and is read without them.
 """
 
 import contextlib
-import dataclasses
 import json
-import math
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, Protocol, TypeVar
 
 import jax
@@ -25,7 +23,6 @@ from jax.sharding import Mesh
 from orbax.checkpoint.checkpoint_managers import (
     AnyPreservationPolicy,
     LatestN,
-    PolicyCheckpointInfo,
     PreservationPolicy,
 )
 
@@ -36,6 +33,7 @@ from nca_jax.infra import distributed
 from nca_jax.infra.fingerprint import array_digests, array_kind
 from nca_jax.infra.finite import not_finite
 from nca_jax.infra.mesh import param_shardings
+from nca_jax.infra.steps import best_of, saved_step
 from nca_jax.protocols import CheckpointSection
 
 RECORD = "_CHECKPOINT_METADATA"  # orbax's file, which holds a dict of ours
@@ -48,30 +46,6 @@ class Damaged(UserError):
     """A checkpoint is not what was saved; says which file or array, and what is wrong with it."""
 
 
-@dataclasses.dataclass(kw_only=True)
-class Best(PreservationPolicy):
-    """Keeps the checkpoint whose metric is best, the latest of equals.
-
-    One without this metric, or where it is not finite, is never it.
-    """
-
-    metric: str
-    is_high: bool
-
-    def value(self, metrics: dict[str, float] | None) -> float | None:
-        """Returns what is highest at the best checkpoint; None for one that cannot be it."""
-        value = (metrics or {}).get(self.metric, math.nan)
-        return (value if self.is_high else -value) if math.isfinite(value) else None
-
-    def should_preserve(
-        self, checkpoints: Sequence[PolicyCheckpointInfo], *, context
-    ) -> Sequence[bool]:
-        values = [self.value(one.metrics) for one in checkpoints]
-        known = [(value, i) for i, value in enumerate(values) if value is not None]
-        best = max(known)[1] if known else None
-        return [i == best for i in range(len(checkpoints))]
-
-
 def open_checkpoints(
     workdir: AnyPath, checkpoint: CheckpointSection, *, best_is_high: bool = True
 ) -> ocp.CheckpointManager:
@@ -79,9 +53,9 @@ def open_checkpoints(
 
     `best_is_high` says whether `best_metric` is best where it is highest.
     """
-    policies, best = [LatestN(checkpoint.keep_last)], None
-    if checkpoint.best_metric:
-        best = Best(metric=checkpoint.best_metric, is_high=best_is_high)
+    policies: list[PreservationPolicy] = [LatestN(checkpoint.keep_last)]
+    best = best_of(checkpoint, best_is_high=best_is_high)
+    if best:
         policies.append(best)
     options = ocp.CheckpointManagerOptions(
         preservation_policy=AnyPreservationPolicy(policies),
@@ -216,26 +190,6 @@ def restore(
     """
     path = manager.directory / str(step)
     return _read(path, abstract, shardings, is_left=lambda array: array in dropped)
-
-
-def saved_steps(workdir: AnyPath) -> list[int]:
-    """Returns the steps of a run's checkpoints, ascending; without any it has not begun."""
-    folder = absolute(workdir / "checkpoints")
-    return sorted(ocp.utils.checkpoint_steps(folder)) if folder.exists() else []
-
-
-def saved_step(workdir: AnyPath, step: int = 0) -> int:
-    """Returns `step` if the run has a checkpoint of it; 0 asks for the latest.
-
-    Raises:
-      UserError: there is none; names those that are there.
-    """
-    steps = saved_steps(workdir)
-    if not steps:
-        raise UserError(f"{workdir} has no checkpoint; give the --workdir of a training run.")
-    if step and step not in steps:
-        raise UserError(f"{workdir} has no checkpoint of step {step}; it has those of {steps}.")
-    return step or steps[-1]
 
 
 def restore_params(workdir: AnyPath, abstract: Params, mesh: Mesh, *, step: int = 0) -> Params:

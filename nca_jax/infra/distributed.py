@@ -20,6 +20,7 @@ all processes see them. Who reads and writes what, of n processes:
     all else     process 0 alone writes: metrics, the cache, responses, evaluations
 """
 
+import functools
 import glob
 import importlib.util
 import os
@@ -58,6 +59,7 @@ def together(
       saves_when_stopped: `main` asks `preemption.stop_asked`; otherwise SIGTERM ends a process.
     """
 
+    @functools.wraps(main)
     def joined(argv: list[str]) -> int:
         seconds, argv = _host_timeout(argv)
         _join(saves_when_stopped, seconds)

@@ -6,6 +6,9 @@ and
     commits    of the code of the start and of every resume, in order; one that follows itself once
     jax        its versions, likewise
     early_stop the step after which the run ended by config.eval_patience, if it has
+    more_steps [{"from": step, "steps": N}, ...], of each extension by --more_steps=N; "steps" are
+               those without
+    best_step  of the best checkpoint when the run ended or stopped, where one is kept
 
 A run has begun once it has a checkpoint. What is there without one is of a run that was stopped
 before, and means nothing.
@@ -45,6 +48,8 @@ KINDS = {  # else str
     "steps": int,
     "eos_ids": list,
     "early_stop": int,
+    "more_steps": list,
+    "best_step": int,
 }
 
 
@@ -110,6 +115,43 @@ def read_run(workdir: AnyPath) -> dict[str, Any]:
 def note_early_stop(workdir: AnyPath, step: int) -> None:
     """Writes into run.json after which step a run has ended early."""
     write_json(workdir / RUN, read_json(workdir / RUN) | {"early_stop": step})
+
+
+def extended(began: dict[str, Any] | None, saved: int, more_steps: int) -> list[dict[str, int]]:
+    """Returns the extensions of a run, as run.json has them, with that of --more_steps=N.
+
+    The one that is under way goes on: the same command is the one to start again.
+
+    Args:
+      began: what `read_run` gave, of a run that has begun.
+      saved: the step of its latest checkpoint.
+      more_steps: N; 0: none is asked for.
+    Raises:
+      UserError: there is no run to extend, or it has not finished.
+    """
+    known = (began or {}).get("more_steps", [])
+    if not more_steps:
+        return known
+    asked = f"--more_steps={more_steps}"
+    if more_steps < 0:
+        raise UserError(f"{asked}: wanted a whole number of at least 1.")
+    if began is None:
+        raise UserError(f"{asked} extends a run that has finished; there is none in --workdir.")
+    total = began["steps"] + sum(one["steps"] for one in known)
+    if saved >= total:
+        return [*known, {"from": total, "steps": more_steps}]
+    if known and known[-1]["steps"] == more_steps:
+        return known
+    raise UserError(
+        f"{asked} extends a run that has finished; this one is at step {saved} of {total}. Let it "
+        "finish first: the same command without --more_steps."
+    )
+
+
+def note_best(workdir: AnyPath, step: int | None) -> None:
+    """Writes into run.json which step the best checkpoint is of; None: there is none."""
+    if step is not None:
+        write_json(workdir / RUN, read_json(workdir / RUN) | {"best_step": step})
 
 
 def known_run(workdir: str) -> dict[str, Any]:

@@ -21,8 +21,9 @@ from old_run import ALL_BUT_STEPS, MODEL, OLD
 from safetensors.numpy import load_file
 
 from nca_jax.data.tfds_source import TfdsSource
-from nca_jax.infra.checkpoint import restore_params, saved_step
+from nca_jax.infra.checkpoint import restore_params
 from nca_jax.infra.mesh import host_mesh
+from nca_jax.infra.steps import saved_step
 from nca_jax.models.decoder import Model
 from nca_jax.models.formats.hf import read_config
 
