@@ -13,7 +13,8 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from nca_jax.checks import UserError
-from nca_jax.config import OPTIONAL, check_config, describe, fields_of, flatten, section
+from nca_jax.config import OPTIONAL, check_config, fields_of, flatten, section
+from nca_jax.config_doc import describe
 
 OWN = "nca_jax"  # --config=nca_jax:NAME
 HERE = Path(__file__).parent

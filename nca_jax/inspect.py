@@ -25,8 +25,8 @@ SHOWN = 12  # tokens at either end of a segment
 
 def main(argv: list[str]) -> int:
     config, flags = parse_flags(argv, rows=2)
-    run = build.build(config)
-    data = build.read_data(run)
+    run, data = build.read_all(config)
+    config = run.config
     if run.turn is not None and config.data.format == "chat":
         print_turn(run.turn)
     dataset = Dataset(data.sources, config.data, seed=config.seed)

@@ -71,8 +71,8 @@ def train(config: ConfigDict, workdir: AnyPath, traced: range, check_held: lock.
         config = check_same_run(config, workdir / CONFIG)
         began, log_every = read_run(workdir), read_saved(workdir / CONFIG).log_every
         version = saved_version(workdir / CONFIG)
-    run = build.build(config, date=start_date(config, began))
-    data = build.read_data(run)
+    run, data = build.read_all(config, date=start_date(config, began))
+    config = run.config
     for note in data.notes():
         print(note)
     training = [example for source in data.sources for example in source]

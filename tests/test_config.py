@@ -6,7 +6,6 @@ import typing
 import pytest
 from ml_collections import ConfigDict
 
-from nca_jax import config as config_module
 from nca_jax import protocols
 from nca_jax.checks import UserError
 from nca_jax.config import (
@@ -15,10 +14,10 @@ from nca_jax.config import (
     check_config,
     choose_loss,
     default_config,
-    describe,
     flatten,
     section,
 )
+from nca_jax.config_doc import describe
 from nca_jax.field import COUNT, FLAG, FRACTION, NOT_NEGATIVE, POSITIVE, TEXT, Check, Field
 from nca_jax.flags import parse_flags
 from nca_jax.losses import LOSSES
@@ -266,7 +265,7 @@ def test_a_new_field_is_one_line_of_the_table(monkeypatch):
     config.optim.new = 0.0
     with pytest.raises(UserError, match="config.optim.new must be not 0; it is 0.0"):
         check_config(config)
-    assert "| new | `0.5` | not 0 | a trial |" in config_module.describe()
+    assert "| new | `0.5` | not 0 | a trial |" in describe()
 
 
 @pytest.mark.parametrize(

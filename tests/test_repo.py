@@ -59,7 +59,7 @@ LAYERS = (  # from the bottom
     (*LEAVES, "model_config"),
     GROUPS,
     ("evaluators", "logprobs", "losses", "metrics", "sampling", "train_step"),
-    ("config", "saved_config", "flags"),
+    ("config", "config_doc", "saved_config", "auto", "flags"),
     ("build",),
     ("params",),
     ("programs",),
