@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from nca_jax.config import check_config, fields_of, flatten
 from nca_jax.flops import head_params, trunk_params
 from nca_jax.model_config import ModelConfig
+from nca_jax.protocols import DataSection
 
 TIMES = 10  # evaluations and checkpoints of a run
 SEVERAL = 1024  # tokens of a row that several short prompts may share
@@ -65,10 +66,8 @@ def choose(
     if "generate" in config:
         config.generate.max_new_tokens = config.generate.max_new_tokens or data.max_response_len
     if sizes and not data.row_len:
-        in_a_row = math.ceil(sum(sizes) / len(sizes) * data.batch_size / data.rows)
-        wanted = max(*sizes, min(SEVERAL, in_a_row))
         multiple = math.lcm(data.block, loss.logits_chunk or ROUND)
-        data.row_len = -(-wanted // multiple) * multiple
+        data.row_len = row_len_for(sizes, data, multiple=multiple)
     if data.row_len and not loss.logits_chunk:
         most = min(CHUNK, LOGITS // model.padded_vocab, data.row_len)
         loss.logits_chunk = next(n for n in range(most, 0, -1) if data.row_len % n == 0)
@@ -80,6 +79,20 @@ def choose(
             config.eval_every = tenth if num_heldout else 0
     check_config(config)
     return config.lock()
+
+
+def row_len_for(sizes: Sequence[int], data: DataSection, *, multiple: int) -> int:
+    """Returns the shortest T that holds each example and, of short ones, several.
+
+    Shorter rows waste less (experiments/packing), but a row of few tokens keeps no device busy.
+
+    Args:
+      sizes: as in `choose`.
+      multiple: of which T is one.
+    """
+    in_a_row = math.ceil(sum(sizes) / len(sizes) * data.batch_size / data.rows)
+    wanted = max(max(sizes), min(SEVERAL, in_a_row))
+    return -(-wanted // multiple) * multiple
 
 
 def chosen(asked: ConfigDict, config: ConfigDict) -> list[str]:

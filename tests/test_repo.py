@@ -62,7 +62,7 @@ LAYERS = (  # from the bottom
     ("config", "config_doc", "saved_config", "auto", "flags"),
     ("build",),
     ("params",),
-    ("programs",),
+    ("programs", "propose"),
     ("reference", "fit", "rollout"),
     COMMANDS,
 )
