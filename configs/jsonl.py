@@ -11,9 +11,9 @@ Try:   append `,smoke`: a tiny model with random weights on bytes, CPU, under a 
 Look:  python -m nca_jax.inspect --config=... shows the rows as the model will see them, proposes
        alpha and a batch size, and says how much memory it takes.
 
-docs/choosing.md says how to choose the loss, alpha, beta, lr and K. The lengths of rows, dtype,
-recomputation, and how often to evaluate and save go by the data, the model's size and the devices,
-and are said at the start; what is set by --config.section.field=value stays.
+docs/choosing.md says how to choose the loss, alpha, beta, lr and K. Rows, learning rate, precision,
+and how often to evaluate and save go by the data, the model's size and the devices, and are said at
+the start; what is set by --config.section.field=value stays.
 
 Expected: at step 1 NCA shows 2 ln 2 = 1.3863 and InfoNCA ln K; a run with anything else stops.
 """
@@ -36,7 +36,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.data.files = arg.files
     c.data.eval_fraction = 0.05  # of the prompts
     c.data.batch_size = 16  # prompts a step
-    c.optim.lr = 1e-5  # of all parameters
     c.generate = section("generate")
     if arg.smoke:
         make_smoke(c)

@@ -19,7 +19,8 @@ SEVERAL = 1024  # tokens of a row that several short prompts may share
 ROUND = 256  # tokens: a multiple of row_len, so that chunks and blocks divide it
 CHUNK, LOGITS = 512, 2**24  # most tokens of a chunk; most logits of it, 64 MiB of float32
 UNROLLED = 4  # most layers that compile as fast unrolled
-LARGE = 10**9  # parameters from which on a layer's products are not kept for the backward pass
+LARGE = 10**9  # parameters; from there on a layer's products are not kept for the backward pass
+LR, LR_LARGE = 1e-5, 5e-7  # of all parameters
 
 
 def leave_open(config: ConfigDict) -> None:
@@ -54,12 +55,14 @@ def choose(
     """
     config = ConfigDict(config.to_dict())
     of_model, data, loss = config.model, config.data, config.loss
+    is_large = trunk_params(model) + head_params(model) >= LARGE
     if of_model.dtype == "auto":
         of_model.dtype = "float32" if platform == "cpu" else "bfloat16"
     if of_model.remat == "auto":
         of_model.scan_layers |= model.num_layers > UNROLLED
-        kept = "dots" if trunk_params(model) + head_params(model) < LARGE else "full"
-        of_model.remat = kept if of_model.scan_layers else "none"
+        of_layer = "full" if is_large else "dots"
+        of_model.remat = of_layer if of_model.scan_layers else "none"
+    config.optim.lr = config.optim.lr or (LR_LARGE if is_large else LR)
     data.align = data.align or (16 if platform == "tpu" else 1)
     data.block = data.block or math.gcd(512 if platform == "tpu" else 64, data.row_len)
     data.rows = data.rows or shards

@@ -40,6 +40,7 @@ ALIGN = Check(int, lambda x: x in (0, 1, 8, 16), "0, 1, 8 or 16")
 EVERY = Check(int, lambda x: x >= 1 or x == -1, "a whole number of at least 1, or -1")
 EVERY_OR_0 = Check(int, lambda x: x >= -1, "a whole number of at least -1")
 LOSS = Check(str, lambda x: x in LOSSES, one_of(*LOSSES).wanted)  # of what is there when asked
+LR = Check(float, lambda x: x >= 0, "a number above 0 in float32, or 0")
 SHARE = Check(float, lambda x: 0 < x <= 1, "a number in (0, 1] in float32")
 
 FIELDS: dict[str, Field] = {
@@ -161,7 +162,9 @@ FIELDS: dict[str, Field] = {
         True,
         auto=0,
     ),
-    "optim.lr": Field(5e-6, POSITIVE, "peak learning rate of AdamW"),
+    "optim.lr": Field(
+        5e-6, LR, "peak learning rate of AdamW; 0: 1e-5, from 1e9 parameters on 5e-7", auto=0.0
+    ),
     "optim.schedule": Field("cosine", one_of("cosine", "constant"), "after the warmup"),
     "optim.warmup_frac": Field(0.1, FRACTION, "of the steps, rounded up: linear from 0"),
     "optim.clip_norm": Field(1.0, NOT_NEGATIVE, "of the whole gradient; 0: not clipped"),

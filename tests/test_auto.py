@@ -37,20 +37,20 @@ def test_what_is_open_is_a_value_that_its_field_accepts_and_the_file_of_own_data
 
 
 @pytest.mark.parametrize(
-    ("model", "platform", "of_model", "of_rows"),
+    ("model", "platform", "of_model", "others"),
     [
-        ("tiny", "cpu", ("float32", "none", False), (1, 64)),
-        ("smollm2_135m", "cpu", ("float32", "dots", True), (1, 64)),
-        ("smollm2_135m", "gpu", ("bfloat16", "dots", True), (1, 64)),
-        ("mistral_7b", "tpu", ("bfloat16", "full", True), (16, 512)),
+        ("tiny", "cpu", ("float32", "none", False), (1, 64, 1e-5)),
+        ("smollm2_135m", "cpu", ("float32", "dots", True), (1, 64, 1e-5)),
+        ("smollm2_135m", "gpu", ("bfloat16", "dots", True), (1, 64, 1e-5)),
+        ("mistral_7b", "tpu", ("bfloat16", "full", True), (16, 512, 5e-7)),
     ],
 )
-def test_precision_recomputation_and_blocks_go_by_model_and_platform(
-    model, platform, of_model, of_rows
+def test_precision_recomputation_blocks_and_rate_go_by_model_and_platform(
+    model, platform, of_model, others
 ):
     found = chosen(model=model, platform=platform, shards=8)
     names = ("model.dtype", "model.remat", "model.scan_layers", "data.align", "data.block")
-    assert tuple(found[name] for name in names) == of_model + of_rows
+    assert tuple(found[name] for name in (*names, "optim.lr")) == of_model + others
     assert found["data.rows"] == 8 and found["generate.max_new_tokens"] == 512
 
 
@@ -88,6 +88,7 @@ def test_what_the_config_says_itself_stays():
         "data.row_len": 1920, "data.rows": 3, "data.block": 96, "data.align": 8, "save_every": 7,
         "eval_every": 0, "loss.logits_chunk": 64, "generate.max_new_tokens": 9,
         "model.dtype": "bfloat16", "model.remat": "full", "model.scan_layers": True,
+        "optim.lr": 3e-6,
     }  # fmt: skip
     flags = [f"{name}={value}" for name, value in said.items()]
     assert chosen(*flags).items() >= said.items()
