@@ -31,7 +31,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         arg, files="", model="", init_from="", algo="nca", k=4, alpha=0.1, beta=0.1, smoke=False
     )
     c = default_config()
-    choose_loss(c, arg.algo, k=arg.k, alpha=arg.alpha, beta=arg.beta)
+    choose_loss(c, arg.algo, asked=arg.asked, k=arg.k, alpha=arg.alpha, beta=arg.beta)
     c.model.name, c.model.init_from = arg.model, arg.init_from
     c.data.files = arg.files
     c.data.eval_fraction = 0.05  # of the prompts

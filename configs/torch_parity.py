@@ -6,7 +6,8 @@ score gets +0.01, an eos inside a prompt or response is no key, and what is long
 is cut by its rule. AdamW with linear warmup over ceil(0.1 * steps) and cosine to 0.
 
 algo: any loss. A pair loss (dpo, pairwise_nca, biased_nca) wants rows of 2 responses, has hard
-labels, and reads neither k nor alpha: the first response wins unless the second is scored higher.
+labels, and takes no alpha and no other k: the first response wins unless the second is scored
+higher.
 
 Run:   python -m nca_jax.train --workdir=runs/parity \
            --config=configs/torch_parity.py:model=HF_DIR,rows=ROWS.jsonl,algo=nca
@@ -38,7 +39,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         k=4,
     )
     c = default_config()
-    choose_loss(c, arg.algo, k=arg.k, alpha=arg.alpha, beta=arg.beta)
+    choose_loss(c, arg.algo, asked=arg.asked, k=arg.k, alpha=arg.alpha, beta=arg.beta)
     c.steps, c.epochs = arg.steps, 0.0
     c.save_every = 1000  # the last one is always saved
     c.model.init_from = arg.model

@@ -33,7 +33,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     )  # fmt: skip
     c = default_config()
     # alpha in GPT-4's points: at 1e-4 the labels are hard.
-    choose_loss(c, arg.algo, k=4, alpha=arg.alpha, beta=arg.beta)
+    choose_loss(c, arg.algo, asked=arg.asked, k=4, alpha=arg.alpha, beta=arg.beta)
     c.seed = 42
     c.eval_every, c.save_every = 200, 200  # steps
     c.model.name = arg.model

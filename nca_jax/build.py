@@ -18,11 +18,13 @@ from nca_jax import auto
 from nca_jax.checks import UserError
 from nca_jax.config import flatten
 from nca_jax.data.encode import Encoder
+from nca_jax.data.facts import facts_of
 from nca_jax.data.load import Share
 from nca_jax.data.pack import segment_spans
 from nca_jax.data.pipeline import Data, load_data
 from nca_jax.data.room import row_sizes
 from nca_jax.data.template import Turn, usual_turn
+from nca_jax.data.unit import spread
 from nca_jax.infra import distributed
 from nca_jax.infra.fingerprint import code_fingerprint, text_fingerprint, tokenizer_fingerprint
 from nca_jax.infra.mesh import check_divides, make_mesh, row_shards
@@ -234,16 +236,18 @@ def _say_positions(config: ConfigDict, model_config: ModelConfig) -> None:
             )
 
 
-def read_all(config: ConfigDict, *, date: str = "") -> tuple[Run, Data]:
+def read_all(
+    config: ConfigDict, *, date: str = "", score_unit: float | None = None
+) -> tuple[Run, Data]:
     """Returns `build` and `read_data`, the run with all chosen that its config leaves open.
 
-    What was chosen is printed.
+    What was chosen is printed. The arguments are those of `build` and `read_data`.
 
     Raises:
       UserError: as `build` and `read_data`.
     """
     run = build(config, date=date)
-    data = read_data(run)
+    data = read_data(run, score_unit=score_unit)
     training = [example for source in data.sources for example in source]
     known = _assemble(
         run.config,
@@ -259,11 +263,15 @@ def read_all(config: ConfigDict, *, date: str = "") -> tuple[Run, Data]:
     return known._replace(turn=run.turn, date=run.date), data
 
 
-def read_data(run: Run) -> Data:
+def read_data(run: Run, *, score_unit: float | None = None) -> Data:
     """Reads, checks and encodes all records of the config; each process reads its share of them.
 
+    Args:
+      score_unit: what scores are divided by, as a run has recorded it; None: what
+        `data.score_unit` says of the training records.
     Raises:
-      UserError: a file or record is unusable, or evaluation is asked for and none is held out.
+      UserError: a file or record is unusable, evaluation is asked for and none is held out, or all
+        scores are tied where they are to be divided by their spread.
     """
     config = run.config
     share = Share(jax.process_index(), jax.process_count(), distributed.gather)
@@ -273,15 +281,26 @@ def read_data(run: Run) -> Data:
             f"config.data.eval_fraction={config.data.eval_fraction} holds out none of "
             f"{sum(map(len, data.sources))} records; raise it, or set config.eval_every=0."
         )
-    return data
+    training = [example for source in data.sources for example in source]
+    data.counts.update(facts_of(training, config.data.num_responses))
+    if score_unit is None:
+        score_unit = spread(training) if config.data.score_unit == "spread" else 1.0
+    return data.in_unit(score_unit)
 
 
 def num_steps(config: ConfigDict, num_examples: int) -> int:
-    """Returns the updates of a run: `steps`, or `epochs` passes over the training rows."""
+    """Returns the updates of a run: `steps`, or `epochs` passes over the training records.
+
+    Raises:
+      UserError: these are less than one step.
+    """
     steps = config.steps or int(config.epochs * num_examples / config.data.batch_size)
     if steps < 1:
+        size, seen = config.data.batch_size, int(config.epochs * num_examples)
+        smaller = f"config.data.batch_size={seen} or less, or " if seen else ""
         raise UserError(
-            f"config.epochs={config.epochs} of {num_examples} training rows is less than one step "
-            f"of config.data.batch_size={config.data.batch_size} prompts; lower the batch size."
+            f"config.epochs={config.epochs:g} of {num_examples} training records is less than one "
+            f"step of config.data.batch_size={size} prompts: set {smaller}"
+            f"config.epochs={-(-size // num_examples)} or more."
         )
     return steps

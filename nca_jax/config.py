@@ -11,6 +11,8 @@ the section in with the table's defaults. `config.loss` is `name`, `logits_chunk
 its own loss, see `nca_jax.losses`.
 """
 
+from collections.abc import Set
+
 from ml_collections import ConfigDict
 
 from nca_jax.checks import UserError
@@ -51,9 +53,7 @@ FIELDS: dict[str, Field] = {
     "eval_every": Field(
         0, EVERY_OR_0, "steps to the next held-out evaluation; 0: none; -1: a tenth", True, auto=-1
     ),
-    "save_every": Field(
-        200, EVERY, "steps; the last one is always saved; -1: a tenth of all", True, auto=-1
-    ),
+    "save_every": Field(200, EVERY, "steps; the last is always saved; -1: a tenth", True, auto=-1),
     "model.name": Field(
         "", one_of("", *MODELS), "a size, with random weights; empty: as init_from has it"
     ),
@@ -61,16 +61,12 @@ FIELDS: dict[str, Field] = {
         "", TEXT, "folder, .gguf, package:NAME or hub id; empty: random weights of the size `name`"
     ),
     "model.dtype": Field(
-        "float32",
-        one_of("auto", *DTYPES),
-        "of activations; trained parameters are float32; auto: float32 on CPU",
-        auto="auto",
+        "float32", one_of("auto", *DTYPES), "of activations; auto: float32 on CPU", auto="auto"
     ),
     "model.remat": Field(
         "none",
         one_of("auto", "none", "dots", "full"),
-        "what of a layer is computed again: from fastest to leanest; wants scan_layers; auto: by "
-        "the model's size, with scan_layers",
+        "what of a layer is computed again, fastest to leanest; wants scan_layers; auto: sets both",
         True,
         auto="auto",
     ),
@@ -110,6 +106,13 @@ FIELDS: dict[str, Field] = {
         since=3,
         before="apart",
     ),
+    "data.score_unit": Field(
+        "raw",
+        one_of("raw", "spread"),
+        "of scores and loss.alpha: the data's own, or the mean over the training records of the "
+        "standard deviation of a record's scores",
+        since=4,
+    ),
     "data.num_responses": Field(4, COUNT, "K, responses of a prompt in a step"),
     "data.choose": Field(
         "best_worst_random",
@@ -128,24 +131,13 @@ FIELDS: dict[str, Field] = {
     "data.shuffle": Field(True, FLAG, "anew every epoch, by the seed"),
     "data.batch_size": Field(32, COUNT, "B, prompts in a step"),
     "data.row_len": Field(
-        4096,
-        COUNT_OR_0,
-        "T, tokens in a row: a prompt and its responses fit in one; 0: by the data",
-        auto=0,
+        4096, COUNT_OR_0, "T, tokens in a row: a prompt and its responses; 0: by the data", auto=0
     ),
     "data.rows": Field(
-        1,
-        COUNT_OR_0,
-        "rows in a micro-batch, a multiple of data * fsdp * expert; 0: that",
-        True,
-        auto=0,
+        1, COUNT_OR_0, "in a micro-batch: a multiple of data * fsdp * expert; 0: it", True, auto=0
     ),
     "data.block": Field(
-        64,
-        COUNT_OR_0,
-        "tokens in an attention block; divides row_len; 0: 64, on TPU 512",
-        True,
-        auto=0,
+        64, COUNT_OR_0, "tokens in an attention block; 0: 64, on TPU 512", True, auto=0
     ),
     "data.row_pairs": Field(0, COUNT_OR_0, "attention block pairs that a row may hold; 0: all"),
     "data.align": Field(
@@ -156,11 +148,7 @@ FIELDS: dict[str, Field] = {
     ),
     "loss.name": Field("nca", LOSS, "see below"),
     "loss.logits_chunk": Field(
-        128,
-        COUNT_OR_0,
-        "tokens of a row whose logits exist at once; divides row_len; 0: 64 MiB of them",
-        True,
-        auto=0,
+        128, COUNT_OR_0, "tokens whose logits exist at once; 0: 64 MiB of them", True, auto=0
     ),
     "optim.lr": Field(
         5e-6, LR, "peak learning rate of AdamW; 0: 1e-5, from 1e9 parameters on 5e-7", auto=0.0
@@ -229,19 +217,35 @@ def default_config() -> ConfigDict:
     return config
 
 
-def choose_loss(config: ConfigDict, name: str, *, k: int = 0, **values: Value) -> None:
+def choose_loss(
+    config: ConfigDict, name: str, *, asked: Set[str] = frozenset(), k: int = 0, **values: Value
+) -> None:
     """Makes `name` the loss of a config, as its record has it.
 
     Its own fields come in with their defaults, or with those of `values` that are fields of it; K
     is the number nearest to `k` that it takes (0: to the config's); where it reads no reference
     there is none.
 
+    Args:
+      asked: names that a user gave a value, see `parse_arg`: of "k" and of `values` these do not
+        give way.
     Raises:
-      UserError: there is no such loss.
+      UserError: there is no such loss, or it does not read what was asked for.
     """
     if name not in LOSSES:
         raise UserError(f"There is no loss {name!r}; wanted one of {', '.join(LOSSES)}.")
     loss = LOSSES[name]
+    if "k" in asked and k != loss.nearest_k(k):
+        raise UserError(
+            f"algo={name} takes {loss.takes} responses a prompt, not k={k}: set "
+            f"k={loss.nearest_k(k)}, leave k out, or choose another algo."
+        )
+    for unread in sorted(asked & values.keys() - loss.fields.keys()):
+        having = [other for other, its in LOSSES.items() if unread in its.fields]
+        raise UserError(
+            f"algo={name} does not read {unread}; it takes {', '.join(loss.fields) or 'nothing'}: "
+            f"leave {unread} out, or choose an algo that does ({', '.join(having)})."
+        )
     own = {x: values.get(x, field.default) for x, field in loss.fields.items()}
     chunk = config.loss.logits_chunk
     config.loss = ConfigDict({"name": name, "logits_chunk": chunk} | own)
@@ -299,7 +303,6 @@ def _check(flat: dict[str, Value], name: str, field: Field) -> None:
 def _check_together(config: ConfigDict) -> None:
     data, model, loss, kind = config.data, config.model, config.loss, config.reference.kind
     record, best = LOSSES[loss.name], config.checkpoint.best_metric
-    least, most = record.k
     num_blocks = data.row_len // data.block if data.block else 0
     for is_bad, message in (
         (
@@ -308,10 +311,8 @@ def _check_together(config: ConfigDict) -> None:
         ),
         (
             data.num_responses != record.nearest_k(data.num_responses),
-            f"config.loss.name={loss.name!r} takes {least}"
-            + (" or more" if most is None else f" to {most}" if most > least else "")
-            + f" responses a prompt: set config.data.num_responses={least}; it is "
-            f"{data.num_responses}",
+            f"config.loss.name={loss.name!r} takes {record.takes} responses a prompt: set "
+            f"config.data.num_responses={record.k[0]}; it is {data.num_responses}",
         ),
         (
             kind == "none" and "ref_logps" in record.reads,
@@ -353,6 +354,11 @@ def _check_together(config: ConfigDict) -> None:
             bool(loss.logits_chunk and data.row_len % loss.logits_chunk),
             f"config.loss.logits_chunk={loss.logits_chunk} must divide "
             f"config.data.row_len={data.row_len}",
+        ),
+        (
+            data.score_unit != "raw" and data.first_bonus > 0,
+            "config.data.first_bonus is in the data's own unit, as released: set "
+            "config.data.score_unit='raw'",
         ),
         (
             0 < data.row_pairs < num_blocks,

@@ -11,12 +11,13 @@ from nca_jax.checks import UserError
 def parse_arg(arg: str | None, **defaults) -> SimpleNamespace:
     """Returns the defaults overridden by `name=value` items; types come from the defaults.
 
-    A bare `name` sets a bool to True. Commas separate items, so a value holds none.
+    A bare `name` sets a bool to True. Commas separate items, so a value holds none. `asked` has the
+    names that were given.
 
     Raises:
       UserError: an unknown name, or a value that is not of its default's type.
     """
-    values = dict(defaults)
+    values, asked = dict(defaults), set()
     for item in filter(None, (arg or "").split(",")):
         name, equals, text = item.partition("=")
         if name not in defaults:
@@ -24,7 +25,8 @@ def parse_arg(arg: str | None, **defaults) -> SimpleNamespace:
                 f"Unknown config argument {name!r}; this config takes {', '.join(defaults)}."
             )
         values[name] = _convert(name, text if equals else "true", type(defaults[name]))
-    return SimpleNamespace(**values)
+        asked.add(name)
+    return SimpleNamespace(**values, asked=asked)
 
 
 def _convert(name: str, text: str, kind: type):

@@ -1,4 +1,4 @@
-"""docs/config.md: every field of a config, printed from the table in `nca_jax.config`."""
+"""docs/config.md, and what --help_config prints: the table of fields in words."""
 
 from nca_jax.config import FIELDS, OPTIONAL
 from nca_jax.field import Field

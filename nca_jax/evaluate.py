@@ -40,7 +40,7 @@ from nca_jax.flags import parse_flags
 from nca_jax.infra import distributed
 from nca_jax.infra.finite import bad_metrics
 from nca_jax.infra.mesh import compiler_options, rows_here
-from nca_jax.infra.records import date_of
+from nca_jax.infra.records import date_of, score_unit_of
 from nca_jax.params import policy_params
 from nca_jax.reference import reference_params
 from nca_jax.rewards.scorers import Scorer, get_scorer, score_all
@@ -55,7 +55,9 @@ def main(argv: list[str]) -> int:
     is_missing = not flags.out and not beside.parent.exists()  # the workdir, as will be said
     out = beside if is_missing else out_file(flags.out or beside)
     scorers = {"reward": get_scorer(config.generate.scorer), "judge": get_scorer(flags.judge)}
-    run, data = build.read_all(config, date=date_of(flags.workdir))
+    run, data = build.read_all(
+        config, date=date_of(flags.workdir), score_unit=score_unit_of(flags.workdir)
+    )
     config = run.config
     texts = read_texts(run, flags.text) if flags.text else []
     if not data.heldout:

@@ -3,7 +3,7 @@
 What the chat template adds to a response. For the first prompts of step 1: rendered text, tokens
 with their segment and whether they are scored, scores and targets; then how the step is packed,
 what a step sees, which rows and batch would suit the data, how much memory training takes on a CPU,
-a GPU and a TPU, and the histogram of lengths.
+a GPU and a TPU, and the histogram of lengths; last what a run is going to do, and warnings.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from nca_jax import build
+from nca_jax import advice, build
 from nca_jax.batch import Batch
 from nca_jax.checks import run_main
 from nca_jax.data.pipeline import Dataset
@@ -49,7 +49,14 @@ def main(argv: list[str]) -> int:
     print_histogram("responses", [len(ids) for ids in responses])
     for note in data.notes():
         print(note)
-    print(f"{len(dataset)} prompts to train on, {len(data.heldout)} held out")
+    for line in advice.before_training(
+        [example.scores for example in dataset.examples],
+        config,
+        build.num_steps(config, len(dataset)),
+        num_heldout=len(data.heldout),
+        num_devices=run.mesh.size,
+    ):
+        print(line)
     return 0
 
 

@@ -3,9 +3,11 @@
 import math
 from collections.abc import Sequence
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from nca_jax import auto
+from nca_jax.advice import BEST, alpha_for
 from nca_jax.build import Run
 from nca_jax.chips import CHIPS
 from nca_jax.data.encode import Example
@@ -48,7 +50,7 @@ def what_a_step_sees(run: Run, num_micro: int, examples: Sequence[Example]) -> s
 
 
 def proposals(run: Run, examples: Sequence[Example]) -> list[str]:
-    """Returns a line for the length of rows and one for the batch, each with why."""
+    """Returns a line for the length of rows, one for the batch and one for alpha, each with why."""
     data, n = run.config.data, len(examples)
     least, most = BATCHES
     batch = min(most, n, max(least, 2 ** int(math.log2(max(1, n / STEPS)))))
@@ -59,6 +61,21 @@ def proposals(run: Run, examples: Sequence[Example]) -> list[str]:
         f"responses takes {max(sizes)} tokens, the mean one {sum(sizes) / n:.0f}",
         f"config.data.batch_size={batch}{_now(batch, data.batch_size)}: {n // batch} steps in a "
         f"pass over {n} prompts",
+        *_alpha(run.config, examples),
+    ]
+
+
+def _alpha(config: ConfigDict, examples: Sequence[Example]) -> list[str]:
+    """Returns a line for the temperature of the scores, where the loss has one and there is one."""
+    differing = [example.scores for example in examples if np.ptp(example.scores) > 0]
+    if "alpha" not in config.loss or not differing:
+        return []
+    alpha = alpha_for(differing)
+    if alpha is None:
+        return []
+    return [
+        f"config.loss.alpha={alpha:.2g} (now {config.loss.alpha:g}): the best response then has a "
+        f"target of {BEST} on average"
     ]
 
 

@@ -71,6 +71,7 @@ class DataSection(Protocol):
     num_responses: int
     choose: str
     first_bonus: float
+    score_unit: str
     batch_size: int
     row_len: int
     rows: int

@@ -11,7 +11,8 @@ from nca_jax.config import OPTIONAL, fields_of, flatten
 from nca_jax.field import Value
 from nca_jax.files import AnyPath, read_json
 
-VERSION = 3  # 1 had none written, and every loss had an alpha; 2 had no data.join
+# 1 had none written, and every loss had an alpha; 2 had no data.join, 3 no data.score_unit.
+VERSION = 4
 NEUTRAL = {"loss.alpha": 0.0}  # fields that older runs have, and the value that meant nothing
 CONFIG = "config.json"
 

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from nca_jax import build
+from nca_jax import advice, build
 from nca_jax.checks import run_main
 from nca_jax.data.encode import Example
 from nca_jax.data.pipeline import Dataset, eval_batches
@@ -106,10 +106,14 @@ def train(config: ConfigDict, workdir: AnyPath, traced: range, check_held: lock.
         )
         steps = build.num_steps(config, len(dataset))
         profile.check_within(traced, steps)
-        print(
-            f"{len(dataset)} training prompts, {len(data.heldout)} held out, {steps} steps of "
-            f"{config.data.batch_size} prompts on {run.mesh.size} devices"
-        )
+        for line in advice.before_training(
+            [example.scores for example in dataset.examples],
+            config,
+            steps,
+            num_heldout=len(data.heldout),
+            num_devices=run.mesh.size,
+        ):
+            print(line)
         now = {
             "reference": reference.fingerprint,
             "tokenizer": tokenizer_fingerprint(run.tokenizer),
@@ -117,6 +121,7 @@ def train(config: ConfigDict, workdir: AnyPath, traced: range, check_held: lock.
             "date": run.date,
             "records": " + ".join(map(counted, data.sources)),
             "heldout": counted(data.heldout),
+            "score_unit": data.score_unit,
             "steps": steps,
         }
         for note in record_run(workdir, began, now):

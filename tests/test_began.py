@@ -13,7 +13,7 @@ from helpers import stopping
 from old_run import FLAGS, OLD
 from safetensors.numpy import load_file, save_file
 
-from nca_jax import evaluate, export, precompute, train
+from nca_jax import evaluate, export, inspect, precompute, train
 from nca_jax.checks import UserError
 from nca_jax.files import read_json
 from nca_jax.fit import fit
@@ -128,6 +128,37 @@ def test_what_was_killed_before_its_first_save_starts_anew_whatever_it_left(run)
     go_on(run)
     assert read_json(run / "run" / "run.json")["steps"] == 6
     assert read_json(run / "run" / "config.json")["steps"] == 6
+
+
+def test_the_unit_of_scores_is_kept_and_evaluated_in(run, monkeypatch):
+    written, seen = read_json(run / "run" / "run.json"), []
+    assert written["score_unit"] == 1.0
+    (run / "run" / "run.json").write_text(json.dumps(written | {"score_unit": 4.0}))
+    with pytest.raises(UserError, match="unit of the scores .*: 4.0 there, 1.0 here"):
+        go_on(run)
+    monkeypatch.setattr(evaluate, "fill_reference", lambda logps, params, batches: batches)
+
+    def metrics(logps, params, batches, config):
+        seen.extend(batches)
+        return {"loss": 0.0}
+
+    monkeypatch.setattr(evaluate, "heldout_metrics", metrics)
+    for unit in (1.0, 4.0):
+        (run / "run" / "run.json").write_text(json.dumps(written | {"score_unit": unit}))
+        evaluate.main(["evaluate", *flags_of(run), f"--workdir={run}/run", "--num_prompts=0"])
+    raw, quarter = (host.batch.scores for host in seen)
+    np.testing.assert_array_equal(raw, 4 * quarter)
+
+
+def test_inspect_says_before_a_run_what_train_says(run, capsys):
+    shutil.rmtree(run / "run" / "checkpoints")
+    flags = ("--config.loss.alpha=1e-4", "--config.optim.warmup_frac=0.9")
+    inspect.main(["inspect", *flags_of(run), *flags, "--rows=1"])
+    plan, *warnings = capsys.readouterr().out.splitlines()[-3:]
+    go_on(run, *flags)
+    assert "\n".join([plan, *warnings]) in capsys.readouterr().out
+    assert "6 steps of 4 prompts" in plan
+    assert "warning: the learning rate" in warnings[0] and "are one-hot" in warnings[1]
 
 
 def test_an_export_of_damaged_metrics_says_so_before_it_writes(run):

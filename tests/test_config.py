@@ -19,7 +19,7 @@ from nca_jax.config import (
 )
 from nca_jax.config_doc import describe
 from nca_jax.field import COUNT, FLAG, FRACTION, NOT_NEGATIVE, POSITIVE, TEXT, Check, Field
-from nca_jax.flags import parse_flags
+from nca_jax.flags import load_config, parse_flags
 from nca_jax.losses import LOSSES
 from nca_jax.saved_config import VERSION, check_same_run, config_json, read_saved
 
@@ -85,6 +85,23 @@ def test_a_loss_brings_its_own_fields_and_no_others(name):
 def test_a_field_that_the_loss_does_not_have_is_refused_by_name():
     with pytest.raises(UserError, match="config.loss.alpha is no field.*The loss is 'dpo'"):
         parse_flags(["x", "--config=configs/jsonl.py:files=x,algo=dpo", "--config.loss.alpha=1"])
+
+
+@pytest.mark.parametrize("file", ["jsonl", "torch_parity", "ultrafeedback"])
+def test_an_argument_that_the_loss_does_not_read_is_refused_where_it_is_given(file):
+    said = "algo=dpo does not read alpha; it takes beta: leave alpha out.*nca, infonca"
+    with pytest.raises(UserError, match=said):
+        load_config(f"configs/{file}.py:algo=dpo,alpha=0.1")
+    assert "alpha" not in load_config(f"configs/{file}.py:algo=dpo,beta=0.5").loss
+
+
+def test_a_k_that_the_loss_does_not_take_is_refused_where_it_is_given():
+    with pytest.raises(UserError, match="algo=dpo takes 2 responses a prompt, not k=4"):
+        load_config("configs/jsonl.py:algo=dpo,k=4")
+    with pytest.raises(UserError, match="algo=nca takes 2 or more responses a prompt, not k=1"):
+        load_config("configs/jsonl.py:k=1")
+    for arg in ("algo=dpo", "algo=dpo,k=2"):
+        assert load_config(f"configs/jsonl.py:{arg}").data.num_responses == 2
 
 
 def test_no_reference_is_opened_for_a_loss_that_reads_none(monkeypatch):

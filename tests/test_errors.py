@@ -100,6 +100,9 @@ def test_a_config_file_that_is_not_there_and_a_wrong_argument_of_it_are_named(fa
     assert "Unknown config argument 'kk'" in fails(
         "train", workdir, "--config=configs/jsonl.py:kk=1"
     )
+    assert "takes 2 responses a prompt, not k=4: set k=2" in fails(
+        "train", workdir, "--config=configs/jsonl.py:algo=dpo,k=4"
+    )
     assert "Give --workdir" in fails("train", "--config=configs/jsonl.py:files=x,model=tiny")
 
 

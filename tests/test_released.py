@@ -26,7 +26,7 @@ from nca_jax.data.pipeline import Dataset, eval_batches
 from nca_jax.flags import parse_flags
 from nca_jax.infra.mesh import make_mesh
 from nca_jax.logprobs import token_logps
-from nca_jax.losses import targets_from_scores
+from nca_jax.losses import LOSSES, targets_from_scores
 from nca_jax.params import policy_params, start_params
 
 DATA = Path(__file__).parent / "data"
@@ -176,7 +176,8 @@ def test_the_bonus_breaks_a_tie_for_the_first_response_and_leaves_other_scores()
 def flags_of(rows: str, *flags: str, algo="nca", alpha=1e-4, beta=0.1, steps=30, batch_size=4):
     """Returns the arguments of a command under configs/torch_parity.py."""
     model = DATA / "tiny_mistral"
-    arg = f"model={model},rows={rows},algo={algo},alpha={alpha},beta={beta},steps={steps}"
+    arg = f"model={model},rows={rows},algo={algo},beta={beta},steps={steps}"
+    arg += f",alpha={alpha}" if "alpha" in LOSSES[algo].fields else ""
     return [
         "train",
         f"--config=configs/torch_parity.py:{arg},batch_size={batch_size},lr=1e-3",

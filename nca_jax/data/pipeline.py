@@ -22,6 +22,7 @@ from nca_jax.data.load import ALONE, Examples, Share, load_examples, notes_of
 from nca_jax.data.pack import pack
 from nca_jax.data.room import check_examples, fit_examples, row_layout
 from nca_jax.data.sources import split_globs
+from nca_jax.data.unit import divided
 from nca_jax.protocols import DataSection
 
 PREFETCH = 2  # batches made ahead by a thread: one is packed while the device runs another
@@ -44,6 +45,12 @@ class Data(NamedTuple):
     sources: list[list[Example]]
     heldout: list[Example]
     counts: Counter[str]  # as in `Examples`
+    score_unit: float = 1.0  # what the data's own scores have been divided by
+
+    def in_unit(self, unit: float) -> "Data":
+        """Returns the same with all scores, which are in the data's own unit, divided by `unit`."""
+        sources = [divided(source, unit) for source in self.sources]
+        return Data(sources, divided(self.heldout, unit), self.counts, unit)
 
     def notes(self) -> list[str]:
         """Returns lines such as "3 records skipped: json"; none where all were read as they are."""

@@ -33,9 +33,17 @@ DEPENDS = {
     "date": "date that a chat template writes",
     "records": "training records (config.data.files)",
     "heldout": "held-out records (config.data.eval_files, eval_fraction)",
+    "score_unit": "unit of the scores (config.data.score_unit, or the training records)",
     "steps": "steps (config.steps, epochs)",
 }
-KINDS = {"commit": str, "commits": list, "jax": list, "steps": int, "eos_ids": list}  # else str
+KINDS = {  # else str
+    "commit": str,
+    "commits": list,
+    "jax": list,
+    "score_unit": float,
+    "steps": int,
+    "eos_ids": list,
+}
 
 
 def record_run(workdir: AnyPath, began: dict[str, Any] | None, now: dict[str, Any]) -> list[str]:
@@ -97,10 +105,20 @@ def read_run(workdir: AnyPath) -> dict[str, Any]:
     return {"commits": [run["commit"]]} | {x: v for x, v in run.items() if v != "cached"}
 
 
-def date_of(workdir: str) -> str:
-    """Returns the date that a run's chat templates write; "" where none is known, or for ""."""
+def known_run(workdir: str) -> dict[str, Any]:
+    """Returns `read_run`, or nothing where there is no run.json, or for ""."""
     folder = as_path(workdir)
-    return read_run(folder).get("date", "") if workdir and (folder / RUN).exists() else ""
+    return read_run(folder) if workdir and (folder / RUN).exists() else {}
+
+
+def date_of(workdir: str) -> str:
+    """Returns the date that a run's chat templates write; "" where none is known."""
+    return known_run(workdir).get("date", "")
+
+
+def score_unit_of(workdir: str) -> float | None:
+    """Returns what a run divides scores by; None where none is known."""
+    return known_run(workdir).get("score_unit")
 
 
 def is_metrics(line: dict[str, Any]) -> bool:

@@ -53,6 +53,13 @@ class Loss(NamedTuple):
     at_reference: PerPrompt | None = None
     weight: PerPrompt | None = None
 
+    @property
+    def takes(self) -> str:
+        """The numbers of responses that it takes, in words: "2", "2 or more", "1 to 4"."""
+        least, most = self.k
+        more = " or more" if most is None else f" to {most}" if most > least else ""
+        return f"{least}{more}"
+
     def nearest_k(self, k: int) -> int:
         """Returns the number of responses nearest to k that the loss takes."""
         least, most = self.k
