@@ -27,7 +27,7 @@ import numpy as np
 from jax.stages import Wrapped
 from ml_collections import ConfigDict
 
-from nca_jax import build, programs
+from nca_jax import auto, build, programs
 from nca_jax.axes import flatten_paths
 from nca_jax.batch import Rows
 from nca_jax.checks import UserError, run_main
@@ -71,6 +71,11 @@ def main(argv: list[str]) -> int:
     if unknown := set(wanted) - set(PREPARE):
         raise UserError(f"--programs: wanted some of {', '.join(PREPARE)}, got {sorted(unknown)}.")
     devices = topology_devices(flags.topology, flags.num_slices)
+    mesh = {x: v for x, v in changes_for(config, devices, 0).items() if x.startswith("mesh.")}
+    asked = changed(config, mesh)
+    config = build.build_for(asked, devices).config
+    for line in auto.chosen(asked, config):
+        print(line)
     if flags.fit:
         config, rows_per_chip = find_fit(config, devices)
     else:
@@ -84,7 +89,7 @@ def main(argv: list[str]) -> int:
         "chips": len(devices),
         "device_kind": devices[0].device_kind,
         "mesh": dict(run.mesh.shape),
-        "changes": changes,
+        "changes": mesh | changes,
         "config": flatten(run.config),
         **implied(run),
         "programs": {name: compile_program(name, run) for name in wanted},

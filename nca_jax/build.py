@@ -7,24 +7,27 @@ import datetime
 import json
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from nca_jax import auto
 from nca_jax.checks import UserError
 from nca_jax.config import flatten
 from nca_jax.data.encode import Encoder
 from nca_jax.data.facts import facts_of
 from nca_jax.data.load import Share
+from nca_jax.data.pack import segment_spans
 from nca_jax.data.pipeline import Data, load_data
+from nca_jax.data.room import row_sizes
 from nca_jax.data.template import Turn, usual_turn
 from nca_jax.data.unit import spread
 from nca_jax.infra import distributed
 from nca_jax.infra.fingerprint import code_fingerprint, text_fingerprint, tokenizer_fingerprint
-from nca_jax.infra.mesh import check_divides, make_mesh
+from nca_jax.infra.mesh import check_divides, make_mesh, row_shards
 from nca_jax.infra.optim import split_trained
 from nca_jax.losses import LOSSES
 from nca_jax.model_config import MODELS, ModelConfig
@@ -36,7 +39,10 @@ from nca_jax.protocols import Device, ModelSection, Tokenizer
 
 
 class Run(NamedTuple):
-    """What a config stands for, before anything large is in memory."""
+    """What a config stands for, before anything large is in memory.
+
+    What the config leaves open is chosen here, but for what only data can say: see `read_all`.
+    """
 
     config: ConfigDict
     mesh: Mesh
@@ -80,9 +86,9 @@ def build(config: ConfigDict, *, date: str = "") -> Run:
     """
     _check_same_start(config)
     model_config = open_model_config(config.model)
-    _say_positions(config, model_config)
     tokenizer = open_tokenizer(config, model_config)
     run = _assemble(config, None, model_config, tokenizer)
+    _say_positions(run.config, model_config)
     day = date or datetime.date.today().isoformat()
     return run._replace(turn=usual_turn(tokenizer, model_config.eos_ids), date=day)
 
@@ -99,11 +105,15 @@ def _check_same_start(config: ConfigDict) -> None:
 def build_for(config: ConfigDict, devices: Sequence[Device]) -> Run:
     """The same for devices that need not exist: to compile, not to run, so without a tokenizer.
 
-    A model that has a name is not looked for in `init_from`.
+    A model that has a name is not looked for in `init_from`. There is no data either: a row length
+    that is left open is that of a prompt and K responses of full length.
     """
-    model = config.model
+    model, data = config.model, config.data
     model_config = MODELS[model.name] if model.name else open_model_config(model)
-    return _assemble(config, devices, model_config, None)
+    run = _assemble(config, devices, model_config, None)
+    longest = [data.max_prompt_len] + [data.max_response_len] * data.num_responses
+    sizes = [segment_spans(longest, 0, run.config.data.align)[-1][1]]
+    return _assemble(run.config, devices, model_config, None, sizes=sizes)
 
 
 def _assemble(
@@ -111,11 +121,15 @@ def _assemble(
     devices: Sequence[Device] | None,
     model_config: ModelConfig,
     tokenizer: Tokenizer | None,
+    **known: Any,
 ) -> Run:
+    """Returns a run of `config`, with what it leaves open chosen; `known` is for `auto.choose`."""
     jax.config.update("jax_numpy_rank_promotion", "raise")
+    mesh = make_mesh(config.mesh, devices)
+    platform, shards = platform_of(mesh), row_shards(mesh)
+    config = auto.choose(config, model_config, platform=platform, shards=shards, **known)
     if config.model.dtype == "float32":  # throughout: TPU matmuls would otherwise be bfloat16
         jax.config.update("jax_default_matmul_precision", "highest")
-    mesh = make_mesh(config.mesh, devices)
     check_divides(mesh, model_config, config.data.rows)
     model = Model(
         model_config,
@@ -123,9 +137,9 @@ def _assemble(
         remat=config.model.remat,
         scan_layers=config.model.scan_layers,
         attention_kernel=_attention_kernel(config, model_config, mesh),
-        expert_kernel="grouped" if platform_of(mesh) == "tpu" else "dense",
+        expert_kernel="grouped" if platform == "tpu" else "dense",
         align=config.data.align,
-        interpret=platform_of(mesh) != "tpu",
+        interpret=platform != "tpu",
     )
     if config.optim.freeze:
         split_trained(model.abstract_params(), config.optim.freeze)
@@ -170,7 +184,7 @@ def _attention_kernel(config: ConfigDict, model_config: ModelConfig, mesh: Mesh)
             f"wants config.data.block in multiples of {splash.LANES}; it is {data.block}",
         ),
         (
-            splash.Code.of(data.row_len, data.align) is None,
+            data.row_len > 0 and splash.Code.of(data.row_len, data.align) is None,
             f"of config.data.row_len={data.row_len} wants segments that start at larger multiples "
             f"than config.data.align={data.align}: 8 up to rows of 4096, 16 up to 8192",
         ),
@@ -225,6 +239,33 @@ def _say_positions(config: ConfigDict, model_config: ModelConfig) -> None:
             )
 
 
+def read_all(
+    config: ConfigDict, *, date: str = "", score_unit: float | None = None
+) -> tuple[Run, Data]:
+    """Returns `build` and `read_data`, the run with all chosen that its config leaves open.
+
+    What was chosen is printed. The arguments are those of `build` and `read_data`.
+
+    Raises:
+      UserError: as `build` and `read_data`.
+    """
+    run = build(config, date=date)
+    data = read_data(run, score_unit=score_unit)
+    training = [example for source in data.sources for example in source]
+    known = _assemble(
+        run.config,
+        None,
+        run.model.config,
+        run.tokenizer,
+        sizes=row_sizes([*training, *data.heldout], run.config.data),
+        num_training=len(training),
+        num_heldout=len(data.heldout),
+    )
+    for line in auto.chosen(config, known.config):
+        print(line)
+    return known._replace(turn=run.turn, date=run.date), data
+
+
 def read_data(run: Run, *, score_unit: float | None = None) -> Data:
     """Reads, checks and encodes all records of the config; each process reads its share of them.
 
@@ -238,7 +279,7 @@ def read_data(run: Run, *, score_unit: float | None = None) -> Data:
     config = run.config
     share = Share(jax.process_index(), jax.process_count(), distributed.gather)
     data = load_data(run.encoder, share=share)
-    if config.eval_every and not data.heldout:
+    if config.eval_every > 0 and not data.heldout:
         raise UserError(
             f"config.data.eval_fraction={config.data.eval_fraction} holds out none of "
             f"{sum(map(len, data.sources))} records; raise it, or set config.eval_every=0."

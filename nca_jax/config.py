@@ -39,9 +39,12 @@ from nca_jax.other_names import did_you_mean
 
 OPTIONAL = ("generate",)  # sections that a config may lack
 
-DTYPE = one_of("float32", "bfloat16")
-ALIGN = Check(int, lambda x: x in (1, 8, 16), "1, 8 or 16")
+DTYPES = ("float32", "bfloat16")
+ALIGN = Check(int, lambda x: x in (0, 1, 8, 16), "0, 1, 8 or 16")
+EVERY = Check(int, lambda x: x >= 1 or x == -1, "a whole number of at least 1, or -1")
+EVERY_OR_0 = Check(int, lambda x: x >= -1, "a whole number of at least -1")
 LOSS = Check(str, lambda x: x in LOSSES, one_of(*LOSSES).wanted)  # of what is there when asked
+LR = Check(float, lambda x: x >= 0, "a number above 0 in float32, or 0")
 SHARE = Check(float, lambda x: 0 < x <= 1, "a number in (0, 1] in float32")
 
 FIELDS: dict[str, Field] = {
@@ -50,7 +53,7 @@ FIELDS: dict[str, Field] = {
     "epochs": Field(1.0, NOT_NEGATIVE, "passes over the training records; 0: by steps"),
     "log_every": Field(1, COUNT, "steps from one line of metrics to the next", True),
     "eval_every": Field(
-        0, COUNT_OR_0, "steps from one held-out evaluation to the next; 0: none", True
+        0, EVERY_OR_0, "steps to the next held-out evaluation; 0: none; -1: a tenth", True, auto=-1
     ),
     "eval_patience": Field(
         0,
@@ -60,19 +63,22 @@ FIELDS: dict[str, Field] = {
         True,
         since=4,
     ),
-    "save_every": Field(200, COUNT, "steps; the last one is always saved", True),
+    "save_every": Field(200, EVERY, "steps; the last is always saved; -1: a tenth", True, auto=-1),
     "model.name": Field(
         "", one_of("", *MODELS), "a size, with random weights; empty: as init_from has it"
     ),
     "model.init_from": Field(
         "", TEXT, "folder, .gguf, package:NAME or hub id; empty: random weights of the size `name`"
     ),
-    "model.dtype": Field("float32", DTYPE, "of activations; trained parameters are float32"),
+    "model.dtype": Field(
+        "float32", one_of("auto", *DTYPES), "of activations; auto: float32 on CPU", auto="auto"
+    ),
     "model.remat": Field(
         "none",
-        one_of("none", "dots", "full"),
-        "what of a layer is computed again: from fastest to leanest; wants scan_layers",
+        one_of("auto", "none", "dots", "full"),
+        "what of a layer is computed again, fastest to leanest; wants scan_layers; auto: sets both",
         True,
+        auto="auto",
     ),
     "model.scan_layers": Field(
         False, FLAG, "one compiled layer run L times; unrolled is faster on CPU", True
@@ -136,19 +142,29 @@ FIELDS: dict[str, Field] = {
     "data.bad_rows": Field("stop", one_of("stop", "skip"), "of records that cannot be used"),
     "data.shuffle": Field(True, FLAG, "anew every epoch, by the seed"),
     "data.batch_size": Field(32, COUNT, "B, prompts in a step"),
-    "data.row_len": Field(4096, COUNT, "T, tokens in a row: a prompt and its responses fit in one"),
-    "data.rows": Field(1, COUNT, "rows in a micro-batch, a multiple of data * fsdp * expert", True),
-    "data.block": Field(64, COUNT, "tokens in an attention block; divides row_len", True),
+    "data.row_len": Field(
+        4096, COUNT_OR_0, "T, tokens in a row: a prompt and its responses; 0: by the data", auto=0
+    ),
+    "data.rows": Field(
+        1, COUNT_OR_0, "in a micro-batch: a multiple of data * fsdp * expert; 0: it", True, auto=0
+    ),
+    "data.block": Field(
+        64, COUNT_OR_0, "tokens in an attention block; 0: 64, on TPU 512", True, auto=0
+    ),
     "data.row_pairs": Field(0, COUNT_OR_0, "attention block pairs that a row may hold; 0: all"),
-    "data.align": Field(1, ALIGN, "segments of a row start at multiples of this many tokens"),
+    "data.align": Field(
+        1, ALIGN, "segments of a row start at multiples of this; 0: 1, on TPU 16", auto=0
+    ),
     "data.first_bonus": Field(
         0.0, NOT_NEGATIVE, "added to the score of a record's first response; released: 0.01"
     ),
     "loss.name": Field("nca", LOSS, "see below"),
     "loss.logits_chunk": Field(
-        128, COUNT, "tokens of a row whose logits exist at once; divides row_len", True
+        128, COUNT_OR_0, "tokens whose logits exist at once; 0: 64 MiB of them", True, auto=0
     ),
-    "optim.lr": Field(5e-6, POSITIVE, "peak learning rate of AdamW"),
+    "optim.lr": Field(
+        5e-6, LR, "peak learning rate of AdamW; 0: 1e-5, from 1e9 parameters on 5e-7", auto=0.0
+    ),
     "optim.schedule": Field(
         "cosine", one_of("constant", "linear", "cosine", "wsd"), "after the warmup"
     ),
@@ -174,7 +190,7 @@ FIELDS: dict[str, Field] = {
     "optim.b2": Field(0.999, FRACTION, "decay of the second moment"),
     "optim.eps": Field(1e-8, POSITIVE, "added to the root of the second moment"),
     "optim.weight_decay": Field(0.0, NOT_NEGATIVE, "of matrices; norms and biases are spared"),
-    "optim.mu_dtype": Field("float32", DTYPE, "of the first moment in memory"),
+    "optim.mu_dtype": Field("float32", one_of(*DTYPES), "of the first moment in memory"),
     "mesh.data": Field(1, AXIS, "devices that hold copies of the parameters", True),
     "mesh.fsdp": Field(
         -1, AXIS, "devices over which parameters are split; -1: all that remain", True
@@ -192,7 +208,9 @@ FIELDS: dict[str, Field] = {
         True,
         since=3,
     ),
-    "generate.max_new_tokens": Field(512, COUNT, "tokens of a sampled response", True),
+    "generate.max_new_tokens": Field(
+        512, COUNT_OR_0, "tokens of a sampled response; 0: data.max_response_len", True, auto=0
+    ),
     "generate.num_samples": Field(1, COUNT, "responses a prompt", True),
     "generate.temperature": Field(1.0, NOT_NEGATIVE, "of sampling; 0: the likeliest token", True),
     "generate.top_p": Field(1.0, SHARE, "probability of the tokens that are drawn from", True),
@@ -317,7 +335,7 @@ def _check(flat: dict[str, Value], name: str, field: Field) -> None:
 def _check_together(config: ConfigDict) -> None:
     data, model, loss, kind = config.data, config.model, config.loss, config.reference.kind
     record, best, optim = LOSSES[loss.name], config.checkpoint.best_metric, config.optim
-    num_blocks = data.row_len // data.block
+    num_blocks = data.row_len // data.block if data.block else 0
     for is_bad, message in (
         (
             bool(config.steps) == bool(config.epochs),
@@ -347,7 +365,7 @@ def _check_together(config: ConfigDict) -> None:
             "set config.model.name (a size, with random weights) or config.model.init_from",
         ),
         (
-            model.remat != "none" and not model.scan_layers,
+            model.remat in ("dots", "full") and not model.scan_layers,
             f"config.model.remat={model.remat!r} saves memory in scanned layers only: unrolled, "
             "all are computed again at once; set config.model.scan_layers=True",
         ),
@@ -361,11 +379,11 @@ def _check_together(config: ConfigDict) -> None:
             "config.data.too_long='truncate' and config.data.prompt_keep='end'",
         ),
         (
-            bool(data.row_len % data.block),
+            bool(data.block and data.row_len % data.block),
             f"config.data.block={data.block} must divide config.data.row_len={data.row_len}",
         ),
         (
-            bool(data.row_len % loss.logits_chunk),
+            bool(loss.logits_chunk and data.row_len % loss.logits_chunk),
             f"config.loss.logits_chunk={loss.logits_chunk} must divide "
             f"config.data.row_len={data.row_len}",
         ),
@@ -400,7 +418,7 @@ def _check_together(config: ConfigDict) -> None:
             "config.data.files names no records; give a glob of .jsonl files or tfds:NAME:SPLIT",
         ),
         (
-            bool(config.eval_every) and not data.eval_files and not data.eval_fraction,
+            config.eval_every > 0 and not data.eval_files and not data.eval_fraction,
             "config.eval_every is set, but no records are held out: set config.data.eval_fraction "
             "or config.data.eval_files",
         ),

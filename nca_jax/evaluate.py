@@ -71,9 +71,11 @@ def main(argv: list[str]) -> int:
     is_missing = not flags.out and not beside.parent.exists()  # the workdir, as will be said
     out = beside if is_missing else out_file(flags.out or beside)
     scorers = {"reward": get_scorer(config.generate.scorer), "judge": get_scorer(flags.judge)}
-    run = build.build(config, date=date_of(flags.workdir))
+    run, data = build.read_all(
+        config, date=date_of(flags.workdir), score_unit=score_unit_of(flags.workdir)
+    )
+    config = run.config
     texts = read_texts(run, flags.text) if flags.text else []
-    data = build.read_data(run, score_unit=score_unit_of(flags.workdir))
     if not data.heldout:
         raise UserError("No records are held out: set data.eval_fraction or data.eval_files.")
     heldout = data.heldout[: flags.num_prompts]

@@ -50,6 +50,7 @@ class Field(NamedTuple):
       may_change: whether a resumed run may have another value: no later number depends on it.
       since: version of config.json from which on it is written; an older run has not got it.
       before: the value that such an older run means.
+      auto: the value that leaves the choice to `nca_jax.auto`; None: there is no such choice.
     """
 
     default: Value
@@ -58,6 +59,7 @@ class Field(NamedTuple):
     may_change: bool = False
     since: int = 1
     before: Value | None = None
+    auto: Value | None = None
 
 
 def one_of(*names: str) -> Check:

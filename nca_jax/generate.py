@@ -21,7 +21,7 @@ import json
 import jax
 import numpy as np
 
-from nca_jax import build
+from nca_jax import auto, build
 from nca_jax.checks import UserError, run_main
 from nca_jax.config import flatten
 from nca_jax.data import pieces
@@ -42,6 +42,9 @@ def main(argv: list[str]) -> int:
     )
     out, scorer = out_file(flags.out), get_scorer(config.generate.scorer)
     run = build.build(config, date=date_of(flags.workdir))
+    for line in auto.chosen(config, run.config):
+        print(line)
+    config = run.config
     if run.tokenizer is None:
         raise UserError("Generation needs a tokenizer: set config.data.tokenizer.")
     prompts, counts = load_prompts(flags.prompts, run.encoder)

@@ -6,8 +6,9 @@
 --rows      prompts that are shown
 
 What the chat template adds to a response. For the first prompts of step 1: rendered text, tokens
-with their segment and whether they are scored, scores and targets; then how the step is packed, and
-the histogram of lengths; last what a run is going to do, and warnings.
+with their segment and whether they are scored, scores and targets; then how the step is packed,
+what a step sees, which rows and batch would suit the data, how much memory training takes on a CPU,
+a GPU and a TPU, and the histogram of lengths; last what a run is going to do, and warnings.
 """
 
 from collections.abc import Sequence
@@ -19,9 +20,11 @@ from nca_jax import advice, build
 from nca_jax.batch import Batch
 from nca_jax.checks import run_main
 from nca_jax.data.pipeline import Dataset
+from nca_jax.data.room import row_sizes
 from nca_jax.data.template import Turn
 from nca_jax.flags import parse_flags
 from nca_jax.losses import Fields, Loss, targets_from_scores
+from nca_jax.propose import memory, proposals, what_a_step_sees
 from nca_jax.protocols import Tokenizer
 from nca_jax.train_step import loss_of
 
@@ -30,8 +33,9 @@ SHOWN = 12  # tokens at either end of a segment
 
 def main(argv: list[str]) -> int:
     config, flags = parse_flags(argv, rows=2)
-    run = build.build(config)
-    data = build.read_data(run)
+    asked = config
+    run, data = build.read_all(asked)
+    config = run.config
     if run.turn is not None and config.data.format == "chat":
         print_turn(run.turn)
     dataset = Dataset(data.sources, config.data, seed=config.seed)
@@ -40,6 +44,11 @@ def main(argv: list[str]) -> int:
         print_prompt(host.batch, b, where, run.tokenizer, loss_of(config))
     print_packing(host.batch, host.stats)
     examples = [*dataset.examples, *data.heldout]
+    print(f"\n=== {what_a_step_sees(run, int(host.batch.num_micro), dataset.examples)}")
+    print("\n=== proposed")
+    print("\n".join(proposals(run, dataset.examples)))
+    print("\n=== memory of training, estimated; nca_jax.aot compiles for a TPU and knows it")
+    print("\n".join(memory(asked, run, row_sizes(examples, config.data))))
     print_histogram("prompts", [len(example.group.prompt) for example in examples])
     responses = [ids for example in examples for ids in example.group.responses]
     print_histogram("responses", [len(ids) for ids in responses])

@@ -30,7 +30,7 @@ from nca_jax.files import out_file, out_folder
 from nca_jax.flags import parse_flags
 from nca_jax.infra import distributed, lock
 from nca_jax.infra.fingerprint import params_fingerprint, text_fingerprint
-from nca_jax.infra.records import date_of
+from nca_jax.infra.records import date_of, score_unit_of
 from nca_jax.params import policy_params
 from nca_jax.reference import examples_fingerprint, reference_params
 
@@ -40,8 +40,10 @@ PIECE = 64  # records that a stop can lose
 def main(argv: list[str]) -> int:
     config, flags = parse_flags(argv, out=None, workdir="")
     out = out_file(flags.out)
-    run = build.build(config, date=date_of(flags.workdir))
-    data = build.read_data(run)
+    run, data = build.read_all(
+        config, date=date_of(flags.workdir), score_unit=score_unit_of(flags.workdir)
+    )
+    config = run.config
     splits = [("train", source) for source in data.sources] + [*data.splits.items()]
     examples = [(split, example) for split, source in splits for example in source]
     made_from = {

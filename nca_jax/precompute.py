@@ -38,8 +38,8 @@ def main(argv: list[str]) -> int:
 
 def fill_cache(config: ConfigDict, folder: AnyPath, check_held: lock.CheckHeld) -> int:
     """Makes the parts of a cache that are missing, and returns the exit status."""
-    run = build.build(config, date=reference.cache_date(folder))
-    data = build.read_data(run)
+    run, data = build.read_all(config, date=reference.cache_date(folder))
+    config = run.config
     examples = [example for source in data.sources for example in source] + data.heldout
     distributed.check_same(rows=reference.examples_fingerprint(examples))
     parts = [examples[i : i + PART] for i in range(0, len(examples), PART)]

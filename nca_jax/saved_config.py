@@ -47,15 +47,18 @@ def check_same_run(config: ConfigDict, saved_file: AnyPath) -> ConfigDict:
 
     Returns:
       The config that the run goes on under: a field that is newer than the run, and has its default
-      in `config`, means as before.
+      in `config`, means as before; what is left open (`Field.auto`) is what was chosen. What may
+      change stays open: it is chosen anew, by the devices that there are.
     Raises:
       UserError: names each field that differs, with both values; or as `read_saved`.
     """
     saved, newer = _meaning_today(saved_file)
     fields = fields_of(config.loss.name)
     config = config.copy_and_resolve_references()
-    for name in newer & flatten(config).keys():
-        if flatten(config)[name] == fields[name].default:
+    for name, field in fields.items():
+        here = flatten(config).get(name)
+        is_open = field.auto is not None and here == field.auto and not field.may_change
+        if name in saved and (is_open or (name in newer and here == field.default)):
             config.update_from_flattened_dict({name: saved[name]})
     now = flatten(config)
     differs = [

@@ -93,8 +93,8 @@ def train(
     more = [one["steps"] for one in extensions]
     if config.steps:
         profile.check_within(traced, config.steps + sum(more))
-    run = build.build(config, date=start_date(config, began))
-    data = build.read_data(run)
+    run, data = build.read_all(config, date=start_date(config, began))
+    config = run.config
     for note in data.notes():
         print(note)
     training = [example for source in data.sources for example in source]

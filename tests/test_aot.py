@@ -165,7 +165,7 @@ def test_a_step_of_billions_of_parameters_is_described_without_arrays():
     state, _, batch = aot.prepare_train(run)[1]
     num_params = sum(x.size for x in jax.tree.leaves(state.params))
     assert num_params == pytest.approx(46.7e9, rel=1e-3)
-    assert batch.rows.tokens.shape == (2, 8, config.data.row_len)
+    assert batch.rows.tokens.shape == (2, 8, run.config.data.row_len)
 
 
 @pytest.mark.slow

@@ -61,10 +61,10 @@ LAYERS = (  # from the bottom
     (*LEAVES, "model_config"),
     GROUPS,
     ("advice", "evaluators", "logprobs", "losses", "metrics", "sampling", "train_step"),
-    ("config", "config_doc", "saved_config", "flags"),
+    ("config", "config_doc", "saved_config", "auto", "flags"),
     ("build",),
     ("params",),
-    ("programs",),
+    ("programs", "propose"),
     ("reference", "fit", "rollout"),
     COMMANDS,
 )

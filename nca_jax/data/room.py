@@ -33,8 +33,8 @@ def fit_examples(
 ) -> list[Example]:
     """Returns the examples that fit, by the rule of `too_long`; counts what is left out."""
     config, least = encoder.config, encoder.least_responses
-    if config.too_long not in ("skip", "drop"):
-        return list(examples)  # `check_examples` refuses what does not fit
+    if config.too_long not in ("skip", "drop") or not config.row_len:
+        return list(examples)  # `check_examples` refuses what does not fit; an open row_len fits
     fitting = []
     for example in examples:
         kept = example
@@ -46,6 +46,12 @@ def fit_examples(
         else:
             counts["records skipped: row_len"] += 1
     return fitting
+
+
+def row_sizes(examples: Sequence[Example], config: DataSection) -> list[int]:
+    """Returns how many tokens of a row each example needs, with the longest of its responses."""
+    longest = [_longest(example, config.num_responses) for example in examples]
+    return [segment_spans(lengths, 0, config.align)[-1][1] for lengths in longest]
 
 
 def check_examples(examples: Sequence[Example], config: DataSection) -> None:

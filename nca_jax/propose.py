@@ -1,0 +1,134 @@
+"""What `inspect` proposes before anything is trained: rows, a batch, and the memory they take."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from nca_jax import auto
+from nca_jax.advice import BEST, alpha_for
+from nca_jax.build import Run
+from nca_jax.chips import CHIPS
+from nca_jax.data.encode import Example
+from nca_jax.data.room import row_sizes
+from nca_jax.model_config import ModelConfig
+from nca_jax.models.formats.names import param_shapes
+from nca_jax.params import reference_init_from
+
+STEPS = 20  # of a pass over the data, at least, where a batch is proposed
+BATCHES = (4, 32)  # the least and the most prompts of a batch that is proposed
+GIB = 2**30
+PROCESS = 0.5  # GiB of Python and its libraries, which share the memory of a CPU
+# Of the products of a layer, how many times over exist: in the layer that the backward pass is at,
+# and in every layer. Read from the compiler's totals in experiments/pods/table.md.
+NOW, KEPT = 4.5, {"none": 3.4, "dots": 1.0, "full": 0.0}
+PLACES = (("cpu", 1), ("gpu", 1), ("gpu", 8), ("tpu", 1), ("tpu", 8))
+CHOSEN = {  # of a record's responses, by config.data.choose
+    "all": "",
+    "first": ", the first of their record",
+    "random": ", drawn at random",
+    "best_worst_random": ": the best, the worst and others at random",
+}
+
+
+def what_a_step_sees(run: Run, num_micro: int, examples: Sequence[Example]) -> str:
+    """Returns in words what a step is made of.
+
+    Args:
+      num_micro: micro-batches of the step that is shown.
+      examples: those of training.
+    """
+    data, k = run.config.data, run.config.data.num_responses
+    up_to = "up to " if min(len(example.scores) for example in examples) < k else ""
+    choice = CHOSEN[data.choose] if max(len(example.scores) for example in examples) > k else ""
+    rows = f"{data.rows} row" + "s" * (data.rows > 1)
+    return (
+        f"each step sees {data.batch_size} prompts with {up_to}{k} responses each{choice}. Step 1 "
+        f"takes {num_micro} micro-batches of {rows} of {data.row_len} tokens"
+    )
+
+
+def proposals(run: Run, examples: Sequence[Example]) -> list[str]:
+    """Returns a line for the length of rows, one for the batch and one for alpha, each with why."""
+    data, n = run.config.data, len(examples)
+    least, most = BATCHES
+    batch = min(most, n, max(least, 2 ** int(math.log2(max(1, n / STEPS)))))
+    sizes = row_sizes(examples, data)
+    row_len = auto.row_len_for(sizes, data, multiple=math.lcm(data.block, auto.ROUND))
+    return [
+        f"config.data.row_len={row_len}{_now(row_len, data.row_len)}: the longest prompt with its "
+        f"responses takes {max(sizes)} tokens, the mean one {sum(sizes) / n:.0f}",
+        f"config.data.batch_size={batch}{_now(batch, data.batch_size)}: {n // batch} steps in a "
+        f"pass over {n} prompts",
+        *_alpha(run.config, examples),
+    ]
+
+
+def _alpha(config: ConfigDict, examples: Sequence[Example]) -> list[str]:
+    """Returns a line for the temperature of the scores, where the loss has one and there is one."""
+    differing = [example.scores for example in examples if np.ptp(example.scores) > 0]
+    if "alpha" not in config.loss or not differing:
+        return []
+    alpha = alpha_for(differing)
+    if alpha is None:
+        return []
+    return [
+        f"config.loss.alpha={alpha:.2g} (now {config.loss.alpha:g}): the best response then has a "
+        f"target of {BEST} on average"
+    ]
+
+
+def _now(proposed: int, now: int) -> str:
+    return "" if proposed == now else f" (now {now})"
+
+
+def memory(asked: ConfigDict, run: Run, sizes: Sequence[int]) -> list[str]:
+    """Returns a line for each kind and number of devices: GiB of a training step, estimated.
+
+    Args:
+      asked: the config before anything was chosen, which is chosen for each of the devices.
+      sizes: as in `auto.choose`.
+    """
+    lines = []
+    for platform, devices in PLACES:
+        config = auto.choose(
+            asked, run.model.config, platform=platform, shards=devices, sizes=sizes
+        )
+        gib = memory_gib(config, run.model.config, devices)
+        gib += PROCESS if platform == "cpu" else 0
+        fits = [chip.name for chip in CHIPS.values() if gib <= chip.memory_gib]
+        where = f"; fits {', '.join(fits) or 'none of them'}" if platform == "tpu" else ""
+        kind = f"{devices} {platform.upper()}" + "s" * (devices > 1)
+        of_model = config.model
+        lines.append(
+            f"{kind:7s} {gib:7.1f} GiB each ({of_model.dtype}, remat {of_model.remat}{where})"
+        )
+    return lines
+
+
+def memory_gib(config: ConfigDict, model: ModelConfig, devices: int) -> float:
+    """Returns the GiB of a training step on each of the devices that share its parameters.
+
+    docs/scaling.md has the formula: state and gradients; what is gathered of parameters that are
+    split; activations of a device's rows; and a chunk of logits with its gradient.
+    """
+    m, data = model, config.data
+    num_params = sum(math.prod(shape) for shape in param_shapes(m).values())
+    outside = m.padded_vocab * m.width * (1 if m.tied_head else 2)  # the embedding and the head
+    size = 2 if config.model.dtype == "bfloat16" else 4  # bytes of an activation
+    moment = 2 if config.optim.mu_dtype == "bfloat16" else 4
+    reference = 0
+    if config.reference.kind == "live":
+        reference = 2 if reference_init_from(config) else 4  # as a file has it, or random weights
+    # Parameters, the second moment, the sum of gradients, those of a micro-batch; layers cast.
+    a_param = 4 * 4 + moment + reference + (2 if size == 2 else 0)
+    a_layer = (num_params - outside) / m.num_layers
+    gathered = (2 * a_layer + outside) * (size + 4) if devices > 1 else 0
+    mlp = 2 * m.mlp_width * (m.experts_per_token or 1)
+    products = 2 * m.head_dim * (m.num_heads + m.num_kv_heads) + mlp  # q, k, v, attention, MLP
+    kept = m.num_layers * (m.width + KEPT[config.model.remat] * products)
+    rows = math.ceil(data.rows / devices)
+    tokens = rows * data.row_len * size * (kept + NOW * products)
+    logits = rows * config.loss.logits_chunk * m.padded_vocab * 3 * 4
+    return (num_params * a_param / devices + gathered + tokens + logits) / GIB
