@@ -12,6 +12,7 @@ from nca_jax.files import as_path
 from nca_jax.infra.checkpoint import restore_params
 from nca_jax.infra.finite import not_finite
 from nca_jax.infra.mesh import param_shardings, place
+from nca_jax.infra.progress import phase
 from nca_jax.models.formats.pretrained import open_pretrained
 
 
@@ -39,8 +40,10 @@ def start_params(run: Run, init_from: str, *, keep_dtype: bool = False) -> Param
             f"{init_from!r} is not of the policy's architecture: {found} there, {ours} here."
         )
     read = {path: w.read_stored if keep_dtype else w.read for path, w in weights.items()}
-    params = place(abstract, shardings, read)
-    if bad := not_finite(params):
+    with phase(f"loading the weights of {init_from}"):
+        params = place(abstract, shardings, read)
+        bad = not_finite(params)
+    if bad:
         raise UserError(f"{init_from!r}: {bad} hold NaN or infinity; fetch or make it again.")
     return params
 

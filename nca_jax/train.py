@@ -10,7 +10,9 @@ since. A workdir is that of one run at a time, which holds it.
 
 import contextlib
 import functools
+import shlex
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +20,7 @@ import jax
 from ml_collections import ConfigDict
 
 from nca_jax import build
+from nca_jax.axes import Params
 from nca_jax.checks import run_main
 from nca_jax.data.encode import Example
 from nca_jax.data.pipeline import Dataset, eval_batches
@@ -25,8 +28,9 @@ from nca_jax.evaluators import fill_reference, heldout_metrics
 from nca_jax.files import AnyPath, as_path, out_folder, write_json
 from nca_jax.fit import Evaluator, fit
 from nca_jax.flags import parse_flags
-from nca_jax.infra import checkpoint, distributed, lock, profile
+from nca_jax.infra import checkpoint, distributed, lock, profile, progress
 from nca_jax.infra.fingerprint import tokenizer_fingerprint
+from nca_jax.infra.log import LOG, logged
 from nca_jax.infra.mesh import rows_here
 from nca_jax.infra.preemption import stop_asked
 from nca_jax.infra.records import read_run, record_run
@@ -49,7 +53,7 @@ from nca_jax.saved_config import (
     read_saved,
     saved_version,
 )
-from nca_jax.train_step import Frozen
+from nca_jax.train_step import Frozen, TrainState
 
 DROPPED = ("key",)  # leaves that older checkpoints have and nothing reads
 
@@ -59,12 +63,13 @@ def main(argv: list[str]) -> int:
     traced = profile.parse_steps(flags.profile)
     profile.check_within(traced, config.steps or sys.maxsize)
     workdir = out_folder(flags.workdir, "--workdir")
-    with lock.held(workdir) as check_held:
+    with lock.held(workdir) as check_held, logged(workdir, check_held):
         return train(config, workdir, traced, check_held)
 
 
 def train(config: ConfigDict, workdir: AnyPath, traced: range, check_held: lock.CheckHeld) -> int:
     """Trains in a workdir that this process holds, and returns the exit status."""
+    started = time.perf_counter()
     # ---- Mesh, model, data -------------------------------------------------------------------
     began, log_every, version = None, config.log_every, VERSION
     if checkpoint.saved_steps(workdir):
@@ -139,10 +144,13 @@ def train(config: ConfigDict, workdir: AnyPath, traced: range, check_held: lock.
             state = start_state(run, optimizer, start_params(run, config.model.init_from))
         else:
             print(f"resumed after step {restored_step} from {workdir}")
+        print(said_sizes(state, reference.params))
+        print(f"{workdir} gets checkpoints, metrics.jsonl, and all that is said here in {LOG}")
 
         # ---- Compile -------------------------------------------------------------------------
         frozen = Frozen(reference=reference.params)
-        train_step, step_logps = jit_train_step(run, optimizer, frozen), jit_step_logps(run)
+        train_step = progress.first_call("a step", jit_train_step(run, optimizer, frozen))
+        step_logps = progress.first_call("the evaluation", jit_step_logps(run))
         evaluators = []
         if config.eval_every:
             heldout = fill_reference(step_logps, reference.params, heldout)
@@ -187,8 +195,34 @@ def train(config: ConfigDict, workdir: AnyPath, traced: range, check_held: lock.
     if step < steps:
         print(f"{stop.name}: saved after step {step} of {steps}; the same command goes on.")
     else:
-        print(f"done: {steps} steps in {workdir}")
+        if peak := progress.peak_memory(run.mesh.devices.flat[0]):
+            print(f"a device held at most {peak}")
+        print(
+            f"done: {steps} steps in {workdir}, {progress.duration(time.perf_counter() - started)}"
+        )
+        for line in what_next(
+            workdir, can_evaluate=bool(data.heldout), can_sample=bool(run.tokenizer)
+        ):
+            print(line)
     return 0
+
+
+def said_sizes(state: TrainState, reference: Params | None) -> str:
+    """Returns how many parameters are trained, and what is in the memory of a device for them."""
+    sizes = {"parameters": state.params, "optimizer": state.opt_state, "reference": reference}
+    said = [f"{name} {progress.gib_a_device(x):.3g}" for name, x in sizes.items() if x is not None]
+    return f"{progress.num_values(state.params):,} parameters; GiB a device: {', '.join(said)}"
+
+
+def what_next(workdir: AnyPath, *, can_evaluate: bool, can_sample: bool) -> list[str]:
+    """Returns the commands that a run which is done can go to, a line each."""
+    here = f"--workdir={shlex.quote(str(workdir))}"
+    flags = {
+        "evaluate": can_evaluate and here,
+        "generate": can_sample and f"{here} --prompts=FILE --out=FILE",
+        "export": f"{here} --out=FOLDER",
+    }
+    return [f"next: python -m nca_jax.{name} {x}" for name, x in flags.items() if x]
 
 
 def start_date(config: ConfigDict, began: dict[str, Any] | None) -> str:

@@ -58,7 +58,7 @@ LEAVES = (
 LAYERS = (  # from the bottom
     (*LEAVES, "model_config"),
     GROUPS,
-    ("evaluators", "logprobs", "losses", "metrics", "sampling", "train_step"),
+    ("comparison", "evaluators", "logprobs", "losses", "metrics", "sampling", "train_step"),
     ("config", "saved_config", "flags"),
     ("build",),
     ("params",),
