@@ -40,7 +40,7 @@ def table(metrics: dict[str, float], num_prompts: int) -> list[str]:
     """
     others = [x for x in (REFERENCE, DIFFERENCE) if any(name.endswith(x) for name in metrics)]
     head = "".join(f"{x:>12s}" for x in ("policy", *(x[1:] for x in others)))
-    said = "  95% interval" + " of the difference, where there is one" * (DIFFERENCE in others)
+    said = "  95% interval" + ", of the difference if any" * (DIFFERENCE in others)
     lines = [f"{'':27s}{head}{said}"]
     for name, value in metrics.items():
         if name.endswith((REFERENCE, DIFFERENCE, ERROR)):

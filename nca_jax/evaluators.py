@@ -96,7 +96,7 @@ def errors_of(heldout: Heldout, config: ConfigDict) -> dict[str, float]:
         return _metrics(Heldout(jax.tree.map(lambda x: x[None], prompt), has_reference), config)
 
     present = np.asarray(responses.mask).any(axis=-1)
-    by_prompt = jax.device_get(jax.vmap(of_one)(responses))
+    by_prompt = jax.device_get(jax.jit(jax.vmap(of_one))(responses))
     found = {}
     for name in PLAIN_MEANS & by_prompt.keys():
         found |= mean_and_error(name, by_prompt[name][present])

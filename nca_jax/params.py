@@ -32,7 +32,8 @@ def start_params(run: Run, init_from: str, *, keep_dtype: bool = False) -> Param
     shardings = param_shardings(run.mesh, abstract)
     if not init_from:
         init = jax.jit(run.model.init, out_shardings=shardings)
-        return init(jax.random.key(run.config.seed))
+        with phase("drawing random weights"):
+            return init(jax.random.key(run.config.seed))
     found, weights = open_pretrained(init_from)
     ours = run.model.config  # an exported policy may end its turns by more ids than its start does
     if dataclasses.replace(found, bos_id=ours.bos_id, eos_ids=ours.eos_ids) != ours:

@@ -141,20 +141,23 @@ def train(config: ConfigDict, workdir: AnyPath, traced: range, check_held: lock.
         )
         restored_step = None if state is None else int(state.step)
         if state is None:
-            state = start_state(run, optimizer, start_params(run, config.model.init_from))
+            params = start_params(run, config.model.init_from)
+            with progress.phase("making the optimizer's state"):
+                state = start_state(run, optimizer, params)
         else:
             print(f"resumed after step {restored_step} from {workdir}")
         print(said_sizes(state, reference.params))
-        print(f"{workdir} gets checkpoints, metrics.jsonl, and all that is said here in {LOG}")
+        print(f"outputs in {workdir}: checkpoints, metrics.jsonl, {LOG} (what is said here)")
 
         # ---- Compile -------------------------------------------------------------------------
         frozen = Frozen(reference=reference.params)
         train_step = progress.first_call("a step", jit_train_step(run, optimizer, frozen))
-        step_logps = progress.first_call("the evaluation", jit_step_logps(run))
+        step_logps = progress.first_call("held-out log-probabilities", jit_step_logps(run))
         evaluators = []
         if config.eval_every:
             heldout = fill_reference(step_logps, reference.params, heldout)
             measure = functools.partial(heldout_metrics, step_logps, batches=heldout, config=config)
+            measure = progress.first_call("the held-out metrics", measure)
             evaluators.append(Evaluator("eval", config.eval_every, measure))
 
         # ---- Loop ----------------------------------------------------------------------------
@@ -197,21 +200,18 @@ def train(config: ConfigDict, workdir: AnyPath, traced: range, check_held: lock.
     else:
         if peak := progress.peak_memory(run.mesh.devices.flat[0]):
             print(f"a device held at most {peak}")
-        print(
-            f"done: {steps} steps in {workdir}, {progress.duration(time.perf_counter() - started)}"
-        )
-        for line in what_next(
-            workdir, can_evaluate=bool(data.heldout), can_sample=bool(run.tokenizer)
-        ):
-            print(line)
+        took = progress.duration(time.perf_counter() - started)
+        print(f"done: {steps} steps in {workdir}, {took} since the start")
+        can_evaluate, can_sample = bool(data.heldout), run.tokenizer is not None
+        print(*what_next(workdir, can_evaluate=can_evaluate, can_sample=can_sample), sep="\n")
     return 0
 
 
 def said_sizes(state: TrainState, reference: Params | None) -> str:
     """Returns how many parameters are trained, and what is in the memory of a device for them."""
-    sizes = {"parameters": state.params, "optimizer": state.opt_state, "reference": reference}
-    said = [f"{name} {progress.gib_a_device(x):.3g}" for name, x in sizes.items() if x is not None]
-    return f"{progress.num_values(state.params):,} parameters; GiB a device: {', '.join(said)}"
+    held = {"parameters": state.params, "optimizer": state.opt_state, "reference": reference}
+    said = [f"{name} {progress.size_here(x)}" for name, x in held.items() if x is not None]
+    return f"{progress.num_values(state.params):,} parameters; on a device {', '.join(said)}"
 
 
 def what_next(workdir: AnyPath, *, can_evaluate: bool, can_sample: bool) -> list[str]:

@@ -41,8 +41,7 @@ def logged(workdir: AnyPath, check_held: CheckHeld) -> Iterator[None]:
             folder = Path(until_end.enter_context(tempfile.TemporaryDirectory()))
             if (workdir / LOG).exists():
                 (folder / LOG).write_bytes((workdir / LOG).read_bytes())
-            until_end.callback(copy_into, folder, workdir)
-            until_end.callback(check_held)
+            until_end.callback(_give_back, folder, workdir, check_held)
         file = until_end.enter_context(open(folder / LOG, "ab", buffering=0))
         until_end.enter_context(_native_to(file))
         copy = _Copied(sys.stdout, file)
@@ -54,6 +53,11 @@ def logged(workdir: AnyPath, check_held: CheckHeld) -> Iterator[None]:
                 with contextlib.suppress(OSError):  # a full disk may be what ends it
                     copy.log(f"error: {error}" if is_said else traceback.format_exc())
                 raise
+
+
+def _give_back(folder: Path, workdir: AnyPath, check_held: CheckHeld) -> None:
+    check_held()
+    copy_into(folder, workdir)
 
 
 class _Copied(io.TextIOBase):

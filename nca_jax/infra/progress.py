@@ -61,7 +61,7 @@ def duration(seconds: float) -> str:
 
 
 def time_left(num_steps: int) -> Callable[[int], str]:
-    """Returns `left(step)`: ", 4 min 20 s left" by the pace since it was called first, or "".
+    """Returns `left(step)`: "4 min 20 s left" by the pace since it was called first, or "".
 
     The first call sets the clock: it is after the first step, which has compiled.
     """
@@ -74,7 +74,7 @@ def time_left(num_steps: int) -> Callable[[int], str]:
             first = first or (step, now)
             return ""
         pace = (now - first[1]) / (step - first[0])
-        return f", {duration(pace * (num_steps - step))} left" if step < num_steps else ""
+        return f"{duration(pace * (num_steps - step))} left" if step < num_steps else ""
 
     return left
 
@@ -84,16 +84,19 @@ def num_values(tree: Any) -> int:
     return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
 
 
-def gib_a_device(tree: Any) -> float:
-    """Returns the GiB that the arrays of a tree take on each of their devices."""
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
-    ) / GIB  # fmt: skip
+def size_here(tree: Any) -> str:
+    """Returns what the arrays of a tree take on each of their devices, "1.50 GiB"."""
+    shards = [(x.sharding.shard_shape(x.shape), x.dtype.itemsize) for x in jax.tree.leaves(tree)]
+    return _size(sum(math.prod(shape) * itemsize for shape, itemsize in shards))
 
 
 def peak_memory(device: Device) -> str:
-    """Returns "12.30 of 15.75 GiB" that a device held at most; "" where it does not say."""
+    """Returns "12.30 GiB of 15.75 GiB" that a device held at most; "" where it does not say."""
     stats = device.memory_stats() or {}
     if not {"peak_bytes_in_use", "bytes_limit"} <= stats.keys():
         return ""
-    return f"{stats['peak_bytes_in_use'] / GIB:.2f} of {stats['bytes_limit'] / GIB:.2f} GiB"
+    return f"{_size(stats['peak_bytes_in_use'])} of {_size(stats['bytes_limit'])}"
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.2f} GiB" if num_bytes > GIB / 10 else f"{num_bytes / 2**20:.1f} MiB"

@@ -95,7 +95,7 @@ class MetricWriter:
         if self._wandb:
             self._wandb.log({f"{split}/{name}": x for name, x in metrics.items()}, step=step)
         left = self._left(step) if split == "train" else ""
-        say(f"{split} step {step} of {self._num_steps}  {_brief(metrics)}{left}")
+        say(f"{split} step {step} of {self._num_steps}  {_brief(metrics)}  {left}".rstrip())
 
     def advance(self) -> None:
         """Counts one step on the progress bar."""
