@@ -198,7 +198,7 @@ def train(config: ConfigDict, workdir: AnyPath, traced: range, check_held: lock.
     if step < steps:
         print(f"{stop.name}: saved after step {step} of {steps}; the same command goes on.")
     else:
-        if peak := progress.peak_memory(run.mesh.devices.flat[0]):
+        if peak := progress.peak_memory(run.mesh.local_devices[0]):
             print(f"a device held at most {peak}")
         took = progress.duration(time.perf_counter() - started)
         print(f"done: {steps} steps in {workdir}, {took} since the start")
