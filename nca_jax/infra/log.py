@@ -1,6 +1,6 @@
 """train.log in a workdir: what a run said, with the time, and what its libraries said.
 
-Lines of ours go to the screen and to the log. Native code (XLA, gloo, TensorFlow) writes to the
+Lines of ours go to the screen and to the log. Native code (XLA, TensorFlow) writes to the
 descriptors 1 and 2 what is no concern of a user: while a log is open that goes to the log alone.
 """
 
