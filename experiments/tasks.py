@@ -2,7 +2,7 @@
 
 What is left of a task is read from its files alone. A lock in the folder is held by the command
 itself: where a killed parent left one behind, the next parent waits for it. Its output goes to
-stdout.log and stderr.log there.
+stdout.log and stderr.log there, and that of training to train.log as well, which stays.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ from tqdm import tqdm
 from nca_jax import signals
 from nca_jax.checks import UserError
 from nca_jax.files import read_json, read_lines
+from nca_jax.infra.progress import duration
 from nca_jax.infra.records import METRICS, RUN, is_metrics
 
 SECONDS = 0.2  # between two looks at what is running
@@ -70,7 +71,9 @@ def run_tasks(tasks: Sequence[Task], *, jobs: int, env: dict[str, str]) -> dict[
     waiting = [task for task in tasks if commands_left(task)]
     running: list[Running] = []
     broken: dict[str, str] = {}
-    bar = tqdm(total=len(tasks), initial=len(tasks) - len(waiting), unit="run", disable=None)
+    began: dict[str, float] = {}  # when the first command of a task began here
+    num_before, start = len(tasks) - len(waiting), time.monotonic()
+    bar = tqdm(total=len(tasks), initial=num_before, unit="run", disable=None)
     stops: list[int] = []
     with signals.caught(stops.append), bar, _stopped_at_end(running):
         while waiting or running:
@@ -80,6 +83,9 @@ def run_tasks(tasks: Sequence[Task], *, jobs: int, env: dict[str, str]) -> dict[
                 if len(running) < jobs and (started := _start(task, env)):
                     waiting.remove(task)
                     running.append(started)
+                    if task.name not in began:
+                        began[task.name] = time.monotonic()
+                        bar.write(f"{num_before + len(began)} of {len(tasks)}: {task.name} ...")
             bar.set_postfix_str("  ".join(map(_progress, running)) or "another process is at it")
             time.sleep(SECONDS)
             for now in [now for now in running if now.process.poll() is not None]:
@@ -91,7 +97,12 @@ def run_tasks(tasks: Sequence[Task], *, jobs: int, env: dict[str, str]) -> dict[
                     continue
                 if left:
                     broken[now.task.name] = _reason(now)
-                bar.write(f"{'broken' if left else 'done'} {now.task.name}")
+                ended = time.monotonic()
+                took, num_left = ended - began[now.task.name], len(waiting) + len(running)
+                pace = (ended - start) / (len(tasks) - num_before - num_left)
+                said = f", about {duration(pace * num_left)} left" if num_left else ""
+                how = "broken after" if left else "done in"
+                bar.write(f"{now.task.name}: {how} {duration(took)}{said}")
                 bar.update()
     return broken
 

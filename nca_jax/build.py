@@ -29,6 +29,7 @@ from nca_jax.infra import distributed
 from nca_jax.infra.fingerprint import code_fingerprint, text_fingerprint, tokenizer_fingerprint
 from nca_jax.infra.mesh import check_divides, make_mesh, row_shards
 from nca_jax.infra.optim import split_trained
+from nca_jax.infra.progress import phase
 from nca_jax.losses import LOSSES
 from nca_jax.model_config import MODELS, ModelConfig
 from nca_jax.models.attention import splash
@@ -278,7 +279,8 @@ def read_data(run: Run, *, score_unit: float | None = None) -> Data:
     """
     config = run.config
     share = Share(jax.process_index(), jax.process_count(), distributed.gather)
-    data = load_data(run.encoder, share=share)
+    with phase("reading and encoding the records"):
+        data = load_data(run.encoder, share=share)
     if config.eval_every > 0 and not data.heldout:
         raise UserError(
             f"config.data.eval_fraction={config.data.eval_fraction} holds out none of "

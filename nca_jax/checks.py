@@ -121,7 +121,8 @@ def _outlive_readers() -> None:
             setattr(sys, name, open(os.devnull, "w"))
         elif stream is getattr(sys, f"__{name}__"):
             stream.flush()
-            raw = io.BufferedWriter(_Outliving(stream.fileno(), "w", closefd=False))
+            # By a descriptor of its own: 1 and 2 are left to native code; see `infra.log`.
+            raw = io.BufferedWriter(_Outliving(os.dup(stream.fileno()), "w"))
             lines = stream.line_buffering
             text = io.TextIOWrapper(raw, stream.encoding, stream.errors, line_buffering=lines)
             setattr(sys, name, text)

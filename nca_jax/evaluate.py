@@ -4,8 +4,10 @@ r"""Evaluate a policy on held-out prompts.
 
 Prints, and writes to --out (by default DIR/evaluation.json): the held-out metrics of training, KL
 to the reference on the policy's own samples, and a scorer's mean reward on samples of policy and
-reference, with their length and repetition: a reward may be bought by breaking the language. Of a
-held-out set with a name (data.eval_files=NAME=FILE) a metric is NAME/metric.
+reference, with their length and repetition: a reward may be bought by breaking the language. Each
+mean over prompts has its standard error, and on the screen an interval of 95%, which for what both
+have is that of the differences at each prompt. Of a held-out set with a name
+(data.eval_files=NAME=FILE) a metric is NAME/metric.
 Without --workdir it evaluates the model of init_from.
 
     --config       a config file or nca_jax:NAME, with its arguments; by default that of the run in
@@ -31,15 +33,18 @@ from jax.sharding import PartitionSpec as P
 from nca_jax import build, programs
 from nca_jax.axes import Params
 from nca_jax.checks import UserError, run_main
+from nca_jax.comparison import comparison, table
 from nca_jax.data.encode import Example, Prompt
 from nca_jax.data.group import Group
 from nca_jax.data.pipeline import EVAL, eval_batches
 from nca_jax.data.room import row_layout
 from nca_jax.evaluators import (
+    errors_of,
     fill_reference,
-    heldout_metrics,
+    heldout_responses,
     length,
     make_kl,
+    metrics_of,
     repetition,
     score_responses,
     text_perplexity,
@@ -49,6 +54,7 @@ from nca_jax.flags import parse_flags
 from nca_jax.infra import distributed
 from nca_jax.infra.finite import bad_metrics
 from nca_jax.infra.mesh import compiler_options, rows_here
+from nca_jax.infra.progress import first_call, phase
 from nca_jax.infra.records import date_of, score_unit_of
 from nca_jax.params import policy_params
 from nca_jax.reference import reference_params
@@ -84,26 +90,30 @@ def main(argv: list[str]) -> int:
     with jax.set_mesh(run.mesh):
         policy = policy_params(run, flags.workdir, flags.step)
         reference = reference_params(run)
-        step_logps = programs.jit_step_logps(run)
+        step_logps = first_call("the held-out metrics", programs.jit_step_logps(run))
         here = rows_here(run.mesh, config.data.rows)
-        metrics, samples = {}, {}
+        trained, sampled, samples = {}, {}, {}
         for split, examples in data.splits.items():
             batches = eval_batches(examples, config.data, rows_here=here)
             batches = fill_reference(step_logps, reference, batches)
-            found = heldout_metrics(step_logps, policy, batches, config)
+            responses = heldout_responses(step_logps, policy, batches)
+            found = metrics_of(responses, config) | errors_of(responses, config)
             name = split.removeprefix(EVAL).removeprefix("/")
-            metrics |= {f"{name}/{x}" if name else x: value for x, value in found.items()}
+            trained |= {f"{name}/{x}" if name else x: value for x, value in found.items()}
         if heldout:
             sampled, samples = sample_metrics(run, policy, reference, heldout, scorers)
-            metrics |= sampled
         if texts:
-            metrics |= perplexities(run, policy, reference, texts)
+            sampled |= perplexities(run, policy, reference, texts)
+    metrics = {"n_heldout": len(data.heldout), "n": len(heldout)} | trained | sampled
     if bad := bad_metrics(metrics):
         raise UserError(f"{bad}: the parameters are too large for these numbers to be finite.")
     if distributed.is_first():
         write_json(out, {"metrics": metrics, "samples": samples})
-    for name, value in metrics.items():
-        print(f"{name:20s} {value:.4f}")
+    print(f"\nthe responses in the data to {len(data.heldout)} held-out prompts")
+    print(*table(trained, len(data.heldout)), sep="\n")
+    if sampled:
+        print(f"\nsampled responses to {len(heldout)} held-out prompts")
+        print(*table(sampled, len(heldout)), sep="\n")
     print(f"written to {out}")
     return 0
 
@@ -120,29 +130,28 @@ def sample_metrics(
     Args:
       scorers: {metric: scorer or None}.
     Returns:
-      {"kl" nats a response, "length" tokens, "repetition", and the mean of each scorer}, those of
-      the reference as "NAME_reference"; and [{"prompt", "policy", "policy_scores", ...}], the texts
-      with their rewards.
+      `comparison` of "kl" nats a response, "length" tokens, "repetition" and each scorer; and
+      [{"prompt", "policy", "policy_scores", ...}], the texts with their rewards.
     """
     generate = make_generator(run)
     ids = [example.group.prompt for example in heldout]
     drawn = {"policy": generate(policy, ids, run.config.seed)}
     if reference is not None:
         drawn["reference"] = generate(reference, ids, run.config.seed)
-    metrics, how = {}, run.config.generate
+    kl, how = {}, run.config.generate
     if reference is None:
         print("no KL: config.reference.kind='none'")
     elif how.temperature == 1 and how.top_p == 1:
-        metrics["kl"] = mean_kl(run, policy, reference, heldout, drawn["policy"])
+        kl = comparison("kl", kl_of_prompts(run, policy, reference, heldout, drawn["policy"]))
     else:
         print("no KL: it is estimated on samples of generate.temperature=1 and top_p=1")
     prompts = [as_prompt(run, example) for example in heldout]
     told = [{"prompt": prompt.record.get("prompt")} for prompt in prompts]
+    values = {name: {} for name in (*scorers, "length", "repetition")}  # {who: [prompts]} of each
     for who, samples in drawn.items():
-        suffix = "" if who == "policy" else f"_{who}"
-        responses = [ids.tolist() for of_prompt in samples for ids in of_prompt]
-        metrics[f"length{suffix}"] = length(responses)
-        metrics[f"repetition{suffix}"] = repetition(responses)
+        responses = [[ids.tolist() for ids in of_prompt] for of_prompt in samples]
+        values["length"][who] = np.array([length(of_prompt) for of_prompt in responses])
+        values["repetition"][who] = np.array([repetition(of_prompt) for of_prompt in responses])
         if run.tokenizer is None or not distributed.is_first():
             continue
         records = make_records(run, prompts, samples, None)
@@ -152,12 +161,17 @@ def sample_metrics(
         for name, scorer in scorers.items():
             if scorer is None:
                 continue
-            scores = score_all(scorer, [prompt.record for prompt in prompts], texts)
-            metrics[f"{name}{suffix}"] = float(np.mean(scores))
+            with phase(f"scoring the {who}'s responses"):
+                scores = score_all(scorer, [prompt.record for prompt in prompts], texts)
+            values[name][who] = np.array([np.mean(of_prompt) for of_prompt in scores])
             if name == "reward":
                 for one, of_prompt in zip(told, scores, strict=True):
                     one[f"{who}_scores"] = of_prompt
-    return metrics, told if run.tokenizer is not None and distributed.is_first() else []
+    metrics = {}
+    for name, by_who in values.items():
+        if by_who:
+            metrics |= comparison(name, **by_who)
+    return metrics | kl, told if run.tokenizer is not None and distributed.is_first() else []
 
 
 def as_prompt(run: build.Run, example: Example) -> Prompt:
@@ -168,14 +182,14 @@ def as_prompt(run: build.Run, example: Example) -> Prompt:
     return Prompt(example.where, example.group.prompt, record)
 
 
-def mean_kl(
+def kl_of_prompts(
     run: build.Run,
     policy: Params,
     reference: Params,
     heldout: Sequence[Example],
     drawn: Samples,
-) -> float:
-    """Returns KL(policy || reference), nats a response, on the policy's own samples."""
+) -> np.ndarray:
+    """Returns KL(policy || reference), nats a response, on each prompt's own samples, [prompts]."""
     config = run.config
     num_slots = len(heldout) * config.generate.num_samples
     kl = jax.jit(
@@ -195,7 +209,7 @@ def mean_kl(
         num_slots=num_slots,
         mesh=run.mesh,
     )
-    return float(np.mean(values))
+    return values.reshape(len(heldout), -1).mean(axis=1)
 
 
 def read_texts(run: build.Run, file: str) -> list[list[int]]:

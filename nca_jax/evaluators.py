@@ -1,6 +1,7 @@
 """Evaluation: functions of (params, batches) that return floats by name."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,13 @@ from ml_collections import ConfigDict
 
 from nca_jax.axes import Params
 from nca_jax.batch import Batch, Rows
+from nca_jax.comparison import ERROR, mean_and_error
 from nca_jax.data.group import Group
 from nca_jax.data.pack import RowLayout, pack, segment_spans
 from nca_jax.data.pipeline import HostBatch
 from nca_jax.infra.mesh import put_rows, rows_here
 from nca_jax.logprobs import sum_by_slot, token_logps
+from nca_jax.losses import Responses
 from nca_jax.metrics import alignment_metrics
 from nca_jax.models.decoder import Model
 from nca_jax.train_step import loss_of, responses_of
@@ -23,7 +26,14 @@ from nca_jax.train_step import loss_of, responses_of
 # -> [B, K]; see `programs.jit_step_logps`
 HostLogps = Callable[[Params, Batch[np.ndarray]], jax.Array]
 RowValues = Callable[[Rows[jax.Array]], ArrayLike]  # -> [num_slots]
+# Metrics that are means over all prompts, whatever the weights of the loss.
+PLAIN_MEANS = {"accuracy", "accuracy_half_ties", "top1", "margin", "chosen_logp_drift"}
 RowsKl = Callable[[Params, Params, Rows[jax.Array]], jax.Array]  # -> [num_slots]
+
+
+class Heldout(NamedTuple):
+    responses: Responses  # [B, K]; a prompt without any is an empty slot
+    has_reference: bool
 
 
 def fill_reference(
@@ -52,6 +62,13 @@ def heldout_metrics(
     Args:
       batches: with their `ref_logps`, where there is a reference.
     """
+    return metrics_of(heldout_responses(step_logps, params, batches), config)
+
+
+def heldout_responses(
+    step_logps: HostLogps, params: Params, batches: Sequence[HostBatch]
+) -> Heldout:
+    """Returns all held-out responses, with their log-probabilities under `params`."""
     logps = np.concatenate([np.asarray(step_logps(params, host.batch)) for host in batches])
 
     def joined(field: str) -> jax.Array | None:
@@ -61,16 +78,35 @@ def heldout_metrics(
     per_response = ("scores", "mask", "lengths")  # the arrays that are [B, K], beside ref_logps
     whole = batches[0].batch._replace(**{name: joined(name) for name in per_response})
     ref_logps = joined("ref_logps")
-    loss, fields = loss_of(config)
     responses = responses_of(whole, jnp.asarray(logps), ref_logps)
-    metrics = alignment_metrics(
-        loss,
-        responses,
-        fields,
-        losses=loss.per_prompt(responses, fields),
-        has_reference=ref_logps is not None,
-    )
-    return {name: float(value) for name, value in jax.device_get(metrics).items()}
+    return Heldout(responses, has_reference=ref_logps is not None)
+
+
+def metrics_of(heldout: Heldout, config: ConfigDict) -> dict[str, float]:
+    """Returns the training metrics over all these prompts."""
+    found = jax.device_get(_metrics(heldout, config))
+    return {name: float(value) for name, value in found.items()}
+
+
+def errors_of(heldout: Heldout, config: ConfigDict) -> dict[str, float]:
+    """Returns {name_se: standard error} of the metrics that are plain means over all prompts."""
+    responses, has_reference = heldout
+
+    def of_one(prompt: Responses) -> dict[str, jax.Array]:
+        return _metrics(Heldout(jax.tree.map(lambda x: x[None], prompt), has_reference), config)
+
+    present = np.asarray(responses.mask).any(axis=-1)
+    by_prompt = jax.device_get(jax.jit(jax.vmap(of_one))(responses))
+    found = {}
+    for name in PLAIN_MEANS & by_prompt.keys():
+        found |= mean_and_error(name, by_prompt[name][present])
+    return {name: value for name, value in found.items() if name.endswith(ERROR)}
+
+
+def _metrics(heldout: Heldout, config: ConfigDict) -> dict[str, jax.Array]:
+    (responses, has_reference), (loss, fields) = heldout, loss_of(config)
+    losses = loss.per_prompt(responses, fields)
+    return alignment_metrics(loss, responses, fields, losses=losses, has_reference=has_reference)
 
 
 def score_responses(

@@ -30,6 +30,7 @@ from nca_jax.files import out_file, out_folder
 from nca_jax.flags import parse_flags
 from nca_jax.infra import distributed, lock
 from nca_jax.infra.fingerprint import params_fingerprint, text_fingerprint
+from nca_jax.infra.progress import phase
 from nca_jax.infra.records import date_of
 from nca_jax.params import policy_params
 from nca_jax.rewards.scorers import get_scorer
@@ -47,7 +48,8 @@ def main(argv: list[str]) -> int:
     config = run.config
     if run.tokenizer is None:
         raise UserError("Generation needs a tokenizer: set config.data.tokenizer.")
-    prompts, counts = load_prompts(flags.prompts, run.encoder)
+    with phase("reading and encoding the prompts"):
+        prompts, counts = load_prompts(flags.prompts, run.encoder)
     for note in notes_of(counts):
         print(note)
     check_scorable(prompts, scorer)
@@ -66,10 +68,11 @@ def main(argv: list[str]) -> int:
             start = int(distributed.from_first(np.array(len(records), np.int32)))
             if start:
                 print(f"goes on after {start} of {len(prompts)} prompts")
-            for batch in rollout_batches(run, params, prompts, config.seed, start):
-                if distributed.is_first():
-                    pieces.add(out, len(records), batch)
-                records += batch
+            with phase(f"sampling responses to {len(prompts) - start} prompts"):
+                for batch in rollout_batches(run, params, prompts, config.seed, start):
+                    if distributed.is_first():
+                        pieces.add(out, len(records), batch)
+                    records += batch
             if not distributed.is_first():
                 return 0
             records = with_scores(prompts, records, scorer)

@@ -16,6 +16,7 @@ IS_BETTER_HIGH = {
     "loss": False,
     "excess": False,
     "accuracy": True,
+    "accuracy_half_ties": True,
     "top1": True,
     "margin": True,
     "chosen_logp_drift": True,
@@ -53,6 +54,7 @@ def alignment_metrics(
       target_entropy            nats, of a loss with soft labels; near 0 when alpha has made them
                                 one-hot
       accuracy                  mean over the others of [r_best > r_other]; chance is 1/2
+      accuracy_half_ties        the same, where r_best = r_other is half a win: 1/2 at the reference
       top1                      argmax r = argmax score
       margin                    r_best - mean of the others' r
       rewards/k                 r, the implicit reward, at rank k: beta * log(pi / pi_ref), nats
@@ -84,6 +86,7 @@ def alignment_metrics(
     there, ranked = by_rank(mask), by_rank(r)
     others = jnp.maximum(jnp.sum(there, axis=-1) - 1, 1)  # [B]
     beaten = jnp.sum(ranked[:, :1] > ranked[:, 1:], axis=-1, where=there[:, 1:]) / others
+    tied = jnp.sum(ranked[:, :1] == ranked[:, 1:], axis=-1, where=there[:, 1:]) / others
     rest = jnp.sum(ranked[:, 1:], axis=-1, where=there[:, 1:]) / others
     picked = jnp.argmax(jnp.where(there, ranked, -jnp.inf), axis=-1)
 
@@ -97,6 +100,7 @@ def alignment_metrics(
         metrics["target_entropy"] = mean(entropy(targets(responses, fields)))
     metrics |= {
         "accuracy": mean(beaten),
+        "accuracy_half_ties": mean(beaten + tied / 2),
         "top1": mean(picked == 0),
         "margin": mean(ranked[:, 0] - rest),
     }

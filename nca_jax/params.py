@@ -12,6 +12,7 @@ from nca_jax.files import AnyPath, as_path
 from nca_jax.infra.checkpoint import restore_params
 from nca_jax.infra.finite import not_finite
 from nca_jax.infra.mesh import param_shardings, place
+from nca_jax.infra.progress import phase
 from nca_jax.infra.steps import best_step, saved_step, saved_steps
 from nca_jax.metrics import IS_BETTER_HIGH
 from nca_jax.models.formats.pretrained import open_pretrained
@@ -33,7 +34,8 @@ def start_params(run: Run, init_from: str, *, keep_dtype: bool = False) -> Param
     shardings = param_shardings(run.mesh, abstract)
     if not init_from:
         init = jax.jit(run.model.init, out_shardings=shardings)
-        return init(jax.random.key(run.config.seed))
+        with phase("drawing random weights"):
+            return init(jax.random.key(run.config.seed))
     found, weights = open_pretrained(init_from)
     ours = run.model.config  # an exported policy may end its turns by more ids than its start does
     if dataclasses.replace(found, bos_id=ours.bos_id, eos_ids=ours.eos_ids) != ours:
@@ -41,8 +43,10 @@ def start_params(run: Run, init_from: str, *, keep_dtype: bool = False) -> Param
             f"{init_from!r} is not of the policy's architecture: {found} there, {ours} here."
         )
     read = {path: w.read_stored if keep_dtype else w.read for path, w in weights.items()}
-    params = place(abstract, shardings, read)
-    if bad := not_finite(params):
+    with phase(f"loading the weights of {init_from}"):
+        params = place(abstract, shardings, read)
+        bad = not_finite(params)
+    if bad:
         raise UserError(f"{init_from!r}: {bad} hold NaN or infinity; fetch or make it again.")
     return params
 

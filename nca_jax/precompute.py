@@ -23,6 +23,7 @@ from nca_jax.checks import UserError, run_main
 from nca_jax.files import AnyPath, out_folder, write_json
 from nca_jax.flags import parse_flags
 from nca_jax.infra import distributed, lock
+from nca_jax.infra.progress import duration, first_call
 
 PART = 64  # examples in a part: what a stop can lose
 
@@ -56,7 +57,7 @@ def fill_cache(config: ConfigDict, folder: AnyPath, check_held: lock.CheckHeld) 
         if distributed.is_first():
             write_json(folder / "fingerprint.json", fingerprint | {"date": run.date})
         num_slots = PART * max(len(example.scores) for example in examples)
-        logps = programs.make_group_logps(run, num_slots)
+        logps = first_call("the reference", programs.make_group_logps(run, num_slots))
         start, tokens = time.perf_counter(), 0
         for i in tqdm(missing, unit="part", disable=None):
             scored = logps(params, [example.group for example in parts[i]])
@@ -69,7 +70,7 @@ def fill_cache(config: ConfigDict, folder: AnyPath, check_held: lock.CheckHeld) 
     seconds = time.perf_counter() - start
     print(
         f"{len(examples)} examples in {folder}: {len(missing)} of {len(parts)} parts made now, "
-        f"{tokens / seconds:.0f} useful tokens/s"
+        f"in {duration(seconds)}, {tokens / seconds:.0f} useful tokens/s"
     )
     return 0
 

@@ -51,6 +51,8 @@ class Device(Protocol):
     platform: str
     device_kind: str
 
+    def memory_stats(self) -> dict[str, int] | None: ...
+
 
 class DataSection(Protocol):
     """config.data"""

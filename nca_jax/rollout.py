@@ -17,6 +17,7 @@ from nca_jax.checks import UserError
 from nca_jax.data.encode import Prompt
 from nca_jax.infra import distributed
 from nca_jax.infra.mesh import put_whole
+from nca_jax.infra.progress import first_call
 from nca_jax.programs import WIDTH_MULTIPLE, jit_sampler, prompts_at_once
 from nca_jax.rewards.scorers import Scorer, score_all
 
@@ -151,7 +152,7 @@ def make_batch_generator(
     It yields the samples of a batch of prompts at a time, from prompt `start` on.
     """
     how = run.config.generate
-    sampler = jit_sampler(run)
+    sampler = first_call("the sampler", jit_sampler(run))
     batch, rows = prompts_at_once(run), NamedSharding(run.mesh, P(ROWS))
 
     def sample(

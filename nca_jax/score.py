@@ -32,6 +32,7 @@ from nca_jax.files import is_file, out_file, out_folder
 from nca_jax.flags import parse_own_flags
 from nca_jax.infra import lock
 from nca_jax.infra.fingerprint import files_fingerprint, text_fingerprint
+from nca_jax.infra.progress import phase
 from nca_jax.rewards.scorers import COMMAND, SCORERS, Scorer, get_scorer, score_each
 
 PIECE = 64  # records that a stop can lose
@@ -53,9 +54,10 @@ def main(argv: list[str]) -> int:
         if scored:
             print(f"goes on after {len(scored)} of {len(records)} prompts")
         new = score_records(scorer, records[len(scored) :])
-        while piece := list(itertools.islice(new, PIECE)):
-            pieces.add(out, len(scored), piece)
-            scored += piece
+        with phase(f"scoring the responses to {len(records) - len(scored)} prompts"):
+            while piece := list(itertools.islice(new, PIECE)):
+                pieces.add(out, len(scored), piece)
+                scored += piece
         pieces.finish(out, scored)
     scores = [record["scores"] for record in scored]
     print(

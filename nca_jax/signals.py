@@ -101,6 +101,6 @@ def _watch(reader: int) -> None:
 
 
 def _end(number: int) -> NoReturn:
-    with contextlib.suppress(OSError):
-        os.write(2, f"{Interrupted(number)}: stopped at once\n".encode())
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # there may be no stderr
+        os.write(sys.stderr.fileno(), f"{Interrupted(number)}: stopped at once\n".encode())
     os._exit(128 + number)

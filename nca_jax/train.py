@@ -17,6 +17,8 @@ since. A workdir is that of one run at a time, which holds it.
 
 import contextlib
 import functools
+import shlex
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +26,7 @@ import jax
 from ml_collections import ConfigDict
 
 from nca_jax import advice, build
+from nca_jax.axes import Params
 from nca_jax.checks import run_main
 from nca_jax.data.encode import Example
 from nca_jax.data.pipeline import Dataset, eval_batches
@@ -31,8 +34,9 @@ from nca_jax.evaluators import fill_reference, heldout_metrics
 from nca_jax.files import AnyPath, as_path, out_folder, write_json
 from nca_jax.fit import Evaluator, fit, stalled_since
 from nca_jax.flags import parse_flags
-from nca_jax.infra import checkpoint, distributed, lock, profile
+from nca_jax.infra import checkpoint, distributed, lock, profile, progress
 from nca_jax.infra.fingerprint import tokenizer_fingerprint
+from nca_jax.infra.log import LOG, logged
 from nca_jax.infra.mesh import rows_here
 from nca_jax.infra.preemption import stop_asked
 from nca_jax.infra.records import extended, note_best, note_early_stop, read_run, record_run
@@ -55,7 +59,7 @@ from nca_jax.saved_config import (
     read_saved,
     saved_version,
 )
-from nca_jax.train_step import Frozen
+from nca_jax.train_step import Frozen, TrainState
 
 DROPPED = ("key",)  # leaves that older checkpoints have and nothing reads
 
@@ -64,7 +68,7 @@ def main(argv: list[str]) -> int:
     config, flags = parse_flags(argv, workdir=None, profile="", more_steps=0)
     traced = profile.parse_steps(flags.profile)
     workdir = out_folder(flags.workdir, "--workdir")
-    with lock.held(workdir) as check_held:
+    with lock.held(workdir) as check_held, logged(workdir, check_held):
         return train(config, workdir, traced, flags.more_steps, check_held)
 
 
@@ -80,6 +84,7 @@ def train(
     Args:
       more_steps: by which a finished run is extended; 0: none.
     """
+    started = time.perf_counter()
     # ---- Mesh, model, data -------------------------------------------------------------------
     began, log_every, version = None, config.log_every, VERSION
     saved = saved_steps(workdir)
@@ -167,17 +172,23 @@ def train(
         )
         restored_step = None if state is None else int(state.step)
         if state is None:
-            state = start_state(run, optimizer, start_params(run, config.model.init_from))
+            params = start_params(run, config.model.init_from)
+            with progress.phase("making the optimizer's state"):
+                state = start_state(run, optimizer, params)
         else:
             print(f"resumed after step {restored_step} from {workdir}")
+        print(said_sizes(state, reference.params))
+        print(f"outputs in {workdir}: checkpoints, metrics.jsonl, {LOG} (what is said here)")
 
         # ---- Compile -------------------------------------------------------------------------
         frozen = Frozen(reference=reference.params)
-        train_step, step_logps = jit_train_step(run, optimizer, frozen), jit_step_logps(run)
+        train_step = progress.first_call("a step", jit_train_step(run, optimizer, frozen))
+        step_logps = progress.first_call("held-out log-probabilities", jit_step_logps(run))
         evaluators = []
         for split, batches in heldout.items() if config.eval_every else ():
             batches = fill_reference(step_logps, reference.params, batches)
             measure = functools.partial(heldout_metrics, step_logps, batches=batches, config=config)
+            measure = progress.first_call("the held-out metrics", measure)
             evaluators.append(Evaluator(split, config.eval_every, measure))
 
         # ---- Loop ----------------------------------------------------------------------------
@@ -229,8 +240,31 @@ def train(
     elif step < steps:
         print(f"{stop.name}: saved after step {step} of {steps}; the same command goes on.")
     else:
-        print(f"done: {steps} steps in {workdir}")
+        if peak := progress.peak_memory(run.mesh.local_devices[0]):
+            print(f"a device held at most {peak}")
+        took = progress.duration(time.perf_counter() - started)
+        print(f"done: {steps} steps in {workdir}, {took} since the start")
+        can_evaluate, can_sample = bool(data.heldout), run.tokenizer is not None
+        print(*what_next(workdir, can_evaluate=can_evaluate, can_sample=can_sample), sep="\n")
     return 0
+
+
+def said_sizes(state: TrainState, reference: Params | None) -> str:
+    """Returns how many parameters are trained, and what is in the memory of a device for them."""
+    held = {"parameters": state.params, "optimizer": state.opt_state, "reference": reference}
+    said = [f"{name} {progress.size_here(x)}" for name, x in held.items() if x is not None]
+    return f"{progress.num_values(state.params):,} parameters; on a device {', '.join(said)}"
+
+
+def what_next(workdir: AnyPath, *, can_evaluate: bool, can_sample: bool) -> list[str]:
+    """Returns the commands that a run which is done can go to, a line each."""
+    here = f"--workdir={shlex.quote(str(workdir))}"
+    flags = {
+        "evaluate": can_evaluate and here,
+        "generate": can_sample and f"{here} --prompts=FILE --out=FILE",
+        "export": f"{here} --out=FOLDER",
+    }
+    return [f"next: python -m nca_jax.{name} {x}" for name, x in flags.items() if x]
 
 
 def start_date(config: ConfigDict, began: dict[str, Any] | None) -> str:

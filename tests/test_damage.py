@@ -155,14 +155,14 @@ def test_whatever_happens_to_a_file_an_earlier_whole_checkpoint_is_taken(saved, 
 def test_a_damaged_checkpoint_is_said_and_its_step_can_be_saved_again(workdir, capsys):
     (workdir / "checkpoints/3" / RECORD).write_bytes(b"\0" * 9)
     assert_is(latest(workdir), 2)
-    said = capsys.readouterr().out.splitlines()
+    said = [line for line in capsys.readouterr().out.splitlines() if "is damaged" in line]
     assert len(said) == 1 and f"3/{RECORD} is damaged" in said[0]
     assert said[0].endswith(f"It is now in {workdir / 'damaged/3'}.")
     with opened(workdir) as manager:
         assert manager.latest_step() == 2
         checkpoint.save(manager, state_of(3), None)
     assert_is(latest(workdir), 3)
-    assert capsys.readouterr().out == ""
+    assert "is damaged" not in capsys.readouterr().out
 
 
 def test_the_array_that_changed_is_named(workdir):

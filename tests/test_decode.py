@@ -266,6 +266,10 @@ def test_generate_writes_rows_that_train_reads_and_evaluate_writes_its_metrics(t
     words = [len(text.split()) for row in result["samples"] for text in row["policy"]]
     assert metrics["judge"] == metrics["judge_reference"] == pytest.approx(sum(words) / len(words))
     assert 1 <= metrics["length"] <= 5 and 0 <= metrics["repetition"] < 1
+    assert (metrics["n"], metrics["judge_difference"]) == (3, 0)
+    assert {"judge_se", "judge_difference_se", "kl_se", "length_se"} <= metrics.keys()
+    assert metrics["n_heldout"] > 3
+    assert metrics["accuracy_half_ties"] == 0.5 and metrics["accuracy_half_ties_se"] == 0
     assert metrics["text_perplexity"] == pytest.approx(metrics["text_perplexity_reference"])
     assert 50 < metrics["text_perplexity"] < 5000  # random weights on bytes
     assert len(result["samples"]) == 3

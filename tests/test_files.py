@@ -16,6 +16,7 @@ from nca_jax.checks import UserError
 from nca_jax.data.sources import JsonlSource, list_files, open_source
 from nca_jax.data.sources import write_records as write_jsonl
 from nca_jax.infra.fingerprint import files_fingerprint
+from nca_jax.infra.log import LOG, logged
 from nca_jax.models.formats.pretrained import open_pretrained
 
 
@@ -216,3 +217,22 @@ def test_a_run_on_gs_stopped_and_resumed_is_the_local_run(tmp_path, bucket, monk
     assert list((bucket / "run" / "tensorboard").iterdir())
     assert list((bucket / "run" / "profile" / "plugins" / "profile").iterdir())
     assert json.loads((bucket / "run" / "run.json").read_text())["steps"] == 5
+    assert (bucket / "run" / LOG).read_text().count("outputs in") == 2
+
+
+def test_the_log_of_a_run_is_there_once_it_ends_unless_another_run_has_the_workdir(place):
+    files.as_path(place / "run").mkdir(parents=True, exist_ok=True)
+    for word in ("first", "second"):
+        with logged(place / "run", lambda: None):
+            print(word)
+    said = [line.split("  ")[1] for line in (place / "run" / LOG).read_text().splitlines()]
+    assert said == ["first", "second"]
+
+
+def test_a_run_that_has_lost_its_workdir_on_gs_leaves_the_log_to_the_other(bucket):
+    def taken_over() -> None:
+        raise UserError("taken over")
+
+    with pytest.raises(UserError, match="taken over"), logged(bucket / "run", taken_over):
+        print("lost")
+    assert not (bucket / "run" / LOG).exists()

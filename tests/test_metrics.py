@@ -45,9 +45,12 @@ def test_accuracy_is_the_mean_over_the_others_and_top1_is_all_or_nothing():
     assert found["margin"] == pytest.approx(((3 - 7 / 3) + (4 - 2)) / 2 * FIELDS["beta"])
 
 
-def test_equal_rewards_beat_nothing():
+def test_equal_rewards_beat_nothing_and_are_half_a_win_where_ties_are_halves():
     found = metrics_of(responses([[1, 1, 1]], [[3, 2, 1]]))
     assert (found["accuracy"], found["margin"], found["top1"]) == (0, 0, 1)
+    assert found["accuracy_half_ties"] == 0.5  # as at the reference
+    found = metrics_of(responses([[2, 2, 1, 3]], [[9, 3, 2, 1]]))
+    assert (found["accuracy"], found["accuracy_half_ties"]) == pytest.approx((1 / 3, 1 / 2))
 
 
 def test_an_absent_response_has_no_rank_and_beats_nobody():

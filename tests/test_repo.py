@@ -60,7 +60,16 @@ LEAVES = (
 LAYERS = (  # from the bottom
     (*LEAVES, "model_config"),
     GROUPS,
-    ("advice", "evaluators", "logprobs", "losses", "metrics", "sampling", "train_step"),
+    (
+        "advice",
+        "comparison",
+        "evaluators",
+        "logprobs",
+        "losses",
+        "metrics",
+        "sampling",
+        "train_step",
+    ),
     ("config", "config_doc", "saved_config", "auto", "flags"),
     ("build",),
     ("params",),

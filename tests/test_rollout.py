@@ -216,6 +216,7 @@ def test_evaluate_gives_a_scorer_the_whole_record(run, monkeypatch, capsys):
     scorers = {"reward": Scorer(words), "judge": None}
     metrics, told = evaluate.sample_metrics(run, {}, {}, heldout, scorers)
     assert metrics["reward"] == metrics["reward_reference"] == 12.5
+    assert metrics["reward_difference"] == 0 and "reward_difference_se" not in metrics
     assert told == [
         {"prompt": turns, "policy": ["bc", "def"], "policy_scores": [12.0, 13.0]}
         | {"reference": ["bc", "def"], "reference_scores": [12.0, 13.0]}

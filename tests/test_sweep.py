@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -94,6 +95,9 @@ def test_every_setting_runs_with_every_seed_once(stub, tmp_path):
 def test_a_point_that_breaks_says_why_and_stops_no_other(stub, tmp_path, capsys):
     assert stub("loss.alpha=3,4,-1,1") == 1
     said = capsys.readouterr().out
+    assert "1 of 3: loss.alpha=3/seed=0 ...\nloss.alpha=3/seed=0: broken after " in said
+    assert re.search(r"\n3 of 3: loss.alpha=1/seed=0 \.\.\.\n.*: done in [\d.]+ s\n", said)
+    assert re.search(r"alpha=4/seed=0: broken after [\d.]+ s, about [\d.]+ s left\n", said)
     assert "broken loss.alpha=3/seed=0: error: alpha 3 diverges" in said
     assert "broken loss.alpha=4/seed=0: SIGTERM: saved after step 1 of 2" in said
     assert "broken loss.alpha=-1/seed=0: config.loss.alpha must be" in said
@@ -271,4 +275,6 @@ def test_a_real_sweep_trains_evaluates_and_reports(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "| nca | 1 | training step 2 |" in (out / "table.md").read_text()
+    (log,) = out.rglob("train.log")
+    assert "train step 2 of 2" in log.read_text()
     assert "<svg" in (out / "report.html").read_text()

@@ -33,6 +33,7 @@ from nca_jax.infra import distributed
 from nca_jax.infra.fingerprint import array_digests, array_kind
 from nca_jax.infra.finite import not_finite
 from nca_jax.infra.mesh import param_shardings
+from nca_jax.infra.progress import phase
 from nca_jax.infra.steps import best_of, saved_step
 from nca_jax.protocols import CheckpointSection
 
@@ -223,12 +224,12 @@ def _read(
       Damaged: the checkpoint is not what was saved.
       UserError: it has other arrays, or they are not finite; names them.
     """
-    tree, digests = _in_all(_read_unchecked, path, abstract, shardings, is_left)
-    if digests:
-        differ = [name for name, now in array_digests(tree).items() if now != digests[name]]
-        if differ:
-            raise Damaged(f"{path} is damaged: {first_few(differ)} changed since it was saved")
-    bad = not_finite(tree)
+    with phase(f"loading {path}"):
+        tree, digests = _in_all(_read_unchecked, path, abstract, shardings, is_left)
+        now = array_digests(tree) if digests else {}
+        bad = not_finite(tree)
+    if differ := [name for name, digest in now.items() if digest != digests[name]]:
+        raise Damaged(f"{path} is damaged: {first_few(differ)} changed since it was saved")
     if bad:
         raise UserError(
             f"{path}: {bad} hold NaN or infinity. Remove this folder to use the one before it."

@@ -144,6 +144,8 @@ def _join(saves_when_stopped: bool, seconds: int) -> None:
     jax.distributed.initialize(**where, heartbeat_timeout_seconds=seconds)
     if not is_first():
         sys.stdout = open(os.devnull, "w")
+    if sys.stdout.fileno() != 1:  # by which gloo says to whom it is connected
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _host_timeout(argv: list[str]) -> tuple[int, list[str]]:

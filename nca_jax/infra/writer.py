@@ -18,6 +18,7 @@ from nca_jax.files import AnyPath, copy_into, is_remote, read_lines, said_lines,
 from nca_jax.infra.fingerprint import text_fingerprint
 from nca_jax.infra.finite import bad_metrics
 from nca_jax.infra.lock import CheckHeld
+from nca_jax.infra.progress import say, time_left
 from nca_jax.infra.records import METRICS, is_metrics
 from nca_jax.protocols import LogSection
 
@@ -68,6 +69,7 @@ class MetricWriter:
             unit="step",
             disable=not sys.stderr.isatty(),
         )
+        self._num_steps, self._left = num_steps, time_left(num_steps)
 
     def write(self, step: int, split: str, metrics: dict[str, float]) -> None:
         """Writes one line.
@@ -92,10 +94,8 @@ class MetricWriter:
             self._board.flush()
         if self._wandb:
             self._wandb.log({f"{split}/{name}": x for name, x in metrics.items()}, step=step)
-        if self._bar.disable:
-            print(f"{split} step {step}  {_brief(metrics)}", flush=True)
-        else:
-            self._bar.set_postfix_str(f"{split} {_brief(metrics)}")
+        left = self._left(step) if split == "train" else ""
+        say(f"{split} step {step} of {self._num_steps}  {_brief(metrics)}  {left}".rstrip())
 
     def advance(self) -> None:
         """Counts one step on the progress bar."""
@@ -166,7 +166,7 @@ def _lines_until(path: AnyPath, step: int, log_every: int) -> list[dict[str, Any
 
 
 def _brief(metrics: dict[str, float]) -> str:
-    names = ("loss", "accuracy", "chosen_logp_drift", "grad_norm", "step_seconds", "mfu")
+    names = ("loss", "accuracy_half_ties", "chosen_logp_drift", "grad_norm", "step_seconds", "mfu")
     return "  ".join(f"{name} {metrics[name]:.4g}" for name in names if name in metrics)
 
 
