@@ -35,6 +35,7 @@ class Cell(NamedTuple):
     rows_a_chip: int = 1
     flags: tuple[str, ...] = ()
     programs: tuple[str, ...] = ("train",)
+    config: str = "configs/ultrafeedback.py:algo=nca"
 
 
 TOPOLOGIES = ("v5e:4x4", "v5e:16x16", "v6e:16x16", "v5p:4x4x4", "v5p:8x8x16")
@@ -44,6 +45,15 @@ COPIES = {
     "mixtral_8x7b": {"v5p:8x8x16": 16},
 }
 EXPERTS = {"mistral_7b": 1, "mixtral_8x7b": 8}  # mesh.expert; fsdp has the rest
+# One host, and records of one's own, as docs/one_host.md has them.
+OWN_RECORDS = "configs/jsonl.py:files=rows.jsonl.gz,init_from=HF_FOLDER,algo=nca"
+SIZES = (
+    *("--config.model.dtype=bfloat16", "--config.model.scan_layers=True"),
+    *("--config.model.remat=full", "--config.data.block=512", "--config.data.align=16"),
+    "--config.loss.logits_chunk=512",
+)
+HOSTS = ("v5e:2x4", "v6e:2x4")
+ON_A_HOST = ("smollm2_135m", "qwen3_0_6b", "mistral_7b", "llama3_8b")
 
 
 def cells() -> list[Cell]:
@@ -83,6 +93,11 @@ def cells() -> list[Cell]:
         for topology in ("v5p:4x4x4", "v5e:16x16")
         for model in EXPERTS
     ]
+    table += [
+        Cell(f"host-{model}-{topology}", model, "live", topology, flags=SIZES, config=OWN_RECORDS)
+        for topology in HOSTS
+        for model in ON_A_HOST
+    ]
     return table
 
 
@@ -93,7 +108,7 @@ def command(cell: Cell, out: Path) -> list[str]:
         sys.executable,
         "-m",
         "nca_jax.aot",
-        f"--config=configs/ultrafeedback.py:model={cell.model},algo=nca",
+        f"--config={cell.config},model={cell.model}",
         *(reference if cell.reference == "cached" else []),
         f"--topology={cell.topology}",
         f"--num_slices={cell.num_slices}",
@@ -178,7 +193,7 @@ def plot(reports: dict[str, dict], out: Path) -> None:
     series: dict[tuple[str, str], list[tuple]] = {}
     for cell in cells():
         report = reports.get(cell.name)
-        is_series = cell.programs == ("train",) and not cell.name.startswith("choice")
+        is_series = cell.programs == ("train",) and not cell.name.startswith(("choice", "host"))
         if report is None or not is_series or cell.num_slices > 1:
             continue
         program = report["programs"]["train"]
