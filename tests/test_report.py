@@ -37,7 +37,7 @@ def test_seeds_of_a_setting_are_averaged_with_their_spread(tmp_path):
     header, first, second = results.table(results.find_runs([tmp_path]))
     assert header == ["loss.alpha", "algo", "seeds", "from", "loss"]
     assert first == ["0.1", "nca", "3", "training step 3", "3.25 ± 0.25"]
-    assert second == ["1", "nca", "1", "training step 3", "3"]
+    assert second == ["1", "nca", "1", "training step 3", "3.00"]
 
 
 def test_a_seed_that_is_not_as_far_is_not_averaged_and_is_counted(tmp_path):
