@@ -16,7 +16,7 @@ import numpy as np  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-from experiments.results import BAND, Run, by_setting, mean_and_sd  # noqa: E402
+from experiments.results import BAND, Run, by_setting, kind_of_loss, mean_and_sd  # noqa: E402
 
 # Panels of the curves: title, split and metrics. One of several metrics is for a single setting.
 CURVES = (
@@ -93,15 +93,6 @@ def _panels(settings: dict[str, list[Run]]) -> list[_Panel]:
             if names and not is_crowded and not (of_loss and len(kinds) > MAX_KINDS):
                 panels.append(_Panel(f"{title}: {kind}" if of_loss else title, split, names, drawn))
     return panels
-
-
-def kind_of_loss(run: Run) -> str:
-    """Names what losses must share to be compared: the function, and what its targets come from."""
-    if not run.config:
-        return "a loss"
-    name, k = run.config["loss.name"], run.config["data.num_responses"]
-    alpha = run.config.get("loss.alpha")
-    return f"{name}, K = {k}" + ("" if alpha is None else f", alpha {alpha:g}")
 
 
 def _has(run: Run, split: str, name: str) -> bool:

@@ -46,6 +46,7 @@ dd {{ margin-left: 11.5rem; }} dd::after {{ content: ""; display: block; clear: 
 svg {{ max-width: 100%; height: auto; }}
 @media (max-width: 40rem) {{
   dt {{ float: none; width: auto; margin-top: .4rem; }} dd {{ margin-left: 0; }}
+  svg {{ max-width: none; width: 46rem; }}
   .samples tr, .samples td {{ display: block; border: 0; padding: .2rem 0; }}
   .samples tr {{ border-bottom: 1px solid #dde2ea; }} .samples tr:first-child {{ display: none; }}
   .samples td::before {{ content: attr(title); display: block; font-size: .8rem; color: #6a7590; }}
@@ -92,7 +93,7 @@ def write_page(
     sections.append(html_list(summary.facts(runs)))
     if runs:
         rows = results.table(runs)
-        sections += ["<h2>Numbers</h2>", html_table(rows), meaning(rows[0])]
+        sections += ["<h2>Numbers</h2>", html_table(rows), meaning(rows)]
     figures = {"front": plots.front(runs), "curves": plots.curves(runs)}
     titles = {"front": "Reward against KL", "curves": "Training"}
     spread = f"one standard deviation, of {results.BAND} seeds or more"
@@ -108,7 +109,7 @@ def write_page(
             image = io.BytesIO()
             figure.savefig(image, dpi=150)
             write_whole(out.with_suffix(f".{name}.png"), image.getvalue())
-            sections += [f"<h2>{titles[name]}</h2>", svg(figure)]
+            sections += [f"<h2>{titles[name]}</h2>", f'<div class="wide">{svg(figure)}</div>']
             sections.append(f'<p class="note">{notes[name]}</p>')
     if samples:
         sections += ["<h2>Samples</h2>", html_samples(samples)]
@@ -145,10 +146,12 @@ def html_table(rows: Sequence[Sequence[str]]) -> str:
     return f'<div class="wide"><table class="numbers">{body}</table></div>'
 
 
-def meaning(header: Sequence[str]) -> str:
+def meaning(rows: Sequence[Sequence[str]]) -> str:
     """Says what the columns of a table are."""
-    known = [(x.replace("_", " "), text) for x, text in results.METRICS.items() if x in header]
-    return html_list([*known, ("±", "one standard deviation over seeds")])
+    known = [(x.replace("_", " "), text) for x, text in results.METRICS.items() if x in rows[0]]
+    if any("±" in cell for row in rows for cell in row):
+        known.append(("±", "one standard deviation over seeds"))
+    return html_list(known)
 
 
 def html_list(pairs: Sequence[tuple[str, str]]) -> str:

@@ -22,7 +22,7 @@ from nca_jax.saved_config import CONFIG
 METRICS = {
     "reward": "mean score of the policy's own responses",
     "reward_reference": "mean score of the reference's responses to the same prompts",
-    "gain": "reward above the reference's, whose samples come from the same random keys",
+    "reward_difference": "reward above the reference's, mean over prompts",
     "kl": "KL(policy || reference), nats a response, on the policy's own samples",
     "judge": "mean score of a second scorer, which was not trained on",
     "judge_reference": "the same of the reference's responses",
@@ -146,6 +146,15 @@ def by_setting(runs: Iterable[Run]) -> dict[str, list[Run]]:
     for run in runs:
         settings.setdefault(run.setting, []).append(run)
     return settings
+
+
+def kind_of_loss(run: Run) -> str:
+    """Names what losses must share to be compared: the function, and what its targets come from."""
+    if not run.config:
+        return "a loss"
+    name, k = run.config["loss.name"], run.config["data.num_responses"]
+    alpha = run.config.get("loss.alpha")
+    return f"{name}, K = {k}" + ("" if alpha is None else f", alpha {alpha:g}")
 
 
 def final_metrics(run: Run) -> tuple[str, dict[str, float]]:

@@ -4,10 +4,14 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 
-from experiments.results import BAND, Run, by_setting
+from experiments.results import BAND, Run, by_setting, kind_of_loss
 
 MAX_VALUES = 6  # of a field that differs from run to run
-NO_TEMPERATURES = ("loss.name", "loss.logits_chunk")
+OF_KIND = (
+    "loss.name",
+    "loss.alpha",
+    "loss.logits_chunk",
+)  # said by the kind of loss, or not at all
 
 
 def facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
@@ -27,8 +31,8 @@ def facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
         return _listed(" + ".join(x.split()[0] for x in text.split(" + ")) for text in kept) or "?"
 
     loss_fields = dict.fromkeys(x for run in known for x in run.config if x.startswith("loss."))
-    loss = [of("loss.name"), f"K = {of('data.num_responses')}"]
-    loss += [f"{x.partition('.')[2]} {of(x)}" for x in loss_fields if x not in NO_TEMPERATURES]
+    loss = [_listed(map(kind_of_loss, known))]
+    loss += [f"{x.partition('.')[2]} {of(x)}" for x in loss_fields if x not in OF_KIND]
     model = (
         run.config["model.init_from"] or f"{run.config['model.name']}, random weights"
         for run in known
@@ -43,7 +47,7 @@ def facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
         "data": f"{of('data.files')}: {began('records')} prompts to train on, {began('heldout')} "
         "held out",
         "model": _listed(model),
-        "loss": ", ".join(loss),
+        "loss": "; ".join(loss),
         "training": f"{began('steps')} steps of {of('data.batch_size')} prompts, learning rate "
         f"{of('optim.lr')}, seed {of('seed')}",
         "evaluation": _listed(sizes) or "none yet",
@@ -64,9 +68,9 @@ def what_changed(runs: Sequence[Run]) -> str:
             for setting, members in by_setting(runs).items()
             if (change := change_of(members))
         }
-        if len(found) == 1:
+        if found and len(by_setting(runs)) == 1:
             return f"The {name} {_phrase(*next(iter(found.values())))}."
-        if 1 < len(found) <= 3:
+        if 0 < len(found) <= 3:
             return "; ".join(f"{x}: the {name} {_phrase(*y)}" for x, y in found.items()) + "."
         if found:
             best = max(found, key=lambda setting: found[setting][1])
@@ -96,8 +100,8 @@ def gain_error(run: Run) -> float | None:
     That of the mean over prompts of the difference of their mean scores. None: there are no scored
     samples of two prompts.
     """
-    if "gain_se" in run.evaluation:
-        return run.evaluation["gain_se"]
+    if "reward_difference_se" in run.evaluation:
+        return run.evaluation["reward_difference_se"]
     means = [
         {prompt: [score for _, score in of_prompt] for prompt, of_prompt in answers.items()}
         for answers in (run.samples.get("policy", {}), run.samples.get("reference", {}))
@@ -132,4 +136,4 @@ def _listed(values: Iterable[object]) -> str:
     """Returns the values, each once, in the order in which they come."""
     texts = list(dict.fromkeys(map(str, values)))
     left = f" and {len(texts) - MAX_VALUES} more" if texts[MAX_VALUES:] else ""
-    return ", ".join(texts[:MAX_VALUES]) + left
+    return "; ".join(texts[:MAX_VALUES]) + left
