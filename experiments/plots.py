@@ -91,7 +91,7 @@ def _panels(settings: dict[str, list[Run]]) -> list[_Panel]:
             names = [name for name in wanted if any(_has(run, split, name) for run in members)]
             is_crowded = len(names) > 1 and len(settings) > 1
             if names and not is_crowded and not (of_loss and len(kinds) > MAX_KINDS):
-                panels.append(_Panel(f"{title}: {kind}" if of_loss else title, split, names, drawn))
+                panels.append(_Panel(f"{title}\n{kind}" if of_loss else title, split, names, drawn))
     return panels
 
 

@@ -13,7 +13,7 @@ import html
 import io
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -30,7 +30,7 @@ body {{ font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76re
 h1 {{ font-size: 1.5rem; line-height: 1.25; }} h2 {{ font-size: 1.15rem; margin-top: 2.2rem; }}
 .changed {{ font-size: 1.1rem; max-width: 52rem; }}
 .wide {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; }}
+table {{ border-collapse: collapse; margin-bottom: 1rem; }}
 th, td {{ text-align: left; vertical-align: top; padding: .4rem .6rem;
           border-bottom: 1px solid #dde2ea; }}
 .numbers {{ font-size: .85rem; font-variant-numeric: tabular-nums; overflow-wrap: normal; }}
@@ -57,6 +57,7 @@ svg {{ max-width: 100%; height: auto; }}
 </body></html>
 """
 NUMBER = re.compile(r"[-+]?\d[-+.\de]*( ± [.\d]+)?$|-$")
+MAX_METRICS = 6  # side by side
 MAX_PROMPTS, MAX_COLUMNS = 16, 5  # of the samples that are shown
 
 
@@ -93,7 +94,7 @@ def write_page(
     sections.append(html_list(summary.facts(runs)))
     if runs:
         rows = results.table(runs)
-        sections += ["<h2>Numbers</h2>", html_table(rows), meaning(rows)]
+        sections += ["<h2>Numbers</h2>", *map(html_table, in_parts(rows)), meaning(rows)]
     figures = {"front": plots.front(runs), "curves": plots.curves(runs)}
     titles = {"front": "Reward against KL", "curves": "Training"}
     spread = f"one standard deviation, of {results.BAND} seeds or more"
@@ -127,6 +128,13 @@ def samples_by_column(runs: Sequence[results.Run]) -> dict[str, results.Answers]
             name = who if who == "reference" or len(settings) == 1 else f"{who},{setting}"
             columns.setdefault(name, answers)
     return columns
+
+
+def in_parts(rows: Sequence[Sequence[str]]) -> Iterator[list[list[str]]]:
+    """Yields a table of runs with some of its metrics at a time, so that none is too wide."""
+    left = rows[0].index("from") + 1
+    for first in range(left, max(len(rows[0]), left + 1), MAX_METRICS):
+        yield [[*row[:left], *row[first : first + MAX_METRICS]] for row in rows]
 
 
 def html_table(rows: Sequence[Sequence[str]]) -> str:

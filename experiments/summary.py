@@ -136,4 +136,4 @@ def _listed(values: Iterable[object]) -> str:
     """Returns the values, each once, in the order in which they come."""
     texts = list(dict.fromkeys(map(str, values)))
     left = f" and {len(texts) - MAX_VALUES} more" if texts[MAX_VALUES:] else ""
-    return "; ".join(texts[:MAX_VALUES]) + left
+    return " / ".join(texts[:MAX_VALUES]) + left

