@@ -55,9 +55,9 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
-# Trains and evaluates a 135M model on the CPU.
+# Trains a 135M model on the CPU, by NCA and by DPO, and shows what changed.
 demo: $(VENV)/installed-demo
-	$(BIN)/python experiments/demo/run.py
+	$(BIN)/python -m experiments.demo.run
 
 # Versions and hashes of all that setup.py asks for, for each Python.
 lock: $(LOCKS)

@@ -1,9 +1,12 @@
-"""Figures of runs: curves over steps and reward against KL, with mean and spread over seeds.
+"""Figures of runs: reward against KL and curves over steps, with mean and spread over seeds.
 
-A line is the mean over the seeds of a setting and its band one standard deviation to either side.
+A line is the mean over the seeds of a setting and its band one standard deviation to either side,
+where there are three seeds or more: two say too little of a spread to draw it. Losses of different
+kinds are in different units, so each kind has a panel of its own.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import matplotlib
 
@@ -13,52 +16,87 @@ import numpy as np  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-from experiments.results import Run, by_setting, mean_and_sd  # noqa: E402
+from experiments.results import BAND, Run, by_setting, kind_of_loss, mean_and_sd  # noqa: E402
 
 # Panels of the curves: title, split and metrics. One of several metrics is for a single setting.
 CURVES = (
-    ("loss and its floor, nats", "train", ("loss", "floor")),
-    ("loss above its floor, nats", "train", ("excess",)),
-    ("accuracy, chance 0.5", "train", ("accuracy",)),
-    ("log-ratio of the best response, nats", "train", ("chosen_logp_drift",)),
-    ("implicit reward by rank, nats", "train", tuple(f"rewards/{k}" for k in range(16))),
-    ("held-out loss above its floor, nats", "eval", ("excess",)),
     ("held-out accuracy, chance 0.5", "eval", ("accuracy",)),
     ("held-out log-ratio of the best response, nats", "eval", ("chosen_logp_drift",)),
+    ("held-out loss above its floor, nats", "eval", ("excess",)),
+    ("accuracy, chance 0.5", "train", ("accuracy",)),
+    ("log-ratio of the best response, nats", "train", ("chosen_logp_drift",)),
+    ("loss above its floor, nats", "train", ("excess",)),
+    ("loss and its floor, nats", "train", ("loss", "floor")),
+    ("implicit reward by rank, nats", "train", tuple(f"rewards/{k}" for k in range(16))),
 )
+OF_LOSS = {"excess", "loss"}  # metrics in the unit of the loss
+MAX_KINDS = 4  # of losses whose curves are drawn
 COLUMNS = 3
 plt.rcParams.update({"font.size": 9, "axes.titlesize": 10, "axes.grid": True, "grid.alpha": 0.3})
 plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 
 
-def curves(runs: Sequence[Run]) -> Figure:
-    """Draws the metrics of training and of held-out rows over steps."""
+class _Panel(NamedTuple):
+    title: str
+    split: str
+    names: Sequence[str]  # of metrics
+    settings: dict[str, Sequence[Run]]
+
+
+def curves(runs: Sequence[Run]) -> Figure | None:
+    """Draws the metrics of held-out rows and of training over steps; None where there are none."""
     settings = by_setting(runs)
-    panels = []
-    for title, split, names in CURVES:
-        names = [name for name in names if any(_series(run, split, name)[0] for run in runs)]
-        if names and (len(names) == 1 or len(settings) == 1):
-            panels.append((title, split, names))
+    panels = _panels(settings)
+    if not panels:
+        return None
     rows = -(-len(panels) // COLUMNS)
     figure, grid = plt.subplots(
         rows, COLUMNS, figsize=(12, 3 * rows), layout="constrained", squeeze=False
     )
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
-    colors = colors_of(len(settings))
-    for axes, (title, split, names) in zip(grid.flat, panels, strict=False):
-        for (setting, members), color in zip(settings.items(), colors, strict=True):
-            for name in names:
-                label = name if len(names) > 1 else setting
-                color = None if len(names) > 1 else color
-                _draw_mean(axes, [_series(run, split, name) for run in members], label, color)
-        axes.set_title(title)
+    colors = dict(zip(settings, colors_of(len(settings)), strict=True))
+    for axes, panel in zip(grid.flat, panels, strict=False):
+        is_several = len(panel.names) > 1
+        for setting, members in panel.settings.items():
+            for name in panel.names:
+                series = [_series(run, panel.split, name) for run in members]
+                label, color = (name, None) if is_several else (setting, colors[setting])
+                _draw_mean(axes, series, label, color)
+        axes.set_title(panel.title)
         axes.set_xlabel("step")
-        if len(names) > 1:
-            axes.legend(fontsize=8, ncols=-(-len(names) // 6))
-    if len(settings) > 1 and panels:
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        if is_several:
+            axes.legend(fontsize=8, ncols=-(-len(panel.names) // 6))
+    if len(settings) > 1:
         _legend_below(figure, grid.flat[0])
     return figure
+
+
+def _panels(settings: dict[str, list[Run]]) -> list[_Panel]:
+    """Returns what is drawn: each metric of `CURVES` that some run has, by kind of loss."""
+    kinds: dict[str, dict[str, Sequence[Run]]] = {}
+    for setting, members in settings.items():
+        kinds.setdefault(kind_of_loss(members[0]), {})[setting] = members
+    panels = []
+    for title, split, wanted in CURVES:
+        of_loss = len(kinds) > 1 and bool(OF_LOSS & set(wanted))
+        for kind, drawn in kinds.items() if of_loss else [("", settings)]:
+            drawn = {
+                setting: having
+                for setting, members in drawn.items()
+                if (having := [run for run in members if _has(run, split, wanted[0])])
+            }
+            members = [run for having in drawn.values() for run in having]
+            names = [name for name in wanted if any(_has(run, split, name) for run in members)]
+            is_crowded = len(names) > 1 and len(settings) > 1
+            if names and not is_crowded and not (of_loss and len(kinds) > MAX_KINDS):
+                panels.append(_Panel(f"{title}\n{kind}" if of_loss else title, split, names, drawn))
+    return panels
+
+
+def _has(run: Run, split: str, name: str) -> bool:
+    return any(line["split"] == split and name in line for line in run.lines)
 
 
 def _series(run: Run, split: str, name: str) -> tuple[list[int], list[float]]:
@@ -74,7 +112,7 @@ def _draw_mean(axes: Axes, series: list[tuple[list, list]], label: str, color) -
     values = np.array([[one[step] for step in steps] for one in by_step])  # [seeds, steps]
     mean = values.mean(axis=0)
     (line,) = axes.plot(steps, mean, label=label, color=color, marker="." if len(steps) < 8 else "")
-    if len(values) > 1:
+    if len(values) >= BAND:
         sd = values.std(axis=0, ddof=1)
         axes.fill_between(steps, mean - sd, mean + sd, color=line.get_color(), alpha=0.18, lw=0)
 
@@ -82,13 +120,14 @@ def _draw_mean(axes: Axes, series: list[tuple[list, list]], label: str, color) -
 def front(runs: Sequence[Run]) -> Figure | None:
     """Draws reward against KL to the reference; None where no evaluation has both.
 
-    Faint points are seeds, strong ones their means with one standard deviation. The dashed line is
-    the front: the settings that no other one beats in reward at a smaller KL.
+    Faint points are seeds, strong ones their means, with one standard deviation where there are
+    enough. The dashed line is the front: the settings that no other one beats in reward at a
+    smaller KL.
     """
     found = {
         setting: np.array([[run.evaluation["kl"], run.evaluation["reward"]] for run in members])
         for setting, members in by_setting(
-            run for run in runs if {"kl", "reward"} <= run.evaluation.keys()
+            run for run in runs if {"kl", "reward", "reward_reference"} <= run.evaluation.keys()
         ).items()
     }  # {setting: [seeds, 2]}
     if not found:
@@ -96,11 +135,15 @@ def front(runs: Sequence[Run]) -> Figure | None:
     figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
     for (setting, points), color in zip(found.items(), colors_of(len(found)), strict=True):
         (kl, kl_sd), (reward, reward_sd) = (mean_and_sd(column.tolist()) for column in points.T)
+        if len(points) < BAND:
+            kl_sd = reward_sd = None
         axes.scatter(*points.T, color=color, alpha=0.35, s=18, lw=0)
         axes.errorbar(
             kl, reward, xerr=kl_sd, yerr=reward_sd, fmt="o", color=color, label=setting, capsize=2
         )
-    start = [run.evaluation["reward_reference"] for run in runs if run.evaluation]
+    start = [
+        run.evaluation["reward_reference"] for run in runs if "reward_reference" in run.evaluation
+    ]
     axes.scatter(
         [0], [np.mean(start)], marker="*", s=110, color="black", label="reference", zorder=3
     )

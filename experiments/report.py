@@ -1,48 +1,63 @@
-"""One self-contained HTML page about runs: tables, curves, reward against KL, samples.
+"""One self-contained HTML page about runs: what they were, what changed, numbers, curves, samples.
 
     python -m experiments.report DIR... [--out=report.html] [--title=TEXT]
 
 DIR is a workdir, a folder of workdirs such as a sweep makes, or a .jsonl file of sampled rows.
-Only metrics.jsonl, evaluation.json and rows of nca_jax.generate are read; a run where one of them
-is damaged is named and left out, and the exit status is then 1. The figures are written beside the
-page too: report.curves.png and report.front.png.
+Only config.json, run.json, metrics.jsonl, evaluation.json and rows of nca_jax.generate are read; a
+run where one of them is damaged is named and left out, and the exit status is then 1. The figures
+are written beside the page too: report.front.png and report.curves.png.
 """
 
 import argparse
 import html
 import io
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from experiments import plots, results
+from experiments import plots, results, summary
 from nca_jax.checks import UserError, run_main
 from nca_jax.files import local_path, out_file, write_whole
 
 PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>
 body {{ font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem;
-       color: #1c2330; background: #fff; }}
-h1 {{ font-size: 1.5rem; }} h2 {{ font-size: 1.15rem; margin-top: 2.2rem; }}
+       color: #1c2330; background: #fff; overflow-wrap: anywhere; }}
+h1 {{ font-size: 1.5rem; line-height: 1.25; }} h2 {{ font-size: 1.15rem; margin-top: 2.2rem; }}
+.changed {{ font-size: 1.1rem; max-width: 52rem; }}
 .wide {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; width: 100%; }}
-th, td {{ text-align: left; vertical-align: top; padding: .4rem .5rem;
+table {{ border-collapse: collapse; margin-bottom: 1rem; }}
+th, td {{ text-align: left; vertical-align: top; padding: .4rem .6rem;
           border-bottom: 1px solid #dde2ea; }}
-.numbers {{ font-size: .85rem; white-space: nowrap; font-variant-numeric: tabular-nums; }}
-.samples {{ table-layout: fixed; font-size: .9rem; }}
-.samples th, .samples td {{ white-space: pre-wrap; overflow-wrap: anywhere; }}
+.numbers {{ font-size: .85rem; font-variant-numeric: tabular-nums; overflow-wrap: normal; }}
+.numbers td {{ white-space: nowrap; }} .numbers th {{ vertical-align: bottom; }}
+.numbers .number {{ text-align: right; }}
+.samples {{ table-layout: fixed; width: 100%; font-size: .9rem; }}
+.samples td {{ white-space: pre-wrap; }}
 .samples p {{ margin: 0 0 .5rem; }}
-.score {{ font-weight: 600; color: #44506a; }}
+.score {{ font-weight: 600; color: #44506a; font-variant-numeric: tabular-nums; }}
 .note, dl {{ color: #44506a; font-size: .88rem; max-width: 52rem; }}
-dt {{ float: left; clear: left; width: 11rem; font-weight: 600; }} dd {{ margin-left: 11.5rem; }}
+dt {{ float: left; clear: left; width: 11rem; font-weight: 600; }}
+dd {{ margin-left: 11.5rem; }} dd::after {{ content: ""; display: block; clear: left; }}
 svg {{ max-width: 100%; height: auto; }}
+@media (max-width: 40rem) {{
+  dt {{ float: none; width: auto; margin-top: .4rem; }} dd {{ margin-left: 0; }}
+  svg {{ max-width: none; width: 46rem; }}
+  .samples tr, .samples td {{ display: block; border: 0; padding: .2rem 0; }}
+  .samples tr {{ border-bottom: 1px solid #dde2ea; }} .samples tr:first-child {{ display: none; }}
+  .samples td::before {{ content: attr(title); display: block; font-size: .8rem; color: #6a7590; }}
+}}
 </style></head><body>
 <h1>{title}</h1>
 {sections}
 </body></html>
 """
+NUMBER = re.compile(r"[-+]?\d[-+.\de]*( ± [.\d]+)?$|-$")
+MAX_METRICS = 6  # side by side
 MAX_PROMPTS, MAX_COLUMNS = 16, 5  # of the samples that are shown
 
 
@@ -74,23 +89,28 @@ def write_page(
     out: Path, title: str, runs: Sequence[results.Run], samples: dict[str, results.Answers]
 ) -> None:
     """Writes the page, and each figure as a PNG beside it."""
-    sections = []
+    changed = html.escape(summary.what_changed(runs))
+    sections = [f'<p class="changed">{changed}</p>'] if changed else []
+    sections.append(html_list(summary.facts(runs)))
     if runs:
         rows = results.table(runs)
-        sections += ["<h2>Numbers</h2>", html_table(rows), meaning(rows[0])]
-    figures = {"curves": plots.curves(runs) if runs else None, "front": plots.front(runs)}
-    titles = {"curves": "Training", "front": "Reward against KL"}
+        sections += ["<h2>Numbers</h2>", *map(html_table, in_parts(rows)), meaning(rows)]
+    figures = {"front": plots.front(runs), "curves": plots.curves(runs)}
+    titles = {"front": "Reward against KL", "curves": "Training"}
+    spread = f"one standard deviation, of {results.BAND} seeds or more"
     notes = {
-        "curves": "Lines are means over seeds, bands one standard deviation to either side.",
-        "front": "Faint points are seeds; the dashed line joins the settings that none beats in "
-        "reward at a smaller KL.",
+        "front": f"Faint points are seeds; bars are {spread}; the dashed line joins the settings "
+        "that none beats in reward at a smaller KL.",
+        "curves": f"Lines are means over seeds; bands are {spread}. Losses of another function, K "
+        "or alpha are in other units: each kind has a panel of its own, up to "
+        f"{plots.MAX_KINDS} kinds.",
     }
     for name, figure in figures.items():
         if figure:
             image = io.BytesIO()
             figure.savefig(image, dpi=150)
             write_whole(out.with_suffix(f".{name}.png"), image.getvalue())
-            sections += [f"<h2>{titles[name]}</h2>", svg(figure)]
+            sections += [f"<h2>{titles[name]}</h2>", f'<div class="wide">{svg(figure)}</div>']
             sections.append(f'<p class="note">{notes[name]}</p>')
     if samples:
         sections += ["<h2>Samples</h2>", html_samples(samples)]
@@ -110,23 +130,42 @@ def samples_by_column(runs: Sequence[results.Run]) -> dict[str, results.Answers]
     return columns
 
 
+def in_parts(rows: Sequence[Sequence[str]]) -> Iterator[list[list[str]]]:
+    """Yields a table of runs with some of its metrics at a time, so that none is too wide."""
+    left = rows[0].index("from") + 1
+    for first in range(left, max(len(rows[0]), left + 1), MAX_METRICS):
+        yield [[*row[:left], *row[first : first + MAX_METRICS]] for row in rows]
+
+
 def html_table(rows: Sequence[Sequence[str]]) -> str:
-    header, *rest = rows
-    lines = ["".join(f"<th>{html.escape(cell)}</th>" for cell in header)]
-    lines += ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rest]
+    """A table whose columns of numbers are aligned at the right; names may wrap."""
+    columns = zip(*rows[1:], strict=True)
+    kinds = [' class="number"' if all(map(NUMBER.match, column)) else "" for column in columns]
+    lines = []
+    for tag, row in zip(["th", *["td"] * len(rows[1:])], rows, strict=True):
+        cells = [cell.replace("_", " ") if tag == "th" else cell for cell in row]
+        lines.append(
+            "".join(
+                f"<{tag}{kind}>{html.escape(cell)}</{tag}>"
+                for kind, cell in zip(kinds, cells, strict=True)
+            )
+        )
     body = "".join(f"<tr>{line}</tr>" for line in lines)
     return f'<div class="wide"><table class="numbers">{body}</table></div>'
 
 
-def meaning(header: Sequence[str]) -> str:
+def meaning(rows: Sequence[Sequence[str]]) -> str:
     """Says what the columns of a table are."""
-    known = {name: text for name, text in results.METRICS.items() if name in header}
-    known["±"] = "one standard deviation over seeds"
-    return (
-        "<dl>"
-        + "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in known.items())
-        + "</dl>"
-    )
+    known = [(x.replace("_", " "), text) for x, text in results.METRICS.items() if x in rows[0]]
+    if any("±" in cell for row in rows for cell in row):
+        known.append(("±", "one standard deviation over seeds"))
+    return html_list(known)
+
+
+def html_list(pairs: Sequence[tuple[str, str]]) -> str:
+    """Names and what is said of each."""
+    lines = (f"<dt>{html.escape(x)}</dt><dd>{html.escape(text)}</dd>" for x, text in pairs)
+    return f"<dl>{''.join(lines)}</dl>"
 
 
 def html_samples(samples: dict[str, results.Answers]) -> str:
@@ -135,13 +174,13 @@ def html_samples(samples: dict[str, results.Answers]) -> str:
     prompts = list(dict.fromkeys(prompt for answers in shown.values() for prompt in answers))
     # Prompts that most of the columns answer come first.
     prompts.sort(key=lambda prompt: -sum(prompt in answers for answers in shown.values()))
-    rows = [
-        "".join(f"<th>{html.escape(name.replace(',', ', '))}</th>" for name in ("prompt", *shown))
-    ]
+    names = [html.escape(name.replace(",", ", ")) for name in ("prompt", *shown)]
+    rows = ["".join(f"<th>{name}</th>" for name in names)]
     for prompt in prompts[:MAX_PROMPTS]:
         cells = [html.escape(prompt)]
         cells += ["".join(map(_response, answers.get(prompt, []))) for answers in shown.values()]
-        rows.append("".join(f"<td>{cell}</td>" for cell in cells))
+        pairs = zip(names, cells, strict=True)
+        rows.append("".join(f'<td title="{name}">{cell}</td>' for name, cell in pairs))
     body = "".join(f"<tr>{row}</tr>" for row in rows)
     left_out = [f"{len(prompts) - MAX_PROMPTS} more prompts"] if prompts[MAX_PROMPTS:] else []
     left_out += list(samples)[MAX_COLUMNS:]

