@@ -35,7 +35,8 @@ from nca_jax.chips import CHIPS
 from nca_jax.compiled.hlo import collectives
 from nca_jax.compiled.report import NUM_LARGEST, largest_values, print_report
 from nca_jax.compiled.topology import topology_devices, topology_name
-from nca_jax.config import check_config, flatten
+from nca_jax.config import flatten
+from nca_jax.config_check import check_config
 from nca_jax.data.pack import segment_spans
 from nca_jax.field import Value
 from nca_jax.files import write_json

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from nca_jax.config import check_config, fields_of, flatten
+from nca_jax.config import fields_of, flatten
+from nca_jax.config_check import check_config
 from nca_jax.flops import head_params, trunk_params
 from nca_jax.model_config import ModelConfig
 from nca_jax.protocols import DataSection

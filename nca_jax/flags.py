@@ -14,7 +14,8 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from nca_jax.checks import UserError
-from nca_jax.config import FIELDS, OPTIONAL, check_config, fields_of, flatten, section
+from nca_jax.config import FIELDS, OPTIONAL, fields_of, flatten, section
+from nca_jax.config_check import check_config
 from nca_jax.config_doc import describe
 from nca_jax.files import as_path
 from nca_jax.other_names import did_you_mean

@@ -182,12 +182,11 @@ def test_the_unit_of_scores_is_kept_and_evaluated_in(run, monkeypatch):
     with pytest.raises(UserError, match="unit of the scores .*: 4.0 there, 1.0 here"):
         go_on(run)
     monkeypatch.setattr(evaluate, "fill_reference", lambda logps, params, batches: batches)
-
-    def metrics(logps, params, batches, config):
-        seen.extend(batches)
-        return {"loss": 0.0}
-
-    monkeypatch.setattr(evaluate, "heldout_metrics", metrics)
+    monkeypatch.setattr(
+        evaluate, "heldout_responses", lambda logps, params, batches: seen.extend(batches)
+    )
+    monkeypatch.setattr(evaluate, "metrics_of", lambda responses, config: {"loss": 0.0})
+    monkeypatch.setattr(evaluate, "errors_of", lambda responses, config: {})
     for unit in (1.0, 4.0):
         (run / "run" / "run.json").write_text(json.dumps(written | {"score_unit": unit}))
         evaluate.main(["evaluate", *flags_of(run), f"--workdir={run}/run", "--num_prompts=0"])

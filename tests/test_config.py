@@ -11,13 +11,13 @@ from nca_jax.checks import UserError
 from nca_jax.config import (
     FIELDS,
     OPTIONAL,
-    check_config,
     choose_loss,
     default_config,
     fields_of,
     flatten,
     section,
 )
+from nca_jax.config_check import check_config
 from nca_jax.config_doc import describe
 from nca_jax.field import COUNT, FLAG, FRACTION, NOT_NEGATIVE, POSITIVE, TEXT, Check, Field
 from nca_jax.flags import load_config, parse_flags
@@ -134,8 +134,8 @@ def with_rounds(monkeypatch) -> None:
     """Adds a section that configs do not have, as a later version would."""
     monkeypatch.setitem(FIELDS, "rounds.number", Field(1, COUNT, "rounds"))
     monkeypatch.setitem(FIELDS, "rounds.steps", Field(5, COUNT, "steps a round"))
-    for module in ("nca_jax.config", "nca_jax.flags", "nca_jax.saved_config"):
-        monkeypatch.setattr(f"{module}.OPTIONAL", (*OPTIONAL, "rounds"))
+    for module in ("config", "config_check", "flags", "saved_config"):
+        monkeypatch.setattr(f"nca_jax.{module}.OPTIONAL", (*OPTIONAL, "rounds"))
 
 
 def test_an_override_brings_its_section_in_with_the_defaults_of_the_table(monkeypatch):

@@ -46,7 +46,7 @@ FLAGS = {
     "maybe": ("--config.data.shuffle=maybe", "must be True or False"),
     "below 0": ("--config.optim.lr=-1", "must be a number above 0"),
     "all for warmup": ("--config.optim.warmup_frac=1", "must be a number in [0, 1)"),
-    "fp16": ("--config.model.dtype=fp16", "must be one of 'float32', 'bfloat16'"),
+    "fp16": ("--config.model.dtype=fp16", "must be one of 'auto', 'float32', 'bfloat16'"),
     "a model by its family": ("--config.model.name=llama", "'llama3_8b'"),
     "steps and epochs": ("--config.steps=5 --config.epochs=1", "set one of config.steps and"),
     "neither steps nor epochs": ("--config.steps=0", "set one of config.steps and config.epochs"),

@@ -174,7 +174,7 @@ def test_a_reference_that_ends_its_turns_otherwise_is_of_the_same_architecture(t
         folder.mkdir()
         write_hf(folder, change={"eos_token_id": ends})
     config = default_config()
-    config.data.rows = 8
+    config.data.rows, config.data.files = 8, "x.jsonl"
     config.model.init_from, config.data.tokenizer = str(folders[1]), "none"
     run = build.build(config)
     assert start_params(run, str(folders[0]))["norm"]["scale"].shape == (DENSE.width,)
@@ -183,7 +183,7 @@ def test_a_reference_that_ends_its_turns_otherwise_is_of_the_same_architecture(t
 def test_lengths_beyond_the_models_positions_are_said(tmp_path, capsys):
     write_hf(tmp_path)  # made for 64 positions
     config = default_config()
-    config.data.rows = 8
+    config.data.rows, config.data.files = 8, "x.jsonl"
     config.model.init_from, config.data.tokenizer = str(tmp_path), "none"
     config.data.max_prompt_len, config.data.max_response_len = 40, 24
     build.build(config)

@@ -14,7 +14,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from nca_jax import axes
-from nca_jax.config import check_config, flatten
+from nca_jax.config import flatten
+from nca_jax.config_check import check_config
 from nca_jax.flags import parse_flags
 from nca_jax.losses import LOSSES
 from nca_jax.model_config import MODELS
@@ -70,7 +71,7 @@ LAYERS = (  # from the bottom
         "sampling",
         "train_step",
     ),
-    ("config", "config_doc", "saved_config", "auto", "flags"),
+    ("config", "config_check", "config_doc", "saved_config", "auto", "flags"),
     ("build",),
     ("params",),
     ("programs", "propose"),
