@@ -1,6 +1,6 @@
 r"""Write the log-probability of every response: python -m nca_jax.logps --config=... --out=FILE.
 
---config   a config file or nca_jax:NAME, with its arguments; by default that of the run in --workdir
+--config   a config file or nca_jax:NAME, with its arguments; by default that of --workdir's run
 --out      JSON lines, one a record, those to train on before those held out:
                where          "file:line" of the record
                split          "train" or "eval"; "eval/NAME" of a held-out set that has a name
