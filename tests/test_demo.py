@@ -19,8 +19,10 @@ def test_intervals_are_of_paired_differences_over_prompts():
     drifts = {"nca": np.array([1.0, 1.0]), "dpo": np.array([-1.0, -3.0])}
     found = demo.measure(samples, drifts)
     assert found["reward"] == pytest.approx(0.4) and found["reward_reference"] == pytest.approx(0.2)
-    assert found["gain"] == pytest.approx(0.2)
-    assert found["gain_interval"] == pytest.approx(1.96 * 0.2)  # differences of 0.4 and 0
+    assert found["reward_difference"] == pytest.approx(0.2)
+    assert found["reward_difference_interval"] == pytest.approx(
+        1.96 * 0.2
+    )  # differences of 0.4 and 0
     assert found["nca_best_logp_interval"] == 0
     assert found["nca_above_dpo"] == pytest.approx(3)
     assert found["nca_above_dpo_interval"] == pytest.approx(1.96)
@@ -31,7 +33,12 @@ def test_the_demo_trains_both_arms_and_leaves_a_page_and_a_summary(tmp_path, mon
     monkeypatch.chdir(Path(__file__).parent.parent)
     assert demo.main(["demo", "--smoke", f"--out={tmp_path / 'demo'}"]) == 0
     summary = json.loads((tmp_path / "demo/summary.json").read_text())
-    assert {"gain", "gain_interval", "nca_above_dpo", "seconds"} <= summary.keys()
+    assert {
+        "reward_difference",
+        "reward_difference_interval",
+        "nca_above_dpo",
+        "seconds",
+    } <= summary.keys()
     assert "NCA is above DPO by" in capsys.readouterr().out
     page = (tmp_path / "demo/report.html").read_text()
     assert "prompts to train on" in page and "<td" in page
