@@ -21,7 +21,7 @@ SECOND = $(shell for python in python3.13 python3.12 \
 	$$python -c "" 2>/dev/null && echo $$python && break; done)
 LOCKS := lock-3.11 lock-3.12 lock-3.13
 
-.PHONY: test test-torch test-slow test-faults test-second test-chosen lint demo lock $(LOCKS) clean
+.PHONY: test test-torch test-slow test-long test-faults test-second test-chosen lint demo lock $(LOCKS) clean
 
 # Lint, types, and all tests but the slow ones and those beside PyTorch.
 test: lint
@@ -34,8 +34,12 @@ test-torch: $(VENV)/installed-torch
 # Those that train or compile for minutes; alone those that are several processes each.
 HOSTS := tests/test_hosts.py
 test-slow: $(VENV)/installed
-	$(BIN)/python -m pytest -m "slow and not torch" -n 2 --dist worksteal --ignore $(HOSTS)
-	$(BIN)/python -m pytest -m "slow and not torch" $(HOSTS)
+	$(BIN)/python -m pytest -m "slow and not torch and not long" -n 2 --dist worksteal --ignore $(HOSTS)
+	$(BIN)/python -m pytest -m "slow and not torch and not long" $(HOSTS)
+
+# More of these, for which .ci/run has no time.
+test-long: $(VENV)/installed
+	$(BIN)/python -m pytest -m long
 
 # Campaigns of faults: so many of each kind.
 FAULT_TRIES ?= 100

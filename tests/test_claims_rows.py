@@ -256,6 +256,7 @@ def test_the_judge_tells_praise_from_blame_as_a_scorer():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("claim", ["chosen", "reasoning", "responses"])
 def test_a_claim_runs_in_its_smoke_form(claim, tmp_path):
     pytest.importorskip("vaderSentiment")

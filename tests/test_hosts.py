@@ -119,7 +119,9 @@ def test_two_processes_have_the_metrics_of_one(tmp_path, rows):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["data=4", "fsdp=4", "tensor=2"])
+@pytest.mark.parametrize(
+    "mesh", ["fsdp=4", *(pytest.param(x, marks=pytest.mark.long) for x in ("data=4", "tensor=2"))]
+)
 def test_four_processes_have_the_metrics_of_one(tmp_path, rows, mesh):
     one, four = tmp_path / "one", tmp_path / "four"
     sizes = ["--config.mesh.fsdp=1", "--config.mesh.data=-1", f"--config.mesh.{mesh}"]
