@@ -12,7 +12,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from nca_jax.data.pipeline import choose
-from nca_jax.infra.optim import make_schedule
 from nca_jax.losses import targets_from_scores
 from nca_jax.protocols import DataSection
 from nca_jax.train_step import loss_of
@@ -91,9 +90,8 @@ def _of_batch(data: DataSection, num_prompts: int) -> list[str]:
 
 
 def _of_warmup(config: ConfigDict, steps: int) -> list[str]:
-    rates = np.asarray(make_schedule(config.optim, steps)(jnp.arange(steps)))
-    is_full = rates >= 0.999 * config.optim.lr
-    warmup = int(np.argmax(is_full)) if is_full.any() else steps
+    warmup = math.ceil(config.optim.warmup_frac * steps)
+    warmup -= config.optim.warmup_from == "share" and warmup > 0  # its last step has the whole rate
     if 2 * warmup < steps:
         return []
     return [

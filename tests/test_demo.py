@@ -1,10 +1,13 @@
 """The demo, with its tiny model: what it leaves, and that its numbers are of what it sampled."""
 
 import json
-from pathlib import Path
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from commands import QUICK, ROOT
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("vaderSentiment")
@@ -29,9 +32,17 @@ def test_intervals_are_of_paired_differences_over_prompts():
 
 
 @pytest.mark.slow
-def test_the_demo_trains_both_arms_and_leaves_a_page_and_a_summary(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(Path(__file__).parent.parent)
-    assert demo.main(["demo", "--smoke", f"--out={tmp_path / 'demo'}"]) == 0
+def test_the_demo_trains_both_arms_and_leaves_a_page_and_a_summary(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.demo.run",
+        "--smoke",
+        f"--out={tmp_path / 'demo'}",
+    ]
+    env = os.environ | {"XLA_FLAGS": QUICK}  # one device, as a user has
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "demo/summary.json").read_text())
     assert {
         "reward_difference",
@@ -39,7 +50,7 @@ def test_the_demo_trains_both_arms_and_leaves_a_page_and_a_summary(tmp_path, mon
         "nca_above_dpo",
         "seconds",
     } <= summary.keys()
-    assert "NCA is above DPO by" in capsys.readouterr().out
+    assert "NCA is above DPO by" in done.stdout
     page = (tmp_path / "demo/report.html").read_text()
     assert "prompts to train on" in page and "<td" in page
     for algo, loss in (("nca", 2 * np.log(2)), ("dpo", np.log(2))):

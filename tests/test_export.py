@@ -190,7 +190,8 @@ def trained(tmp_path, arg: str, *flags: str) -> Path:
 
 @pytest.mark.slow
 def test_a_trained_policy_is_exported_bit_for_bit_with_its_card_and_tokenizer(tmp_path):
-    workdir, out = trained(tmp_path, "smoke", "--config.optim.lr=1e-2"), tmp_path / "out"
+    workdir, out = tmp_path / "run", tmp_path / "out"
+    trained(tmp_path, "smoke", "--config.optim.lr=1e-2", "--config.optim.warmup_from=zero")
     out.mkdir()  # an empty folder is fine
     export.main(["export", f"--workdir={workdir}", f"--out={out}"])
     config, found = hf.open_hf(out)

@@ -23,8 +23,8 @@ def test_logps_are_those_of_a_step_under_policy_and_reference(tmp_path):
     assert {record["split"] for record in records} == {"train", "eval"}
 
     config, _ = parse_flags(["x", *FLAGS])
-    run = build.build(config)
-    data = build.read_data(run)
+    run, data = build.read_all(config)
+    config = run.config
     examples = [*data.sources[0], *data.heldout]
     assert [record["where"] for record in records] == [example.where for example in examples]
     some = examples[:8]

@@ -67,8 +67,8 @@ def test_a_reference_of_its_own_is_what_step_1_compares_with_and_may_not_change(
     first = metric_lines(tmp_path / "run", "train")[0]
 
     config, _ = parse_flags(["train", *flags[:-1]])
-    run = build.build(config)
-    batch = Dataset(build.read_data(run).sources, config.data, seed=config.seed).batch_at(0).batch
+    run, data = build.read_all(config)
+    batch = Dataset(data.sources, run.config.data, seed=config.seed).batch_at(0).batch
     with jax.set_mesh(run.mesh):
         reference = make_reference(run).params
         assert {x.dtype for x in jax.tree.leaves(reference)} == {np.dtype(bfloat16)}

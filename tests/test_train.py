@@ -239,6 +239,7 @@ def test_mixture_of_experts_trains(tmp_path, rows):
         rows,
         "--config.model.name=tiny_moe",
         "--config.optim.lr=3e-3",
+        "--config.optim.warmup_from=zero",
         "--config.steps=12",
         "--config.eval_every=0",
     )

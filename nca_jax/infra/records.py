@@ -142,9 +142,13 @@ def extended(began: dict[str, Any] | None, saved: int, more_steps: int) -> list[
         return [*known, {"from": total, "steps": more_steps}]
     if known and known[-1]["steps"] == more_steps:
         return known
+    how = (
+        "It ended early: raise config.eval_patience, and it goes on."
+        if began.get("early_stop") == saved
+        else "Let it finish first: the same command without --more_steps."
+    )
     raise UserError(
-        f"{asked} extends a run that has finished; this one is at step {saved} of {total}. Let it "
-        "finish first: the same command without --more_steps."
+        f"{asked} extends a run that has finished; this one is at step {saved} of {total}. {how}"
     )
 
 
