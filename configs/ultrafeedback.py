@@ -34,7 +34,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c = default_config()
     # alpha in GPT-4's points: at 1e-4 the labels are hard.
     choose_loss(c, arg.algo, asked=arg.asked, k=4, alpha=arg.alpha, beta=arg.beta)
-    c.seed = 42
+    c.seed, c.optim.warmup_from = 42, "zero"  # as released
     c.eval_every, c.save_every = 200, 200  # steps
     c.model.name = arg.model
     c.model.init_from = arg.init_from or (PAPER_BASE if arg.model == "mistral_7b" else "")

@@ -34,7 +34,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     )  # fmt: skip
     c = default_config()
     choose_loss(c, arg.algo, asked=arg.asked, k=2, alpha=0.0, beta=arg.beta)  # alpha 0: hard labels
-    c.seed = 42
+    c.seed, c.optim.warmup_from = 42, "zero"  # as released
     c.eval_every, c.save_every = 200, 200  # steps
     c.model.name = arg.model
     c.model.init_from = arg.init_from or (PAPER_BASE if arg.model == "mistral_7b" else "")
