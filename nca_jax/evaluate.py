@@ -92,14 +92,17 @@ def main(argv: list[str]) -> int:
         reference = reference_params(run)
         step_logps = first_call("the held-out metrics", programs.jit_step_logps(run))
         here = rows_here(run.mesh, config.data.rows)
-        trained, sampled, samples = {}, {}, {}
+        trained, shown, sampled, samples = {}, [], {}, {}
         for split, examples in data.splits.items():
             batches = eval_batches(examples, config.data, rows_here=here)
             batches = fill_reference(step_logps, reference, batches)
             responses = heldout_responses(step_logps, policy, batches)
             found = metrics_of(responses, config) | errors_of(responses, config)
             name = split.removeprefix(EVAL).removeprefix("/")
-            trained |= {f"{name}/{x}" if name else x: value for x, value in found.items()}
+            found = {f"{name}/{x}" if name else x: value for x, value in found.items()}
+            trained |= found
+            shown += [f"\nthe responses in the data to {len(examples)} held-out prompts"]
+            shown += table(found, len(examples))
         if heldout:
             sampled, samples = sample_metrics(run, policy, reference, heldout, scorers)
         if texts:
@@ -109,8 +112,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{bad}: the parameters are too large for these numbers to be finite.")
     if distributed.is_first():
         write_json(out, {"metrics": metrics, "samples": samples})
-    print(f"\nthe responses in the data to {len(data.heldout)} held-out prompts")
-    print(*table(trained, len(data.heldout)), sep="\n")
+    print(*shown, sep="\n")
     if sampled:
         print(f"\nsampled responses to {len(heldout)} held-out prompts")
         print(*table(sampled, len(heldout)), sep="\n")
