@@ -1,5 +1,6 @@
 """Evaluation: functions of (params, batches) that return floats by name."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -16,15 +17,17 @@ from nca_jax.comparison import ERROR, mean_and_error
 from nca_jax.data.group import Group
 from nca_jax.data.pack import RowLayout, pack, segment_spans
 from nca_jax.data.pipeline import HostBatch
+from nca_jax.field import Value
 from nca_jax.infra.mesh import put_rows, rows_here
 from nca_jax.logprobs import sum_by_slot, token_logps
-from nca_jax.losses import Responses
+from nca_jax.losses import LOSSES, Responses
 from nca_jax.metrics import alignment_metrics
 from nca_jax.models.decoder import Model
 from nca_jax.train_step import loss_of, responses_of
 
 # -> [B, K]; see `programs.jit_step_logps`
 HostLogps = Callable[[Params, Batch[np.ndarray]], jax.Array]
+Measure = Callable[[Responses], dict[str, jax.Array]]
 RowValues = Callable[[Rows[jax.Array]], ArrayLike]  # -> [num_slots]
 # Metrics that are means over all prompts, whatever the weights of the loss.
 PLAIN_MEANS = {"accuracy", "accuracy_half_ties", "top1", "margin", "chosen_logp_drift"}
@@ -84,29 +87,40 @@ def heldout_responses(
 
 def metrics_of(heldout: Heldout, config: ConfigDict) -> dict[str, float]:
     """Returns the training metrics over all these prompts."""
-    found = jax.device_get(_metrics(heldout, config))
+    found = jax.device_get(jax.jit(_metrics(heldout, config))(heldout.responses))
     return {name: float(value) for name, value in found.items()}
 
 
 def errors_of(heldout: Heldout, config: ConfigDict) -> dict[str, float]:
     """Returns {name_se: standard error} of the metrics that are plain means over all prompts."""
-    responses, has_reference = heldout
+    measure = _metrics(heldout, config)
 
     def of_one(prompt: Responses) -> dict[str, jax.Array]:
-        return _metrics(Heldout(jax.tree.map(lambda x: x[None], prompt), has_reference), config)
+        return measure(jax.tree.map(lambda x: x[None], prompt))
 
-    present = np.asarray(responses.mask).any(axis=-1)
-    by_prompt = jax.device_get(jax.jit(jax.vmap(of_one))(responses))
+    present = np.asarray(heldout.responses.mask).any(axis=-1)
+    by_prompt = jax.device_get(jax.jit(jax.vmap(of_one))(heldout.responses))
     found = {}
     for name in PLAIN_MEANS & by_prompt.keys():
         found |= mean_and_error(name, by_prompt[name][present])
     return {name: value for name, value in found.items() if name.endswith(ERROR)}
 
 
-def _metrics(heldout: Heldout, config: ConfigDict) -> dict[str, jax.Array]:
-    (responses, has_reference), (loss, fields) = heldout, loss_of(config)
-    losses = loss.per_prompt(responses, fields)
-    return alignment_metrics(loss, responses, fields, losses=losses, has_reference=has_reference)
+def _metrics(heldout: Heldout, config: ConfigDict) -> Measure:
+    """Returns the same function for the same loss, so that it is compiled once."""
+    _, fields = loss_of(config)
+    return _measure(config.loss.name, tuple(fields.items()), heldout.has_reference)
+
+
+@functools.cache
+def _measure(name: str, fields: tuple[tuple[str, Value], ...], has_reference: bool) -> Measure:
+    loss, given = LOSSES[name], dict(fields)
+
+    def measure(responses: Responses) -> dict[str, jax.Array]:
+        losses = loss.per_prompt(responses, given)
+        return alignment_metrics(loss, responses, given, losses=losses, has_reference=has_reference)
+
+    return measure
 
 
 def score_responses(

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from nca_jax.axes import Params
@@ -49,6 +50,19 @@ def start_params(run: Run, init_from: str, *, keep_dtype: bool = False) -> Param
     if bad:
         raise UserError(f"{init_from!r}: {bad} hold NaN or infinity; fetch or make it again.")
     return params
+
+
+def copy_to_train(frozen: Params) -> Params:
+    """Returns float32 copies of parameters, sharded alike: a policy that starts at its reference.
+
+    They equal those that `start_params` would read from the same place.
+    """
+    with phase("copying the reference's weights to the policy"):
+        return jax.block_until_ready(jax.jit(_to_float32)(frozen))
+
+
+def _to_float32(params: Params) -> Params:
+    return jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
 
 
 def policy_params(run: Run, workdir: str, step: str = "") -> Params:

@@ -42,7 +42,7 @@ from nca_jax.infra.preemption import stop_asked
 from nca_jax.infra.records import extended, note_best, note_early_stop, read_run, record_run
 from nca_jax.infra.steps import best_step, saved_steps
 from nca_jax.infra.writer import MetricWriter, SilentWriter
-from nca_jax.params import best_is_high, start_params
+from nca_jax.params import best_is_high, copy_to_train, start_params, starts_at_reference
 from nca_jax.programs import (
     abstract_state,
     build_optimizer,
@@ -172,7 +172,10 @@ def train(
         )
         restored_step = None if state is None else int(state.step)
         if state is None:
-            params = start_params(run, config.model.init_from)
+            if reference.params is not None and starts_at_reference(config):
+                params = copy_to_train(reference.params)
+            else:
+                params = start_params(run, config.model.init_from)
             with progress.phase("making the optimizer's state"):
                 state = start_state(run, optimizer, params)
         else:

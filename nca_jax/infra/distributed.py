@@ -33,6 +33,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from nca_jax.checks import UserError
+from nca_jax.infra.program_cache import keep_programs
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 # What a launcher says to each process that it starts, and the most that one alone is told.
@@ -63,6 +64,7 @@ def together(
     def joined(argv: list[str]) -> int:
         seconds, argv = _host_timeout(argv)
         _join(saves_when_stopped, seconds)
+        keep_programs()
         status = main(argv)
         if jax.distributed.is_initialized():
             jax.distributed.shutdown()
