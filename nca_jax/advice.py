@@ -116,7 +116,7 @@ def _of_scores(scores: Sequence[np.ndarray], config: ConfigDict) -> list[str]:
             f"the scores of {num_tied} of {len(several)} training prompts are tied, which prefers "
             "none of their responses; give scores that tell responses apart"
         )
-    if differing and fields.get("alpha"):  # 0 means hard labels
+    if differing and loss.soft_labels and fields["alpha"]:  # 0 means hard labels
         said += _of_alpha(differing, float(fields["alpha"]))
     return said
 

@@ -31,7 +31,7 @@ from nca_jax.field import (
     Value,
     one_of,
 )
-from nca_jax.losses import LOSSES
+from nca_jax.losses import LOSSES, SHARED
 from nca_jax.metrics import IS_BETTER_HIGH
 from nca_jax.model_config import MODELS
 
@@ -250,9 +250,10 @@ def choose_loss(
 ) -> None:
     """Makes `name` the loss of a config, as its record has it.
 
-    Its own fields come in with their defaults, or with those of `values` that are fields of it; K
-    is the number nearest to `k` that it takes (0: to the config's); where it reads no reference
-    there is none.
+    Its own fields come in with their defaults, or with those of `values` that were asked for or
+    that losses share (`SHARED`: the alpha of a config file is not that of every loss); K is the
+    number nearest to `k` that it takes (0: to the config's), or the loss's usual one unless it was
+    asked for; where it reads no reference there is none.
 
     Args:
       asked: names that a user gave a value, see `parse_arg`: of "k" and of `values` these do not
@@ -274,9 +275,14 @@ def choose_loss(
             f"algo={name} does not read {unread}; it takes {', '.join(loss.fields) or 'nothing'}: "
             f"leave {unread} out, or choose an algo that does ({', '.join(having)})."
         )
-    own = {x: values.get(x, field.default) for x, field in loss.fields.items()}
+    own = {
+        x: values[x] if x in values and (x in asked or field in SHARED) else field.default
+        for x, field in loss.fields.items()
+    }
     chunk = config.loss.logits_chunk
     config.loss = ConfigDict({"name": name, "logits_chunk": chunk} | own)
+    if loss.usual_k and "k" not in asked:
+        k = loss.usual_k
     config.data.num_responses = loss.nearest_k(k or config.data.num_responses)
     if "ref_logps" not in loss.reads:
         config.reference.kind = "none"

@@ -58,7 +58,7 @@ def _check_together(config: ConfigDict) -> None:
             "to live or cached",
         ),
         (
-            best == "excess" and record.floor is None,
+            best == "excess" and (record.floor is None or loss.get("nll_weight", 0) > 0),
             f"config.checkpoint.best_metric: the floor of {loss.name!r} is not known, so no run "
             "has an excess",
         ),

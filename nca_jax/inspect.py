@@ -84,7 +84,7 @@ def print_prompt(
     """Prints prompt b of the step as it lies in its row."""
     record, fields = loss
     soft = None
-    if "alpha" in record.fields:
+    if record.soft_labels:
         scores, mask = jnp.asarray(batch.scores[b : b + 1]), jnp.asarray(batch.mask[b : b + 1])
         soft = np.asarray(targets_from_scores(scores, alpha=float(fields["alpha"]), mask=mask))[0]
     k_all = batch.scores.shape[1]

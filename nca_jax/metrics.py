@@ -91,12 +91,14 @@ def alignment_metrics(
     picked = jnp.argmax(jnp.where(there, ranked, -jnp.inf), axis=-1)
 
     metrics = {"loss": mean(losses, weights)}
-    if loss.floor is not None:
-        metrics["floor"] = mean(loss.floor(responses, fields), weights)
+    floor = loss.floor(responses, fields) if loss.floor else None
+    if floor is not None:
+        metrics["floor"] = mean(floor, weights)
         metrics["excess"] = metrics["loss"] - metrics["floor"]
-    if has_reference and loss.at_reference is not None:
-        metrics["start_loss"] = mean(loss.at_reference(responses, fields), weights)
-    if "alpha" in loss.fields:
+    start = loss.at_reference(responses, fields) if has_reference else None
+    if start is not None:
+        metrics["start_loss"] = mean(start, weights)
+    if loss.soft_labels:
         metrics["target_entropy"] = mean(entropy(targets(responses, fields)))
     metrics |= {
         "accuracy": mean(beaten),

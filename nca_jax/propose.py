@@ -12,6 +12,7 @@ from nca_jax.build import Run
 from nca_jax.chips import CHIPS
 from nca_jax.data.encode import Example
 from nca_jax.data.room import row_sizes
+from nca_jax.losses import LOSSES
 from nca_jax.model_config import ModelConfig
 from nca_jax.models.formats.names import param_shapes
 from nca_jax.params import reference_init_from
@@ -68,7 +69,7 @@ def proposals(run: Run, examples: Sequence[Example]) -> list[str]:
 def _alpha(config: ConfigDict, examples: Sequence[Example]) -> list[str]:
     """Returns a line for the temperature of the scores, where the loss has one and there is one."""
     differing = [example.scores for example in examples if np.ptp(example.scores) > 0]
-    if "alpha" not in config.loss or not differing:
+    if not LOSSES[config.loss.name].soft_labels or not differing:
         return []
     alpha = alpha_for(differing)
     if alpha is None:

@@ -1,4 +1,10 @@
-"""What the tests of losses share: the pure functions by name, and a record's answers at targets."""
+"""What the tests of losses share: those of the paper as functions of implicit rewards and targets.
+
+NAMES are all losses that the released code has; of them SOFT are of K responses and any targets,
+PAIRS of two, with a hard label.
+"""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -7,31 +13,41 @@ import numpy as np
 from nca_jax import losses
 from nca_jax.losses import LOSSES, Responses
 
-FUNCTIONS = {name: getattr(losses, name) for name in LOSSES}
-PAIRS = [name for name, loss in LOSSES.items() if loss.k == (2, 2)]  # hard labels
-SOFT = [name for name, loss in LOSSES.items() if "alpha" in loss.fields]  # any K, any targets
+SOFT = ["nca", "infonca"]
+PAIRS = ["dpo", "pairwise_nca", "biased_nca"]
+NAMES = [*SOFT, *PAIRS]
 
 
-def responses_with(p, mask=None) -> Responses:
-    """Returns responses at the reference whose targets are p at alpha = 1, [B, K]."""
-    scores = jnp.log(p)
-    zeros = jnp.zeros_like(scores)
-    mask = np.ones(scores.shape, bool) if mask is None else mask
-    return Responses(zeros, zeros, zeros + 1, scores, mask)
+def responses_with(p, mask=None, r=None, *, scores=jnp.log) -> Responses:
+    """Returns responses whose implicit rewards are r (None: 0) and whose targets are p, [B, K]."""
+    p = jnp.asarray(p)
+    zeros = jnp.zeros_like(p)
+    mask = np.ones(p.shape, bool) if mask is None else mask
+    return Responses(zeros if r is None else jnp.asarray(r), zeros, zeros + 1, scores(p), mask)
 
 
-FIELDS = {"alpha": 1.0, "beta": 1.0}
+def own_fields(name: str) -> dict:
+    """Returns the fields of a loss: alpha and beta are 1, the others their defaults."""
+    loss = LOSSES[name]
+    return loss.defaults(**{x: 1.0 for x in ("alpha", "beta") if x in loss.fields})
+
+
+def of_pair(name: str, r, p, mask=None) -> jax.Array:
+    """The loss of pairs with rewards r, of which the one with p = 1 is the better, [B]."""
+    given = responses_with(p, mask, r, scores=lambda p: p)
+    return LOSSES[name].per_prompt(given, own_fields(name))
+
+
+FUNCTIONS = {"nca": losses.nca, "infonca": losses.infonca} | {
+    name: functools.partial(of_pair, name) for name in PAIRS
+}
 
 
 def floor(name: str, p, mask=None) -> jax.Array:
     """The floor of a loss where its targets are p, [B]; p is hard for a loss of pairs."""
-    return LOSSES[name].floor(responses_with(p, mask), _own(name))
+    return LOSSES[name].floor(responses_with(p, mask), own_fields(name))
 
 
 def at_reference(name: str, p, mask=None) -> jax.Array:
     """The loss where policy = reference and its targets are p, [B]."""
-    return LOSSES[name].at_reference(responses_with(p, mask), _own(name))
-
-
-def _own(name: str) -> dict[str, float]:
-    return {x: FIELDS[x] for x in LOSSES[name].fields}
+    return LOSSES[name].at_reference(responses_with(p, mask), own_fields(name))

@@ -21,7 +21,7 @@ from nca_jax.config_check import check_config
 from nca_jax.config_doc import describe
 from nca_jax.field import COUNT, FLAG, FRACTION, NOT_NEGATIVE, POSITIVE, TEXT, Check, Field
 from nca_jax.flags import load_config, parse_flags
-from nca_jax.losses import LOSSES
+from nca_jax.losses import ALPHA, BETA, LOSSES
 from nca_jax.other_names import OTHER_NAMES
 from nca_jax.saved_config import VERSION, check_same_run, config_json, read_saved
 
@@ -78,10 +78,20 @@ def test_help_config_prints_the_table_and_needs_nothing_else(capsys):
 def test_a_loss_brings_its_own_fields_and_no_others(name):
     config = default_config()
     choose_loss(config, name, k=4, alpha=0.7, beta=0.2)
-    given = {"alpha": 0.7, "beta": 0.2}
-    own = {x: given[x] for x in LOSSES[name].fields}
+    given = {ALPHA: 0.7, BETA: 0.2}  # what losses share; others have a beta of another meaning
+    own = {x: given.get(field, field.default) for x, field in LOSSES[name].fields.items()}
     assert dict(config.loss) == {"name": name, "logits_chunk": 128} | own
-    assert config.data.num_responses == LOSSES[name].nearest_k(4)
+    assert config.data.num_responses == (LOSSES[name].usual_k or LOSSES[name].nearest_k(4))
+
+
+def test_a_value_that_was_asked_for_is_that_of_any_loss():
+    assert load_config("configs/jsonl.py:algo=simpo").loss.beta == 2.5
+    assert load_config("configs/jsonl.py:algo=simpo,beta=10").loss.beta == 10
+
+
+def test_a_loss_of_pairs_has_two_responses_or_as_many_as_were_asked_for():
+    assert load_config("configs/jsonl.py:algo=ipo").data.num_responses == 2
+    assert load_config("configs/jsonl.py:algo=ipo,k=4").data.num_responses == 4
 
 
 def test_a_field_that_the_loss_does_not_have_is_refused_by_name():
@@ -91,15 +101,15 @@ def test_a_field_that_the_loss_does_not_have_is_refused_by_name():
 
 @pytest.mark.parametrize("file", ["jsonl", "torch_parity", "ultrafeedback"])
 def test_an_argument_that_the_loss_does_not_read_is_refused_where_it_is_given(file):
-    said = "algo=dpo does not read alpha; it takes beta: leave alpha out.*nca, infonca"
+    said = "algo=dpo does not read alpha; it takes beta.*: leave alpha out.*nca, infonca"
     with pytest.raises(UserError, match=said):
         load_config(f"configs/{file}.py:algo=dpo,alpha=0.1")
     assert "alpha" not in load_config(f"configs/{file}.py:algo=dpo,beta=0.5").loss
 
 
 def test_a_k_that_the_loss_does_not_take_is_refused_where_it_is_given():
-    with pytest.raises(UserError, match="algo=dpo takes 2 responses a prompt, not k=4"):
-        load_config("configs/jsonl.py:algo=dpo,k=4")
+    with pytest.raises(UserError, match="algo=dpo takes 2 or more responses a prompt, not k=1"):
+        load_config("configs/jsonl.py:algo=dpo,k=1")
     with pytest.raises(UserError, match="algo=nca takes 2 or more responses a prompt, not k=1"):
         load_config("configs/jsonl.py:k=1")
     for arg in ("algo=dpo", "algo=dpo,k=2"):

@@ -115,7 +115,7 @@ def test_a_hard_pair_makes_infonca_dpo_and_nca_pairwise_nca(dtype, problem):
     ):
         general = {"dpo": "infonca", "pairwise_nca": "nca"}[name]
         for found, other in zip(values[name], values[general], strict=True):
-            np.testing.assert_array_equal(found, other)
+            assert_close(found, other, dtype, scale=100)  # the same sum in another order
         assert_close(values[name][0], formula, dtype, scale=100)  # sums of rewards up to 50
 
 

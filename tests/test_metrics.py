@@ -19,9 +19,11 @@ def responses(logps, scores, mask=None, ref_logps=None, lengths=None) -> Respons
     return Responses(*map(jnp.asarray, (logps, ref_logps, lengths, np.float32(scores), mask)))
 
 
-def metrics_of(given: Responses, loss="nca", has_reference=True, **change) -> dict[str, float]:
+def metrics_of(
+    given: Responses, loss="nca", has_reference=True, nll_weight=0.0, **change
+) -> dict[str, float]:
     record = LOSSES[loss]._replace(**change)
-    fields = {name: FIELDS[name] for name in record.fields}
+    fields = record.defaults(**FIELDS, nll_weight=nll_weight)
 
     @jax.jit
     def found(given):
@@ -90,8 +92,10 @@ def test_excess_is_the_loss_above_its_floor_and_start_loss_is_that_of_the_refere
 
 def test_what_a_loss_does_not_know_is_absent():
     given = responses([[1, 2]], [[1, 0]])
-    bare = metrics_of(given, floor=None, at_reference=None)
-    assert not {"floor", "excess", "start_loss"} & bare.keys() and "target_entropy" in bare
+    bare = metrics_of(given, floor=None)
+    assert not {"floor", "excess"} & bare.keys() and "target_entropy" in bare
+    beside_likelihood = metrics_of(given, nll_weight=0.5)
+    assert not {"floor", "excess", "start_loss"} & beside_likelihood.keys()
     assert "target_entropy" not in metrics_of(given, "dpo")  # its labels are hard
 
 

@@ -78,21 +78,21 @@ def test_the_gradient_is_that_of_the_weighted_mean_over_all_micro_batches(monkey
 # The recipe of the README, as it stands there.
 
 
-def _likelihood(responses, fields):
+def _best(responses, fields):
     # - log pi of the best response, [B] nats: supervised fine-tuning on it.
     best = jnp.argmax(jnp.where(responses.mask, responses.scores, -jnp.inf), axis=-1)
     return -jnp.take_along_axis(responses.logps, best[:, None], axis=-1)[:, 0]
 
 
-LIKELIHOOD = Loss(_likelihood, fields={}, reads=("scores",), k=(1, None))
+BEST = Loss(_best, fields={}, reads=("scores",), k=(1, None))
 
 
 def test_a_loss_of_ten_lines_trains_from_a_config_without_a_reference(tmp_path, monkeypatch):
-    monkeypatch.setitem(LOSSES, "likelihood", LIKELIHOOD)
+    monkeypatch.setitem(LOSSES, "best", BEST)
     rows = write_records(tmp_path / "rows.jsonl")
     flags = ("--config.data.rows=8", "--config.steps=2", "--config.eval_every=2")
     flags += ("--config.optim.lr=1e-2", "--config.optim.warmup_frac=0.0")
-    arg = f"--config=configs/jsonl.py:files={rows},smoke,algo=likelihood"
+    arg = f"--config=configs/jsonl.py:files={rows},smoke,algo=best"
     train.main(["train", arg, f"--workdir={tmp_path / 'run'}", *flags])
     first, second = metric_lines(tmp_path / "run", "train")
     assert first["loss"] == pytest.approx(-first["logps/0"], rel=1e-5)

@@ -106,8 +106,9 @@ def train(problem: Problem, steps: int, key: jax.Array) -> jax.Array:
         logps = jax.nn.log_softmax(logits)[responses]
         ones = jnp.ones(responses.shape)
         seen = Responses(logps, log_mu[responses], ones, rewards[responses], ones.astype(bool))
-        fields = {"alpha": problem.alpha, "beta": problem.beta}
-        return jnp.mean(LOSSES[problem.loss].per_prompt(seen, fields))
+        loss = LOSSES[problem.loss]
+        fields = loss.defaults(alpha=problem.alpha, beta=problem.beta)
+        return jnp.mean(loss.per_prompt(seen, fields))
 
     def step(carry, key):
         logits, state = carry

@@ -105,28 +105,18 @@ def nca_floor_of_targets(responses: Responses, fields: Fields) -> jax.Array:
     return nca_floor(targets(responses, fields), responses.mask)
 
 
-def log_k(responses: Responses, fields: Fields) -> jax.Array:
-    """ln K: the InfoNCA family where all implicit rewards are 0."""
-    return jnp.log(num_responses(responses.mask, jnp.float32)[:, 0])
-
-
-def two_log_2(responses: Responses, fields: Fields) -> jax.Array:
-    """2 ln 2: the NCA family where all implicit rewards are 0, whatever K and the targets are."""
-    return jnp.full(responses.mask.shape[:1], 2 * jnp.log(2.0))
-
-
 ALPHA = Field(0.1, NOT_NEGATIVE, "temperature of the scores, in their unit; 0: hard labels")
 BETA = Field(0.1, POSITIVE, "implicit reward a nat of log(policy / reference)")
 
 INFONCA = Loss(
     with_targets(infonca),
     fields={"alpha": ALPHA, "beta": BETA},
+    soft_labels=True,
     floor=entropy_of_targets,
-    at_reference=log_k,
 )
 NCA = Loss(
     with_targets(nca),
     fields={"alpha": ALPHA, "beta": BETA},
+    soft_labels=True,
     floor=nca_floor_of_targets,
-    at_reference=two_log_2,
 )

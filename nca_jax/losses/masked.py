@@ -1,5 +1,7 @@
 """Sums over the responses that are there. Axes: B prompts, K responses a prompt."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -20,3 +22,13 @@ def num_responses(mask: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
 def masked_sum(terms: jax.Array, mask: jax.Array) -> jax.Array:
     """[B, K] -> [B]."""
     return jnp.sum(terms, axis=-1, where=mask)
+
+
+def masked_mean(terms: jax.Array, mask: jax.Array, axis: int | tuple[int, ...] = -1) -> jax.Array:
+    """The mean of the terms that are there, over an axis or two; 0 where none is."""
+    return jnp.sum(terms, axis=axis, where=mask) / jnp.maximum(jnp.sum(mask, axis=axis), 1)
+
+
+def pairwise(of_two: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """[B, K] -> [B, i, j]: of_two(x_i, x_j)."""
+    return of_two(x[:, :, None], x[:, None, :])

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from nca_jax.field import Field, Value
 
@@ -24,6 +25,7 @@ class Responses(NamedTuple):
 
 
 PerPrompt = Callable[[Responses, Fields], jax.Array]  # -> [B]
+Floor = Callable[[Responses, Fields], jax.Array | None]  # -> [B]; None: these fields have none
 
 
 class Loss(NamedTuple):
@@ -38,10 +40,10 @@ class Loss(NamedTuple):
       reads: what it needs of "ref_logps", "scores" and "lengths"; no reference is opened for a
         loss that does not read its log-probabilities.
       k: the least and the most responses a prompt that it takes; None: any number.
+      usual_k: how many a config has unless it is asked for others; 0: as many as there are.
+      soft_labels: it compares with p = softmax(s / alpha), see `targets`.
       floor: (responses, fields) -> the least value that L can have with these scores, [B] nats;
         None: not known, so no excess is reported.
-      at_reference: (responses, fields) -> L where policy = reference, [B] nats; None: it is not
-        the same for every policy, so the first step is not checked against it.
       weight: (responses, fields) -> w, [B], of lengths, scores and mask alone; None: one a prompt.
     """
 
@@ -49,9 +51,24 @@ class Loss(NamedTuple):
     fields: Mapping[str, Field]
     reads: Collection[str] = ("ref_logps", "scores")
     k: tuple[int, int | None] = (2, None)
-    floor: PerPrompt | None = None
-    at_reference: PerPrompt | None = None
+    usual_k: int = 0
+    soft_labels: bool = False
+    floor: Floor | None = None
     weight: PerPrompt | None = None
+
+    def defaults(self, **changes: Value) -> Fields:
+        """Returns a value for each of its fields: that of `changes`, or its default."""
+        return {name: field.default for name, field in self.fields.items()} | changes
+
+    def at_reference(self, responses: Responses, fields: Fields) -> jax.Array | None:
+        """Returns L where policy = reference, [B] nats; None where that differs between policies.
+
+        What reads a reference sees log-ratios alone, which are then 0.
+        """
+        if "ref_logps" not in self.reads or fields.get("nll_weight"):
+            return None
+        zeros = jnp.zeros_like(responses.logps)
+        return self.per_prompt(responses._replace(logps=zeros, ref_logps=zeros), fields)
 
     @property
     def takes(self) -> str:

@@ -50,7 +50,13 @@ def implicit_rewards(responses: Responses, fields: Fields) -> jax.Array:
     Of a loss without a beta it is the log-ratio itself.
     """
     beta = float(fields["beta"]) if "beta" in fields else 1.0
-    return beta * jnp.where(responses.mask, responses.logps - responses.ref_logps, 0.0)
+    logratios = float32_at_least(responses.logps) - float32_at_least(responses.ref_logps)
+    return beta * jnp.where(responses.mask, logratios, 0.0)
+
+
+def scores_of(responses: Responses) -> jax.Array:
+    """s [B, K] in their own unit, 0 where a response is absent."""
+    return jnp.where(responses.mask, float32_at_least(responses.scores), 0.0)
 
 
 def entropy(targets: jax.Array) -> jax.Array:
