@@ -78,7 +78,7 @@ LAYERS = (  # from the bottom
     ("reference", "fit", "rollout"),
     COMMANDS,
 )
-MAX_LINES, MAX_LEAVES = 400, 76
+MAX_LINES, MAX_LEAVES = 400, 88
 
 FILES_ARGUMENT = {"torch_parity.py": "rows"}  # elsewhere "files"
 
