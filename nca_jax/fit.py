@@ -99,7 +99,7 @@ def fit(
 
     def finish(done: _Done | None) -> None:
         if done is not None:
-            write_step(writer, run, done, lap(), steps, checkpoint.last_good(checkpoints))
+            write_step(writer, run, done, lap, steps, checkpoint.last_good(checkpoints))
 
     def evaluate(step: int) -> dict[str, float] | None:
         measured = None
@@ -178,16 +178,18 @@ def _stopwatch() -> Callable[[], float]:
 
 
 def write_step(
-    writer: Writer, run: Run, done: _Done, seconds: float, steps: int, last_good: str
+    writer: Writer, run: Run, done: _Done, lap: Callable[[], float], steps: int, last_good: str
 ) -> None:
     """Reads the metrics of a step as soon as it is done, checks them, and writes them if logged.
 
     Args:
+      lap: gives the seconds since it was called for the step before; called when this one is done.
       last_good: says which checkpoint there is where the step is bad.
     Raises:
       UserError: as `fit`.
     """
     found = jax.device_get(done.metrics)
+    seconds = lap()
     prompt_loss = found.pop("prompt_loss")  # [B]
     metrics = {name: float(value) for name, value in found.items()}
     check_finite(done.step, done.examples, prompt_loss, metrics, last_good)
