@@ -81,6 +81,22 @@ def test_one_hot_targets_are_said_with_the_alpha_that_softens_them():
     assert f"; alpha {alpha:.2g} gives 0.6, and 0 says that hard labels are meant" in warning
 
 
+def test_targets_that_are_one_hot_but_for_ties_are_said():
+    tied = [*POINTS, [9.0, 1.0, 9.0]]
+    assert len(said(tied, config_of(",alpha=1.5"))) == 1
+    _, warning = said(tied, config_of(",alpha=0.1"))
+    assert "one-hot but for ties: scores span 1 to 9, alpha 0.1: the best has 0.9" in warning
+
+
+def test_a_run_of_few_prompts_of_which_none_is_held_out_is_warned_where_some_should_be():
+    scores = [np.array(one, np.float32) for one in POINTS]
+    for fraction, number in ((0.05, 1), (0.0, 0)):
+        config = config_of(",alpha=1.5", **{"data.eval_fraction": fraction})
+        _, *found = advice.before_training(scores, config, 2, num_heldout=0, num_devices=1)
+        assert len(found) == number
+        assert all("config.data.eval_fraction=0.2 (now 0.05)" in one for one in found)
+
+
 def test_uniform_targets_are_said_with_the_alpha_that_sharpens_them():
     small = [[x / 1000 for x in one] for one in POINTS]
     _, warning = said(small, config_of(",alpha=1"))
@@ -166,13 +182,15 @@ def test_a_bonus_in_the_datas_unit_is_refused_beside_another():
 
 def test_repeats_ties_and_records_of_few_responses_are_counted():
     record = {"prompt_ids": [1], "response_ids": [[2], [3], [4]], "scores": [0, 1, 2]}
+    cut = {"prompt_ids": [7], "response_ids": [[2], [3], [4] * 100], "scores": [0, 1, 2]}
     few = {"prompt_ids": [5], "response_ids": [[2], [3]], "scores": [0, 1]}
     tied = {"prompt_ids": [6], "response_ids": [[2], [3], [2]], "scores": [1, 1, 1]}
-    encode = [encode_one(one, data_config()) for one in (record, record, few, tied)]
+    encode = [encode_one(one, data_config()) for one in (record, record, few, tied, cut)]
     assert facts_of(encode, 3) == {
         "records with the prompt of an earlier one": 1,
         "records with equal responses of equal scores": 1,
         "records whose scores are all equal": 1,
+        "records cut to data.max_prompt_len and data.max_response_len": 1,
         "records with fewer responses than data.num_responses=3": 1,
     }
     assert not facts_of(encode[:1], 3)
