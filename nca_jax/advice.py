@@ -1,4 +1,4 @@
-"""What a run is going to do, and what would make it learn little or nothing.
+"""What a run is going to do, what would make it learn little or nothing, and how it went.
 
 `inspect` and `train` say the same before the first step; a warning says what is so and what to set.
 Axes: N training prompts, K responses a prompt.
@@ -6,6 +6,7 @@ Axes: N training prompts, K responses a prompt.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +21,7 @@ NEARLY_ALL = 0.9  # of the prompts
 NEAR = 0.01  # of a target to that of hard labels, or to that of no preference
 BEST = 0.6  # mean target of the best response under an alpha that is proposed
 HELDOUT = 0.2  # of the prompts, where so few are there that none is held out
+SHOWN = ("loss", "accuracy_half_ties", "chosen_logp_drift")  # of a held-out set, at the end
 HALVINGS = 40  # of the range of log(alpha)
 
 
@@ -37,7 +39,7 @@ def before_training(
       scores: N times [n], of all responses of each training prompt, in the unit of the run.
     """
     plan = _plan_of(config.data, len(scores), steps)
-    prompts, devices = counted(len(scores), "training prompt"), counted(num_devices, "device")
+    prompts, devices = plural(len(scores), "training prompt"), plural(num_devices, "device")
     plan = f"{prompts}, {num_heldout} held out, {plan} on {devices}"
     found = [
         *_of_batch(config.data, len(scores)),
@@ -48,7 +50,33 @@ def before_training(
     return [plan, *(f"warning: {one}" for one in found)]
 
 
-def counted(number: float, what: str) -> str:
+def after_training(lines: Sequence[dict[str, Any]]) -> list[str]:
+    """Returns how each held-out set went from the first evaluation to the last, and warnings.
+
+    Args:
+      lines: of metrics.jsonl.
+    """
+    said = []
+    for split in dict.fromkeys(line["split"] for line in lines if line["split"] != "train"):
+        found = [line for line in lines if line["split"] == split]
+        first, last, best = found[0], found[-1], min(found, key=lambda line: line["loss"])
+        if first is last:
+            continue
+        went = (f"{name} {first[name]:.4g} to {last[name]:.4g}" for name in SHOWN if name in last)
+        said.append(
+            f"{split}, from step {first['step']} to {last['step']}: {', '.join(went)}; the least "
+            f"loss was {best['loss']:.4g} at step {best['step']}"
+        )
+        if last["loss"] > first["loss"]:
+            said.append(
+                f"warning: the loss of {split} ended above its start: the prompts of training may "
+                "have been learned by heart. Lower config.optim.lr or config.epochs, or give more "
+                "prompts"
+            )
+    return said
+
+
+def plural(number: float, what: str) -> str:
     """Returns "1 step", "2 steps"; what is not whole with three digits."""
     digits = ".0f" if number == round(number) else ".3g"
     return f"{number:{digits}} {what}" + "s" * (number != 1)
@@ -93,9 +121,9 @@ def _plan_of(data: DataSection, num_prompts: int, steps: int) -> str:
         share = "drawn by config.data.weights"
     else:
         left = -seen % num_prompts
-        passes = counted(seen / num_prompts, "epoch")
+        passes = plural(seen / num_prompts, "epoch")
         share = passes + (f", {left} left over" if left else "")
-    return f"{counted(steps, 'step')} of {counted(data.batch_size, 'prompt')} ({share})"
+    return f"{plural(steps, 'step')} of {plural(data.batch_size, 'prompt')} ({share})"
 
 
 def _of_batch(data: DataSection, num_prompts: int) -> list[str]:
@@ -112,8 +140,7 @@ def _of_heldout(data: DataSection, num_heldout: int) -> list[str]:
         return []
     return [
         "no prompt is held out, so nothing will say how the policy does on others; set "
-        f"config.data.eval_fraction={HELDOUT:g} (now {data.eval_fraction:g}) or "
-        "config.data.eval_files"
+        f"config.data.eval_fraction={HELDOUT:g} (now {data.eval_fraction:g})"
     ]
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from nca_jax import auto
-from nca_jax.advice import BEST, alpha_for, chosen_scores, counted
+from nca_jax.advice import BEST, alpha_for, chosen_scores, plural
 from nca_jax.build import Run
 from nca_jax.chips import CHIPS
 from nca_jax.data.encode import Example
@@ -42,9 +42,9 @@ def what_a_step_sees(run: Run, num_micro: int, examples: Sequence[Example]) -> s
     data, k = run.config.data, run.config.data.num_responses
     up_to = "up to " if min(len(example.scores) for example in examples) < k else ""
     choice = CHOSEN[data.choose] if max(len(example.scores) for example in examples) > k else ""
-    rows = counted(num_micro * data.rows, "row")
+    rows = plural(num_micro * data.rows, "row")
     return (
-        f"each step sees {counted(data.batch_size, 'prompt')} with {up_to}{k} responses each"
+        f"each step sees {plural(data.batch_size, 'prompt')} with {up_to}{k} responses each"
         f"{choice}. Step 1 takes {rows} of {data.row_len} tokens, {data.rows} at a time"
     )
 
@@ -60,7 +60,7 @@ def proposals(run: Run, examples: Sequence[Example]) -> list[str]:
         f"config.data.row_len={row_len}{_now(row_len, data.row_len)}: the longest prompt with its "
         f"responses takes {max(sizes)} tokens, the mean one {sum(sizes) / n:.0f}",
         f"config.data.batch_size={batch}{_now(batch, data.batch_size)}: "
-        f"{counted(n // batch, 'step')} in a pass over {counted(n, 'prompt')}",
+        f"{plural(n // batch, 'step')} in a pass over {plural(n, 'prompt')}",
         *_alpha(run.config, examples),
     ]
 
@@ -100,7 +100,7 @@ def memory(asked: ConfigDict, run: Run, sizes: Sequence[int]) -> list[str]:
         gib += PROCESS if platform == "cpu" else 0
         fits = [chip.name for chip in CHIPS.values() if gib <= chip.memory_gib]
         where = f"; fits {', '.join(fits) or 'none of them'}" if platform == "tpu" else ""
-        kind = counted(devices, platform.upper())
+        kind = plural(devices, platform.upper())
         of_model = config.model
         lines.append(
             f"{kind:7s} {gib:7.1f} GiB each ({of_model.dtype}, remat {of_model.remat}{where})"

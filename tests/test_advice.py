@@ -128,6 +128,19 @@ def test_epochs_of_less_than_one_step_are_refused_with_what_to_set(epochs, advis
         build.num_steps(config, 24)
 
 
+def test_a_run_that_is_done_says_how_held_out_prompts_went_and_warns_where_their_loss_rose():
+    def went(split: str, *losses: float) -> list[dict]:
+        return [{"step": 2 * i, "split": split, "loss": loss} for i, loss in enumerate(losses)]
+
+    lines = [*went("train", 3.0, 4.0), *went("eval", 2.0, 1.5), *went("eval/hard", 1.0, 0.5, 1.5)]
+    well, badly, warning = advice.after_training(lines)
+    assert well == "eval, from step 0 to 2: loss 2 to 1.5; the least loss was 1.5 at step 2"
+    assert badly.startswith("eval/hard, from step 0 to 4: loss 1 to 1.5; the least loss was 0.5")
+    assert "the loss of eval/hard ended above its start" in warning
+    assert "Lower config.optim.lr" in warning
+    assert advice.after_training(went("train", 1.0, 2.0) + went("eval", 1.0)) == []
+
+
 # The unit of scores
 
 
