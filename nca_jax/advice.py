@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from nca_jax.data.pipeline import choose
+from nca_jax.data.pipeline import EVAL, choose
 from nca_jax.losses import targets_from_scores
 from nca_jax.protocols import DataSection
 from nca_jax.train_step import loss_of
@@ -62,16 +62,17 @@ def after_training(lines: Sequence[dict[str, Any]]) -> list[str]:
         first, last, best = found[0], found[-1], min(found, key=lambda line: line["loss"])
         if first is last:
             continue
-        went = (f"{name} {first[name]:.4g} to {last[name]:.4g}" for name in SHOWN if name in last)
+        name = split.removeprefix(EVAL).removeprefix("/")
+        who = "held-out prompts" + (f" of {name}" if name else "")
+        went = (f"{x} {first[x]:.4g} to {last[x]:.4g}" for x in SHOWN if x in last)
         said.append(
-            f"{split}, from step {first['step']} to {last['step']}: {', '.join(went)}; the least "
+            f"{who}, from step {first['step']} to {last['step']}: {', '.join(went)}; the least "
             f"loss was {best['loss']:.4g} at step {best['step']}"
         )
         if last["loss"] > first["loss"]:
             said.append(
-                f"warning: the loss of {split} ended above its start: the prompts of training may "
-                "have been learned by heart. Lower config.optim.lr or config.epochs, or give more "
-                "prompts"
+                f"warning: the loss of {who} ended above its start: those of training may have been "
+                "learned by heart. Lower config.optim.lr or config.epochs, or give more prompts"
             )
     return said
 

@@ -134,9 +134,14 @@ def test_a_run_that_is_done_says_how_held_out_prompts_went_and_warns_where_their
 
     lines = [*went("train", 3.0, 4.0), *went("eval", 2.0, 1.5), *went("eval/hard", 1.0, 0.5, 1.5)]
     well, badly, warning = advice.after_training(lines)
-    assert well == "eval, from step 0 to 2: loss 2 to 1.5; the least loss was 1.5 at step 2"
-    assert badly.startswith("eval/hard, from step 0 to 4: loss 1 to 1.5; the least loss was 0.5")
-    assert "the loss of eval/hard ended above its start" in warning
+    assert (
+        well
+        == "held-out prompts, from step 0 to 2: loss 2 to 1.5; the least loss was 1.5 at step 2"
+    )
+    assert badly.startswith(
+        "held-out prompts of hard, from step 0 to 4: loss 1 to 1.5; the least loss was 0.5"
+    )
+    assert "the loss of held-out prompts of hard ended above its start" in warning
     assert "Lower config.optim.lr" in warning
     assert advice.after_training(went("train", 1.0, 2.0) + went("eval", 1.0)) == []
 
