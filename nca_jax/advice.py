@@ -71,8 +71,8 @@ def after_training(lines: Sequence[dict[str, Any]]) -> list[str]:
         )
         if last["loss"] > first["loss"]:
             said.append(
-                f"warning: the loss of {who} ended above its start: those of training may have been "
-                "learned by heart. Lower config.optim.lr or config.epochs, or give more prompts"
+                f"warning: the loss of {who} ended above its start: those of training may have "
+                "been learned by heart. Lower config.optim.lr or config.epochs, or add prompts"
             )
     return said
 
