@@ -1,4 +1,4 @@
-r"""SmolLM2-135M-Instruct learns to review films kindly, on 2 CPU cores: of `make demo` and claims.
+r"""SmolLM2-135M-Instruct learns to review films kindly, on 2 CPU cores: of the claims.
 
 Rows: experiments/demo/rows.jsonl: review openings, K = 4 responses sampled from the model itself,
 each scored by VADER's sentiment (mean compound over sentences, in [-1, 1]). The reference policy is

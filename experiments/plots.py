@@ -20,10 +20,10 @@ from experiments.results import BAND, Run, by_setting, kind_of_loss, mean_and_sd
 
 # Panels of the curves: title, split and metrics. One of several metrics is for a single setting.
 CURVES = (
-    ("held-out accuracy, chance 0.5", "eval", ("accuracy",)),
+    ("held-out accuracy, chance 0.5", "eval", ("accuracy_half_ties",)),
     ("held-out log-ratio of the best response, nats", "eval", ("chosen_logp_drift",)),
     ("held-out loss above its floor, nats", "eval", ("excess",)),
-    ("accuracy, chance 0.5", "train", ("accuracy",)),
+    ("accuracy, chance 0.5", "train", ("accuracy_half_ties",)),
     ("log-ratio of the best response, nats", "train", ("chosen_logp_drift",)),
     ("loss above its floor, nats", "train", ("excess",)),
     ("loss and its floor, nats", "train", ("loss", "floor")),

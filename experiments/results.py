@@ -29,7 +29,7 @@ METRICS = {
     "text_perplexity": "of plain text: is the language still whole?",
     "length": "tokens of the policy's own responses",
     "repetition": "share of three tokens in a row that a response has had before",
-    "accuracy": "the best response has the higher implicit reward; chance is 0.5",
+    "accuracy_half_ties": "the best response has the higher implicit reward; chance is 0.5",
     "loss": "nats a prompt",
     "excess": "loss above its floor, nats",
     "chosen_logp_drift": "change of the best response's log-probability, nats",

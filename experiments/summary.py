@@ -115,7 +115,8 @@ def gain_error(run: Run) -> float | None:
 
 def _accuracy_change(members: Sequence[Run]) -> tuple[float, float, float, str] | None:
     """Returns the held-out accuracy of the first and the last evaluation while it trained."""
-    series = [[x["accuracy"] for x in run.lines if x["split"] == "eval"] for run in members]
+    name = "accuracy_half_ties"  # one half where policy and reference are equal, as at the start
+    series = [[x[name] for x in run.lines if x["split"] == "eval" and name in x] for run in members]
     series = [values for values in series if len(values) > 1]
     if not series:
         return None

@@ -1,4 +1,4 @@
-"""What a run is going to do, and what would make it learn little or nothing.
+"""What a run is going to do, what would make it learn little or nothing, and how it went.
 
 `inspect` and `train` say the same before the first step; a warning says what is so and what to set.
 Axes: N training prompts, K responses a prompt.
@@ -6,12 +6,13 @@ Axes: N training prompts, K responses a prompt.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from nca_jax.data.pipeline import choose
+from nca_jax.data.pipeline import EVAL, choose
 from nca_jax.losses import targets_from_scores
 from nca_jax.protocols import DataSection
 from nca_jax.train_step import loss_of
@@ -19,6 +20,8 @@ from nca_jax.train_step import loss_of
 NEARLY_ALL = 0.9  # of the prompts
 NEAR = 0.01  # of a target to that of hard labels, or to that of no preference
 BEST = 0.6  # mean target of the best response under an alpha that is proposed
+HELDOUT = 0.2  # of the prompts, where so few are there that none is held out
+SHOWN = ("loss", "accuracy_half_ties", "chosen_logp_drift")  # of a held-out set, at the end
 HALVINGS = 40  # of the range of log(alpha)
 
 
@@ -36,15 +39,58 @@ def before_training(
       scores: N times [n], of all responses of each training prompt, in the unit of the run.
     """
     plan = _plan_of(config.data, len(scores), steps)
-    plan = (
-        f"{len(scores)} training prompts, {num_heldout} held out, {plan} on {num_devices} devices"
-    )
+    prompts, devices = plural(len(scores), "training prompt"), plural(num_devices, "device")
+    plan = f"{prompts}, {num_heldout} held out, {plan} on {devices}"
     found = [
         *_of_batch(config.data, len(scores)),
+        *_of_heldout(config.data, num_heldout),
         *_of_warmup(config, steps),
         *_of_scores(scores, config),
     ]
     return [plan, *(f"warning: {one}" for one in found)]
+
+
+def after_training(lines: Sequence[dict[str, Any]]) -> list[str]:
+    """Returns how each held-out set went from the first evaluation to the last, and warnings.
+
+    Args:
+      lines: of metrics.jsonl.
+    """
+    said = []
+    for split in dict.fromkeys(line["split"] for line in lines if line["split"] != "train"):
+        found = [line for line in lines if line["split"] == split]
+        first, last, best = found[0], found[-1], min(found, key=lambda line: line["loss"])
+        if first is last:
+            continue
+        name = split.removeprefix(EVAL).removeprefix("/")
+        who = "held-out prompts" + (f" of {name}" if name else "")
+        went = (f"{x} {first[x]:.4g} to {last[x]:.4g}" for x in SHOWN if x in last)
+        said.append(
+            f"{who}, from step {first['step']} to {last['step']}: {', '.join(went)}; the least "
+            f"loss was {best['loss']:.4g} at step {best['step']}"
+        )
+        if last["loss"] > first["loss"]:
+            said.append(
+                f"warning: the loss of {who} ended above its start: those of training may have "
+                "been learned by heart. Lower config.optim.lr or config.epochs, or add prompts"
+            )
+    return said
+
+
+def plural(number: float, what: str) -> str:
+    """Returns "1 step", "2 steps"; what is not whole with three digits."""
+    digits = ".0f" if number == round(number) else ".3g"
+    return f"{number:{digits}} {what}" + "s" * (number != 1)
+
+
+def chosen_scores(scores: Sequence[np.ndarray], config: ConfigDict) -> list[np.ndarray]:
+    """Returns the scores of the responses that a step may take of each prompt.
+
+    Args:
+      scores: N times [n], of all responses.
+    """
+    k, how, rng = config.data.num_responses, config.data.choose, np.random.default_rng(config.seed)
+    return [one[choose(one, k, how, rng)] for one in scores]
 
 
 def alpha_for(scores: Sequence[np.ndarray]) -> float | None:
@@ -76,8 +122,9 @@ def _plan_of(data: DataSection, num_prompts: int, steps: int) -> str:
         share = "drawn by config.data.weights"
     else:
         left = -seen % num_prompts
-        share = f"{seen / num_prompts:.3g} epochs" + (f", {left} left over" if left else "")
-    return f"{steps} steps of {data.batch_size} prompts ({share})"
+        passes = plural(seen / num_prompts, "epoch")
+        share = passes + (f", {left} left over" if left else "")
+    return f"{plural(steps, 'step')} of {plural(data.batch_size, 'prompt')} ({share})"
 
 
 def _of_batch(data: DataSection, num_prompts: int) -> list[str]:
@@ -86,6 +133,15 @@ def _of_batch(data: DataSection, num_prompts: int) -> list[str]:
     return [
         f"a step of {data.batch_size} prompts sees some of the {num_prompts} training prompts more "
         f"than once; set config.data.batch_size={num_prompts} or less"
+    ]
+
+
+def _of_heldout(data: DataSection, num_heldout: int) -> list[str]:
+    if num_heldout or not data.eval_fraction:
+        return []
+    return [
+        "no prompt is held out, so nothing will say how the policy does on others; set "
+        f"config.data.eval_fraction={HELDOUT:g} (now {data.eval_fraction:g})"
     ]
 
 
@@ -106,9 +162,7 @@ def _of_scores(scores: Sequence[np.ndarray], config: ConfigDict) -> list[str]:
     loss, fields = loss_of(config)
     if "scores" not in loss.reads:
         return []
-    k, how, rng = config.data.num_responses, config.data.choose, np.random.default_rng(config.seed)
-    chosen = [one[choose(one, k, how, rng)] for one in scores]
-    several = [one for one in chosen if len(one) > 1]
+    several = [one for one in chosen_scores(scores, config) if len(one) > 1]
     differing = [one for one in several if np.ptp(one) > 0]
     said, num_tied = [], len(several) - len(differing)
     if several and num_tied >= NEARLY_ALL * len(several):
@@ -125,13 +179,15 @@ def _of_alpha(scores: Sequence[np.ndarray], alpha: float) -> list[str]:
     """Returns what is wrong with alpha for prompts whose responses differ in score."""
     best = _mean_best(*_padded(scores), alpha)
     even = float(np.mean([1 / len(one) for one in scores]))
-    if even + NEAR <= best <= 1 - NEAR:
+    hard = float(np.mean([1 / np.sum(one == one.max()) for one in scores]))  # ties share
+    if even + NEAR <= best <= hard - NEAR:
         return []
-    is_hard = best > 1 - NEAR
+    is_hard = best > hard - NEAR
+    kind = "uniform" if not is_hard else "one-hot" + " but for ties" * (hard < 1 - NEAR)
     better = alpha_for(scores)
     low, high = min(map(np.min, scores)), max(map(np.max, scores))
     return [
-        f"targets are {'one-hot' if is_hard else 'uniform'}: scores span {low:g} to {high:g}, "
+        f"targets are {kind}: scores span {low:g} to {high:g}, "
         f"alpha {alpha:g}: the best has {best:.3f}"
         + (f"; alpha {better:.2g} gives {BEST:g}" if better else "")
         + (", and 0 says that hard labels are meant" if is_hard else "")

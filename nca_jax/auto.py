@@ -15,7 +15,8 @@ from nca_jax.flops import head_params, trunk_params
 from nca_jax.model_config import ModelConfig
 from nca_jax.protocols import DataSection
 
-TIMES = 10  # evaluations and checkpoints of a run
+TIMES = 10  # evaluations and checkpoints of a run, at most
+APART = 10  # steps between checkpoints, at least: one holds all parameters three times
 SEVERAL = 1024  # tokens of a row that several short prompts may share
 ROUND = 256  # tokens: a multiple of row_len, so that chunks and blocks divide it
 CHUNK, LOGITS = 512, 2**24  # most tokens of a chunk; most logits of it, 64 MiB of float32
@@ -77,8 +78,8 @@ def choose(
         loss.logits_chunk = next(n for n in range(most, 0, -1) if data.row_len % n == 0)
     if num_training:
         steps = config.steps or int(config.epochs * num_training / data.batch_size)
-        tenth = max(1, steps // TIMES)
-        config.save_every = tenth if config.save_every < 0 else config.save_every
+        tenth = max(1, -(-steps // TIMES))
+        config.save_every = max(tenth, APART) if config.save_every < 0 else config.save_every
         if config.eval_every < 0:
             config.eval_every = tenth if num_heldout else 0
     check_config(config)

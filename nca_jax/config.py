@@ -61,7 +61,9 @@ FIELDS: dict[str, Field] = {
         True,
         since=4,
     ),
-    "save_every": Field(200, EVERY, "steps; the last is always saved; -1: a tenth", True, auto=-1),
+    "save_every": Field(
+        200, EVERY, "steps; the last is always saved; -1: a tenth, 10 at least", True, auto=-1
+    ),
     "model.name": Field(
         "", one_of("", *MODELS), "a size, with random weights; empty: as init_from has it"
     ),

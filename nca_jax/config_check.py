@@ -104,7 +104,8 @@ def _check_together(config: ConfigDict) -> None:
         ),
         (
             bool(data.eval_files) and data.eval_fraction > 0,
-            "set one of config.data.eval_files and config.data.eval_fraction",
+            "config.data.eval_files says what is held out: set config.data.eval_fraction=0 with it "
+            f"(now {data.eval_fraction:g})",
         ),
         (
             (optim.schedule == "wsd") != (optim.decay_frac > 0),

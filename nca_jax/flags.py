@@ -192,7 +192,10 @@ def _read_flags(
     except (flags.Error, KeyError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"Command line: {error}{_wanted(str(error))}") from error
     if len(rest) > 1:
-        raise UserError(f"Unknown argument {rest[1]!r}; flags are --name=value.")
+        raise UserError(
+            f"Unknown argument {rest[1]!r}; flags are --name=value, and what a config file takes "
+            "follows its name: --config=FILE:name=value,name=value."
+        )
     for name, default in extra.items():
         if default is None and values[name].value is None:
             raise UserError(f"Give --{name}=...")

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 # Names that other trainers have, and ours; several where one of theirs is two of ours.
 OTHER_NAMES = {
+    "algo": "config.loss.name",
     "adam_beta1": "config.optim.b1",
     "adam_beta2": "config.optim.b2",
     "adam_epsilon": "config.optim.eps",
@@ -57,6 +58,8 @@ OTHER_NAMES = {
     "precompute_ref_log_probs": "config.reference.kind",
     "ref_model": "config.reference.init_from",
     "report_to": "config.log.wandb_project",
+    "resume": "workdir",
+    "resume_from_checkpoint": "workdir",
     "save_steps": "config.save_every",
     "save_total_limit": "config.checkpoint.keep_last",
     "seq_len": "config.data.max_prompt_len config.data.max_response_len",

@@ -7,7 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from nca_jax import auto
-from nca_jax.advice import BEST, alpha_for
+from nca_jax.advice import BEST, alpha_for, chosen_scores, plural
 from nca_jax.build import Run
 from nca_jax.chips import CHIPS
 from nca_jax.data.encode import Example
@@ -43,10 +43,10 @@ def what_a_step_sees(run: Run, num_micro: int, examples: Sequence[Example]) -> s
     data, k = run.config.data, run.config.data.num_responses
     up_to = "up to " if min(len(example.scores) for example in examples) < k else ""
     choice = CHOSEN[data.choose] if max(len(example.scores) for example in examples) > k else ""
-    rows = f"{data.rows} row" + "s" * (data.rows > 1)
+    rows = plural(num_micro * data.rows, "row")
     return (
-        f"each step sees {data.batch_size} prompts with {up_to}{k} responses each{choice}. Step 1 "
-        f"takes {num_micro} micro-batches of {rows} of {data.row_len} tokens"
+        f"each step sees {plural(data.batch_size, 'prompt')} with {up_to}{k} responses each"
+        f"{choice}. Step 1 takes {rows} of {data.row_len} tokens, {data.rows} at a time"
     )
 
 
@@ -60,15 +60,16 @@ def proposals(run: Run, examples: Sequence[Example]) -> list[str]:
     return [
         f"config.data.row_len={row_len}{_now(row_len, data.row_len)}: the longest prompt with its "
         f"responses takes {max(sizes)} tokens, the mean one {sum(sizes) / n:.0f}",
-        f"config.data.batch_size={batch}{_now(batch, data.batch_size)}: {n // batch} steps in a "
-        f"pass over {n} prompts",
+        f"config.data.batch_size={batch}{_now(batch, data.batch_size)}: "
+        f"{plural(n // batch, 'step')} in a pass over {plural(n, 'prompt')}",
         *_alpha(run.config, examples),
     ]
 
 
 def _alpha(config: ConfigDict, examples: Sequence[Example]) -> list[str]:
     """Returns a line for the temperature of the scores, where the loss has one and there is one."""
-    differing = [example.scores for example in examples if np.ptp(example.scores) > 0]
+    chosen = chosen_scores([example.scores for example in examples], config)
+    differing = [scores for scores in chosen if np.ptp(scores) > 0]
     if not LOSSES[config.loss.name].soft_labels or not differing:
         return []
     alpha = alpha_for(differing)
@@ -100,7 +101,7 @@ def memory(asked: ConfigDict, run: Run, sizes: Sequence[int]) -> list[str]:
         gib += PROCESS if platform == "cpu" else 0
         fits = [chip.name for chip in CHIPS.values() if gib <= chip.memory_gib]
         where = f"; fits {', '.join(fits) or 'none of them'}" if platform == "tpu" else ""
-        kind = f"{devices} {platform.upper()}" + "s" * (devices > 1)
+        kind = plural(devices, platform.upper())
         of_model = config.model
         lines.append(
             f"{kind:7s} {gib:7.1f} GiB each ({of_model.dtype}, remat {of_model.remat}{where})"

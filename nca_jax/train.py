@@ -31,7 +31,7 @@ from nca_jax.checks import run_main
 from nca_jax.data.encode import Example
 from nca_jax.data.pipeline import Dataset, eval_batches
 from nca_jax.evaluators import fill_reference, heldout_metrics
-from nca_jax.files import AnyPath, as_path, out_folder, write_json
+from nca_jax.files import AnyPath, as_path, out_folder, whole_lines, write_json
 from nca_jax.fit import Evaluator, fit, stalled_since
 from nca_jax.flags import parse_flags
 from nca_jax.infra import checkpoint, distributed, lock, profile, progress
@@ -39,7 +39,15 @@ from nca_jax.infra.fingerprint import tokenizer_fingerprint
 from nca_jax.infra.log import LOG, logged
 from nca_jax.infra.mesh import rows_here
 from nca_jax.infra.preemption import stop_asked
-from nca_jax.infra.records import extended, note_best, note_early_stop, read_run, record_run
+from nca_jax.infra.records import (
+    METRICS,
+    extended,
+    is_metrics,
+    note_best,
+    note_early_stop,
+    read_run,
+    record_run,
+)
 from nca_jax.infra.steps import best_step, saved_steps
 from nca_jax.infra.writer import MetricWriter, SilentWriter
 from nca_jax.params import best_is_high, copy_to_train, start_params, starts_at_reference
@@ -247,6 +255,8 @@ def train(
             print(f"a device held at most {peak}")
         took = progress.duration(time.perf_counter() - started)
         print(f"done: {steps} steps in {workdir}, {took} since the start")
+        if distributed.is_first():
+            print(*advice.after_training(whole_lines(workdir / METRICS, is_metrics)), sep="\n")
         can_evaluate, can_sample = bool(data.heldout), run.tokenizer is not None
         print(*what_next(workdir, can_evaluate=can_evaluate, can_sample=can_sample), sep="\n")
     return 0

@@ -81,6 +81,22 @@ def test_one_hot_targets_are_said_with_the_alpha_that_softens_them():
     assert f"; alpha {alpha:.2g} gives 0.6, and 0 says that hard labels are meant" in warning
 
 
+def test_targets_that_are_one_hot_but_for_ties_are_said():
+    tied = [*POINTS, [9.0, 1.0, 9.0]]
+    assert len(said(tied, config_of(",alpha=1.5"))) == 1
+    _, warning = said(tied, config_of(",alpha=0.1"))
+    assert "one-hot but for ties: scores span 1 to 9, alpha 0.1: the best has 0.9" in warning
+
+
+def test_a_run_of_few_prompts_of_which_none_is_held_out_is_warned_where_some_should_be():
+    scores = [np.array(one, np.float32) for one in POINTS]
+    for fraction, number in ((0.05, 1), (0.0, 0)):
+        config = config_of(",alpha=1.5", **{"data.eval_fraction": fraction})
+        _, *found = advice.before_training(scores, config, 2, num_heldout=0, num_devices=1)
+        assert len(found) == number
+        assert all("config.data.eval_fraction=0.2 (now 0.05)" in one for one in found)
+
+
 def test_uniform_targets_are_said_with_the_alpha_that_sharpens_them():
     small = [[x / 1000 for x in one] for one in POINTS]
     _, warning = said(small, config_of(",alpha=1"))
@@ -110,6 +126,24 @@ def test_epochs_of_less_than_one_step_are_refused_with_what_to_set(epochs, advis
     config = config_of(**{"epochs": epochs, "steps": 0, "data.batch_size": 32})
     with pytest.raises(UserError, match=rf"less than one step of .*=32 prompts.*{advised}"):
         build.num_steps(config, 24)
+
+
+def test_a_run_that_is_done_says_how_held_out_prompts_went_and_warns_where_their_loss_rose():
+    def went(split: str, *losses: float) -> list[dict]:
+        return [{"step": 2 * i, "split": split, "loss": loss} for i, loss in enumerate(losses)]
+
+    lines = [*went("train", 3.0, 4.0), *went("eval", 2.0, 1.5), *went("eval/hard", 1.0, 0.5, 1.5)]
+    well, badly, warning = advice.after_training(lines)
+    assert (
+        well
+        == "held-out prompts, from step 0 to 2: loss 2 to 1.5; the least loss was 1.5 at step 2"
+    )
+    assert badly.startswith(
+        "held-out prompts of hard, from step 0 to 4: loss 1 to 1.5; the least loss was 0.5"
+    )
+    assert "the loss of held-out prompts of hard ended above its start" in warning
+    assert "Lower config.optim.lr" in warning
+    assert advice.after_training(went("train", 1.0, 2.0) + went("eval", 1.0)) == []
 
 
 # The unit of scores
@@ -166,13 +200,15 @@ def test_a_bonus_in_the_datas_unit_is_refused_beside_another():
 
 def test_repeats_ties_and_records_of_few_responses_are_counted():
     record = {"prompt_ids": [1], "response_ids": [[2], [3], [4]], "scores": [0, 1, 2]}
+    cut = {"prompt_ids": [7], "response_ids": [[2], [3], [4] * 100], "scores": [0, 1, 2]}
     few = {"prompt_ids": [5], "response_ids": [[2], [3]], "scores": [0, 1]}
     tied = {"prompt_ids": [6], "response_ids": [[2], [3], [2]], "scores": [1, 1, 1]}
-    encode = [encode_one(one, data_config()) for one in (record, record, few, tied)]
+    encode = [encode_one(one, data_config()) for one in (record, record, few, tied, cut)]
     assert facts_of(encode, 3) == {
         "records with the prompt of an earlier one": 1,
         "records with equal responses of equal scores": 1,
         "records whose scores are all equal": 1,
+        "records cut to data.max_prompt_len and data.max_response_len": 1,
         "records with fewer responses than data.num_responses=3": 1,
     }
     assert not facts_of(encode[:1], 3)

@@ -76,10 +76,17 @@ def test_a_chunk_divides_its_row_and_its_logits_are_64_MiB_at_most(vocab_size):
     assert chunk * model.padded_vocab * 4 <= 64 * 2**20
 
 
-def test_a_run_is_evaluated_and_saved_ten_times_and_not_evaluated_where_none_is_held_out():
-    found = chosen()  # 40 steps of 16
-    assert (found["eval_every"], found["save_every"]) == (4, 4)
-    assert chosen("epochs=0", "steps=7")["save_every"] == 1
+def test_a_run_is_evaluated_and_saved_ten_times_at_most_and_a_short_one_saved_less_often():
+    def every(steps: int) -> tuple[int, int]:
+        found = chosen("epochs=0", f"steps={steps}")
+        return found["eval_every"], found["save_every"]
+
+    assert every(400) == (40, 40)
+    assert every(16) == (2, 10)
+    assert every(7) == (1, 10)
+
+
+def test_a_run_is_not_evaluated_where_none_is_held_out():
     assert chosen(num_heldout=0)["eval_every"] == 0
 
 

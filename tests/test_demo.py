@@ -10,8 +10,16 @@ import pytest
 from commands import QUICK, ROOT
 
 pytest.importorskip("matplotlib")
-pytest.importorskip("vaderSentiment")
 from experiments.demo import run as demo  # noqa: E402  (it plots)
+
+
+def test_the_reward_is_the_share_of_the_films_words():
+    asked = {"prompt": "Finish this review of a heist comedy set in a zoo in one sentence: So"}
+    responses = ["A Heist of comedies.", "It was a comedian's.", "Nothing."]
+    np.testing.assert_allclose(demo.of_the_film([asked] * 3, responses), [1, 0.5, 0])
+    rows = demo.scored_rows()
+    spread = np.array([np.ptp(row["scores"]) for row in rows])
+    assert len(rows) == 320 and (spread >= 0.5).sum() > demo.STEPS * demo.BATCH
 
 
 def test_intervals_are_of_paired_differences_over_prompts():

@@ -1,6 +1,7 @@
 """The training loop on its own, with a step that computes nothing: when it reads, writes, saves."""
 
 import gc
+import time
 import weakref
 
 import jax
@@ -102,6 +103,22 @@ def test_a_step_is_written_under_its_own_number_at_every_log_every_and_at_the_en
     assert writer.steps("train") == [1, 5, 10, 12]
     assert [metrics["loss"] for _, _, metrics in writer.lines] == [1, 5, 10, 12]
     assert all(metrics["step_seconds"] > 0 for _, _, metrics in writer.lines)
+
+
+def test_a_step_that_is_saved_at_once_is_timed_until_it_is_done(run_of):
+    class Late:
+        def __array__(self):
+            time.sleep(0.05)
+            return np.float32(0)
+
+    counts, writer = fake_step(), Lines()
+
+    def step(*args):
+        state, metrics = counts(*args)
+        return state, metrics | {"late": Late()}
+
+    train(*run_of("--config.save_every=1"), step, 3, writer=writer, checkpoints=Saves())
+    assert all(metrics["step_seconds"] >= 0.05 for _, _, metrics in writer.lines)
 
 
 def test_a_bad_step_is_noticed_one_step_later_however_rarely_steps_are_logged(run_of):

@@ -53,9 +53,9 @@ def test_inspect_shows_packing_and_the_histogram_of_lengths(shown):
 
 
 def test_inspect_says_what_a_step_sees_what_suits_the_data_and_what_memory_it_takes(shown):
-    assert "each step sees 2 prompts with 2 responses each. Step 1 takes 1 micro-batch" in shown
+    assert "each step sees 2 prompts with 2 responses each. Step 1 takes 8 rows of 512" in shown
     assert "config.data.row_len=256 (now 512): the longest prompt with its responses takes" in shown
     assert re.search(r"config\.loss\.alpha=[\d.]+ \(now 1\): the best response then has", shown)
-    assert "config.data.batch_size=2: 1 steps in a pass over 2 prompts" in shown
+    assert "config.data.batch_size=2: 1 step in a pass over 2 prompts" in shown
     places = ("1 CPU", "1 GPU", "8 GPUs", "1 TPU", "8 TPUs")
     assert all(f"\n{place} " in shown for place in places) and "fits v4, v5e, v5p, v6e" in shown

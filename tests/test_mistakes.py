@@ -27,6 +27,8 @@ FLAGS = {
     "bf16": ("--bf16", "Did you mean --config.model.dtype?"),
     "model": ("--model_name_or_path=x", "Did you mean --config.model.init_from?"),
     "output_dir": ("--output_dir=x", "Did you mean --workdir?"),
+    "algo": ("--config.algo=dpo", "Did you mean config.loss.name?"),
+    "resume": ("--resume_from_checkpoint=x", "Did you mean --workdir?"),
     # slips
     "no section": ("--config.batch_size=4", "Did you mean config.data.batch_size?"),
     "another section": ("--config.data.lr=1", "Did you mean config.optim.lr?"),
@@ -59,6 +61,8 @@ FLAGS = {
     "devices that are left": ("--config.mesh.tensor=3", "does not fill the 8 devices"),
     "heads over devices": ("--config.mesh.tensor=8", "does not divide"),
     "another kernel": ("--config.model.attention=splash", "config.data.block in multiples of 128"),
+    "rows of fewer devices": ("--config.data.rows=12", "set config.data.rows=16"),
+    "held out twice": ("--config.data.eval_files=x", "set config.data.eval_fraction=0 with it"),
     "more devices": ("--config.mesh.fsdp=16", "the 8 devices"),
     "remat of unrolled layers": ("--config.model.remat=full", "set config.model.scan_layers=True"),
     "one response": ("--config.data.num_responses=1", "set config.data.num_responses=2"),
@@ -99,6 +103,7 @@ COMMANDS = {
     "a field as an argument": ("inspect --config=configs/jsonl.py:lr=1", "--config.section.field"),
     "a slip in an argument": ("inspect --config=configs/jsonl.py:file=x", "Did you mean files?"),
     "an argument in words": ("inspect --config=configs/jsonl.py:k=four", "a whole number"),
+    "an argument apart": ("inspect --config=configs/jsonl.py files=x", "--config=FILE:name=value"),
     "an argument without value": ("inspect --config=configs/jsonl.py:files", "give files=VALUE"),
     "no model": ("inspect --config=configs/jsonl.py:files=x", "set config.model.name"),
     "no such loss": ("inspect --config=configs/jsonl.py:files=x,algo=ppo", "wanted one of nca"),
@@ -136,6 +141,10 @@ COMMANDS = {
         "score --rows={dir}/rows.jsonl --out={dir}/out.jsonl --scorer=lenght",
         "is not one of vader, length",
     ),
+    "a scorer of no command": (
+        "score --rows={dir}/rows.jsonl --out={dir}/out.jsonl --scorer=command:",
+        "write command:CMD",
+    ),
     "a scorer that is not there": (
         "score --rows={dir}/rows.jsonl --out={dir}/out.jsonl --scorer=command:./mine.py",
         "cannot be started",
@@ -170,6 +179,12 @@ RECORDS = {
     "comma-separated values": ("prompt,response,score", "not JSON"),
     "a rejected that lacks": ({"prompt": "a", "chosen": "b"}, "rejected"),
 }
+
+
+def test_a_file_of_another_encoding_is_said_to_be_so(fails, folder):
+    (folder / "wide.jsonl").write_text(json.dumps(GOOD) + "\n", encoding="utf-16")
+    error = fails("train", *words(TRAIN, folder), f"--config.data.files={folder}/wide.jsonl")
+    assert f"{folder}/wide.jsonl:1: not UTF-8" in error
 
 
 def test_a_file_without_records_is_named(fails, folder):

@@ -141,6 +141,15 @@ def test_what_changed_is_said_with_the_interval_over_prompts_or_the_spread_of_th
     assert summary.what_changed([results.Run("nca", [], {}, {})]) == ""
 
 
+def test_without_samples_the_accuracy_says_what_changed_from_one_half_on():
+    lines = [
+        {"step": step, "split": "eval", "accuracy": released, "accuracy_half_ties": known}
+        for step, released, known in ((0, 0.0, 0.5), (5, 0.6, 0.6))
+    ]
+    said = "The held-out accuracy rose from 0.500 to 0.600 (+0.100)."
+    assert summary.what_changed([results.Run("nca", lines, {}, {})]) == said
+
+
 @pytest.mark.parametrize(("seeds", "bands"), [(2, 0), (3, 1)])
 def test_a_band_wants_three_seeds(tmp_path, seeds, bands):
     for seed in range(seeds):
@@ -156,7 +165,10 @@ def test_losses_of_other_kinds_are_not_drawn_in_one_plot(tmp_path):
         write_run(tmp_path / f"beta/seed={seed}", arg="algo=nca,seed=1")
     runs = results.find_runs([tmp_path])
     # One metric that is in the unit of the loss, and one that is not.
-    lines = [{"step": step, "split": "train", "excess": 0.1, "accuracy": 0.5} for step in (1, 2)]
+    lines = [
+        {"step": step, "split": "train", "excess": 0.1, "accuracy_half_ties": 0.5}
+        for step in (1, 2)
+    ]
     figure = plots.curves([run._replace(lines=lines) for run in runs])
     titles = {axes.get_title(): len(axes.lines) for axes in figure.axes if axes.get_visible()}
     assert titles == {

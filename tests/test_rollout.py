@@ -221,3 +221,23 @@ def test_evaluate_gives_a_scorer_the_whole_record(run, monkeypatch, capsys):
         {"prompt": turns, "policy": ["bc", "def"], "policy_scores": [12.0, 13.0]}
         | {"reference": ["bc", "def"], "reference_scores": [12.0, 13.0]}
     ]
+
+
+def test_the_interval_of_a_held_out_set_with_a_name_goes_by_its_own_prompts(
+    config, tmp_path, monkeypatch, capsys
+):
+    lines = (tmp_path / "rows.jsonl").read_text().splitlines(keepends=True)
+    for name, few in (("a", lines[:3]), ("b", lines[3:8])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(few))
+    for part in ("policy_params", "reference_params", "heldout_responses"):
+        monkeypatch.setattr(evaluate, part, lambda *_: None)
+    monkeypatch.setattr(evaluate, "fill_reference", lambda logps, params, batches: batches)
+    monkeypatch.setattr(evaluate, "metrics_of", lambda *_: {"loss": 1.0})
+    monkeypatch.setattr(evaluate, "errors_of", lambda *_: {"loss_se": 0.1})
+    sets = f"--config.data.eval_files=a={tmp_path}/a.jsonl,b={tmp_path}/b.jsonl"
+    sets = (sets, "--config.data.eval_fraction=0")
+    evaluate.main(["evaluate", *config, *sets, "--num_prompts=0", f"--out={tmp_path}/e.json"])
+    said = capsys.readouterr().out.split("the responses in the data to ")[1:]
+    assert [one.splitlines()[0] for one in said] == ["3 held-out prompts", "5 held-out prompts"]
+    assert "a/loss" in said[0] and "0.5697 to 1.4303" in said[0]  # t of 2 degrees is 4.303
+    assert "b/loss" in said[1] and "0.7224 to 1.2776" in said[1]  # of 4 it is 2.776

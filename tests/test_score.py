@@ -112,7 +112,7 @@ def test_a_command_that_fails_or_writes_no_scores_is_named(tmp_path, program, sa
         ("length", ROW | {"responses": [["a"]]}, "rows.jsonl:1: a response is not text"),
         ("answer", {"prompt": "q", "responses": ["a"]}, "rows.jsonl:1: the scorer answer wants"),
         ("command:no-such-program -x", ROW | {"responses": ["a"]}, "cannot be started"),
-        ("command:", ROW | {"responses": ["a"]}, "cannot be started"),
+        ("command:", ROW | {"responses": ["a"]}, "names no command"),
     ],
 )
 def test_what_cannot_be_scored_is_said(tmp_path, scorer, row, said):

@@ -1,19 +1,22 @@
-"""The demo: SmolLM2-135M-Instruct learns from scored film reviews, by NCA and beside it by DPO.
+"""The demo: SmolLM2-135M-Instruct learns to speak of the film it is asked about, by NCA and DPO.
 
     make demo      or      python -m experiments.demo.run [--seed=0] [--out=runs/demo] [--smoke]
 
-Both start from the same model and see the same prompts: NCA four responses and their scores, DPO
-the best and the worst of them. The responses are the model's own, so those of held-out records say
-what it was like before. One process does all, by the functions that the commands are made of. It
-prints what changed, and writes
+The reward is the share of the film's words that an answer has: so small a model learns more of it
+in ten steps than of sentiment. Both start from the same model and see the same prompts: NCA four
+responses and their scores, DPO the best and the worst of them. The responses are the model's own,
+so those of held-out records say what it was like before. One process does all, by the functions
+that the commands are made of. It prints what changed, and writes
     OUT/summary.json    the numbers; an interval is half the width of the 95% one, over prompts
     OUT/report.html     the same, with curves and samples, in one self-contained page
+    OUT/rows.jsonl      the records with that reward
     OUT/nca, OUT/dpo    of each arm metrics.jsonl, config.json, run.json and evaluation.json
 """
 
 import argparse
 import contextlib
 import math
+import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -30,6 +33,7 @@ from nca_jax.build import Run, build, read_data
 from nca_jax.checks import run_main
 from nca_jax.data.encode import Example, Prompt
 from nca_jax.data.pipeline import Dataset, eval_batches
+from nca_jax.data.sources import write_records
 from nca_jax.files import out_folder, whole_lines, write_json
 from nca_jax.fit import fit
 from nca_jax.flags import parse_flags
@@ -37,13 +41,14 @@ from nca_jax.infra.records import record_run
 from nca_jax.infra.writer import MetricWriter
 from nca_jax.params import start_params
 from nca_jax.programs import build_optimizer, jit_step_logps, jit_train_step, start_state
-from nca_jax.rewards.scorers import get_scorer
+from nca_jax.rewards.scorers import Scorer
 from nca_jax.rollout import Record, rollout
 from nca_jax.saved_config import CONFIG, config_json
 from nca_jax.train_step import Frozen
 
 ROWS = Path("experiments/demo/rows.jsonl")
-TITLE = "SmolLM2-135M learns to review films kindly: NCA, and DPO beside it"
+TITLE = "SmolLM2-135M learns to speak of the film: NCA, and DPO beside it"
+FILM = re.compile(r"Finish this review of (.*) in one sentence:")
 STEPS, BATCH = 10, 4  # prompts a step
 NUM_ANSWERED, NUM_COMPARED = 62, 20  # held-out prompts: for the reward, for likelihoods
 NUM_SHOWN = 3  # of those answered, on the screen
@@ -59,6 +64,7 @@ FLAGS = (
     "--config.reference.cache=unread",  # it is computed here, for the prompts that are needed
     "--config.model.scan_layers=True",  # compiles in a fraction of the time
     f"--config.generate.batch_size={2 * NUM_ANSWERED}",
+    "--config.generate.scorer=",  # it is `of_the_film`
     "--config.log.tensorboard=False",
 )
 
@@ -80,6 +86,9 @@ def main(argv: list[str]) -> int:
         print(f"{time.perf_counter() - began:4.0f} s  {what}", flush=True)
 
     say("Reading the model and the records.")
+    rows = scored_rows()
+    out_folder(args.out)
+    write_records(args.out / ROWS.name, rows)
     run = build(config_of("nca", args))
     data = read_data(run)
     by_span = sorted(data.sources[0], key=lambda example: -np.ptp(example.scores))
@@ -103,7 +112,7 @@ def main(argv: list[str]) -> int:
                 say(f"NCA: answering {len(answered)} held-out prompts.")
                 answers = answers_to(arm, policy, answered, args.seed)
     say("Writing the page.")
-    samples = beside_reference(answers)
+    samples = beside_reference(answers, rows)
     summary = measure(samples, drifts)
     for algo, drift in drifts.items():
         metrics = {"chosen_logp_drift": float(drift.mean())}
@@ -119,9 +128,32 @@ def main(argv: list[str]) -> int:
     return status
 
 
+def scored_rows() -> list[Record]:
+    """Returns the records with the demo's reward in place of their own."""
+
+    def scored(record: Record) -> Record:
+        responses = record["responses"]
+        return record | {"scores": of_the_film([record] * len(responses), responses).tolist()}
+
+    return [scored(record) for record in whole_lines(ROWS)]
+
+
+def of_the_film(records: Sequence[Record], responses: Sequence[str]) -> np.ndarray:
+    """The share of the film's words, by their first five letters, that a response has: [N]."""
+
+    def share(prompt: str, response: str) -> float:
+        film = FILM.match(prompt)
+        words = re.findall("[a-z]{4,}", film[1].lower()) if film else []
+        return sum(word[:5] in response.lower() for word in words) / max(1, len(words))
+
+    pairs = zip(records, responses, strict=True)
+    return np.array([share(record["prompt"], text) for record, text in pairs])
+
+
 def config_of(algo: str, args: argparse.Namespace) -> ConfigDict:
     """Returns the config of an arm: configs/sentiment.py with the demo's settings."""
-    where = f"--config=configs/sentiment.py:algo={algo},files={ROWS},seed={args.seed}"
+    files = args.out / ROWS.name
+    where = f"--config=configs/sentiment.py:algo={algo},files={files},seed={args.seed}"
     row_len = ROW_LEN[algo]
     rows = (f"--config.data.row_len={row_len}", f"--config.loss.logits_chunk={row_len // 2}")
     return parse_flags(["demo", where + (",smoke" if args.smoke else ""), *FLAGS, *rows])[0]
@@ -167,12 +199,12 @@ def train(
 def answers_to(run: Run, policy: Params, examples: Sequence[Example], seed: int) -> list[Record]:
     """Returns a record of each prompt with the policy's own answers and their scores."""
     prompts = [Prompt(x.where, x.group.prompt, x.record) for x in examples]
-    return rollout(run, policy, prompts, get_scorer(run.config.generate.scorer), seed)
+    return rollout(run, policy, prompts, Scorer(of_the_film), seed)
 
 
-def beside_reference(answers: Sequence[Record]) -> list[Record]:
+def beside_reference(answers: Sequence[Record], rows: Sequence[Record]) -> list[Record]:
     """Returns the policy's answers beside those of the records, as evaluation.json has samples."""
-    records = {record["prompt"]: record for record in whole_lines(ROWS)}
+    records = {record["prompt"]: record for record in rows}
     return [
         {
             "prompt": record["prompt"],
@@ -210,7 +242,7 @@ def told_of(summary: dict[str, float], samples: Sequence[Record]) -> str:
 
     lines = [
         "",
-        f"Reward of its own answers to {len(samples)} held-out prompts, in [-1, 1]:",
+        f"Share of the film's words in its own answers to {len(samples)} held-out prompts:",
         f"  before {summary['reward_reference']:+.2f}, after NCA {summary['reward']:+.2f}: "
         f"{with_interval('reward_difference')}",
         "Log-likelihood of the best of four held-out answers, change in nats:",

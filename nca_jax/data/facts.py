@@ -9,7 +9,7 @@ from nca_jax.data.encode import Example
 
 
 def facts_of(examples: Sequence[Example], k: int) -> Counter[str]:
-    """Counts repeated prompts and responses, ties, and records that do not fill a step's K = `k`.
+    """Counts repeats, ties, what is cut, and records that do not fill a step's K = `k`.
 
     Equal responses of different scores are counted where they are read, see `record`.
     """
@@ -19,6 +19,9 @@ def facts_of(examples: Sequence[Example], k: int) -> Counter[str]:
             - len({example.prompt_hash for example in examples}),
             "records with equal responses of equal scores": sum(map(_repeats, examples)),
             "records whose scores are all equal": sum(map(_is_tied, examples)),
+            "records cut to data.max_prompt_len and data.max_response_len": sum(
+                example.num_cut > 0 for example in examples
+            ),
             f"records with fewer responses than data.num_responses={k}": sum(
                 len(example.scores) < k for example in examples
             ),

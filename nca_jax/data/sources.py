@@ -69,7 +69,10 @@ class JsonlSource:
         except UnicodeEncodeError as error:
             what = f"text is not Unicode ({error})"
             raise RecordError(what, reason="text", where=where) from None
-        except (ValueError, RecursionError) as error:  # bad JSON or bad UTF-8; nested too deep
+        except UnicodeDecodeError as error:
+            what = f"not UTF-8 ({error}); write the file anew as that"
+            raise RecordError(what, reason="json", where=where) from None
+        except (ValueError, RecursionError) as error:  # bad JSON; nested too deep
             what = f"not JSON ({error}); wanted a JSON object on each line"
             raise RecordError(what, reason="json", where=where) from None
         if not isinstance(record, dict):

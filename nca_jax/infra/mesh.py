@@ -89,10 +89,15 @@ def check_divides(mesh: Mesh, model_config: ModelConfig, rows: int) -> None:
         ("padded vocabulary over mesh.tensor", c.padded_vocab, tensor),
         ("model width over mesh.fsdp * mesh.expert", c.width, fsdp * expert),
         ("experts over mesh.expert", c.num_experts, expert),
-        ("data.rows over mesh.data * mesh.fsdp * mesh.expert", rows, row_shards(mesh)),
     ):
         if size % parts:
             raise UserError(f"{size} {name} = {parts} does not divide; change one of the two.")
+    shards = row_shards(mesh)
+    if rows % shards:
+        raise UserError(
+            f"{rows} data.rows over mesh.data * mesh.fsdp * mesh.expert = {shards} does not "
+            f"divide; set config.data.rows={-(-rows // shards) * shards}."
+        )
 
 
 def check_split(mesh: Mesh, arrays: Any, shardings: Any, *, copied_over: str) -> None:

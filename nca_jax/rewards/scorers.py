@@ -131,7 +131,7 @@ def by_command(
                 encoding="utf-8",
                 errors="replace",
             )
-        except (OSError, ValueError, IndexError) as error:  # not there, an open quote, empty
+        except (OSError, ValueError) as error:  # not there, an open quote
             raise UserError(f"{who} cannot be started: {error}.") from None
         with process:
             threading.Thread(target=_feed, args=(process.stdin, lines), daemon=True).start()
@@ -183,6 +183,8 @@ def get_scorer(name: str) -> Scorer | None:
     Raises:
       UserError: no scorer has that name.
     """
+    if name.strip() == COMMAND:
+        raise UserError(f"The scorer {COMMAND} names no command: write {COMMAND}CMD.")
     if name.startswith(COMMAND):
         return Scorer(functools.partial(by_command, name.removeprefix(COMMAND)))
     if name and name not in SCORERS:
