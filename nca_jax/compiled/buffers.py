@@ -129,10 +129,9 @@ def _origin(names: list[str], by_name: dict[str, str], sources: dict[str, str]) 
 def _sources(program: str) -> dict[str, str]:
     """Returns the innermost line of this package, "train_step.py:143", of each stack frame."""
 
-    def table(title: str, entry: str) -> dict[str, tuple[str, ...]]:
+    def table(title: str, entry: str) -> dict[str, list[str]]:
         text = re.search(rf"^{title}\n((?:\d+ .*\n)*)", program, re.MULTILINE)
-        lines = text[1].splitlines() if text else []
-        return {n: rest for n, *rest in (re.match(entry, line).groups() for line in lines)}
+        return {n: rest for n, *rest in re.findall(entry, text[1] if text else "")}
 
     files = table("FileNames", r'(\d+) "(.*)"')
     places = table("FileLocations", r"(\d+) \{file_name_id=(\d+) .*?line=(\d+)")
