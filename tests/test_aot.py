@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import multiprocessing
 import re
 
 import jax
@@ -203,6 +204,15 @@ def test_a_report_says_what_memory_is_for_and_what_does_not_fit(
     largest = program["temporaries"][0]
     assert "DOES NOT FIT" in said and f"{largest['shape']} of {largest['name']}" in said
     assert "asynchronous" not in said  # of calls of 1 MiB, which a small model does not make
+
+
+@pytest.mark.slow
+def test_a_compiler_that_dies_is_said_and_leaves_no_process():
+    config, _ = parse_flags(["aot", "--config=configs/jsonl.py:files=x,smoke", *SMOKE])
+    run = build.build_for(config, jax.devices())
+    with pytest.raises(RuntimeError, match="Compiling train ended without an answer"):
+        aot.compile_apart("train", run, "none:1x1", 1, with_code=False)
+    assert not multiprocessing.active_children()
 
 
 def test_fit_takes_the_least_recomputation_then_the_most_rows(capsys):
