@@ -266,7 +266,7 @@ def compile_program(name: str, run: build.Run, *, with_code: bool) -> dict[str, 
     temporaries = largest_temporaries(written.buffers, written.live, written.program, NUM_LARGEST)
     sent = calls(written.program, [slice_of(device) for device in run.mesh.devices.flat])
     report = {
-        "fits": total <= limit,  # the compiler refuses what is far too large, not all that is
+        "fits": total <= limit,
         "memory": {
             **{kind: num_bytes / GIB for kind, num_bytes in needed._asdict().items()},
             "total": total,

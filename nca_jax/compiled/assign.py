@@ -17,22 +17,22 @@ LAST = "*-memory-usage-report.txt"  # of what is read here and written before th
 
 
 class Assigned(NamedTuple):
-    """What the compiler writes of a program before it generates code; "" where it does not."""
+    """What the compiler writes of a program before it generates code."""
 
     program: str  # the optimised module
     buffers: str  # the buffer assignment
     live: str  # the ranges over which buffers are alive
-    refusal: str  # why the compiler found that it does not fit, in its words; "" where it did not
 
 
 def assign(lowered: Lowered, *, with_code: bool) -> Assigned:
-    """Compiles a program, and returns what the compiler writes of it.
+    """Compiles a program, and returns what the compiler writes of it, whether or not it fits.
 
     Without code this returns while the compiler goes on in a thread, and only the end of the
-    process stops that. The compile cache of JAX must be off: what comes from it is not written.
+    process stops that. The compile cache of JAX must be off: of what comes from it nothing is
+    written.
 
     Raises:
-      JaxRuntimeError: the compiler failed for another reason than memory.
+      JaxRuntimeError: the compiler failed, for another reason than the device's memory.
     """
     executor = ThreadPoolExecutor(1)
     with TemporaryDirectory(ignore_cleanup_errors=True) as name:
@@ -40,17 +40,14 @@ def assign(lowered: Lowered, *, with_code: bool) -> Assigned:
         compiling = executor.submit(lowered.compile, {"xla_dump_to": name})
         while not compiling.done() and (with_code or not list(folder.glob(LAST))):
             time.sleep(0.1)
-        refusal = ""
         if compiling.done():
             try:
                 compiling.result()
             except jax.errors.JaxRuntimeError as error:
-                refusal = str(error).splitlines()[0]
-                if "RESOURCE_EXHAUSTED" not in refusal:
+                if "Ran out of memory on HBM" not in str(error):
                     raise
 
         def read(ending: str) -> str:
-            written = sorted(folder.glob(f"*after_optimizations{ending}.txt"))
-            return written[0].read_text() if written else ""
+            return next(folder.glob(f"*after_optimizations{ending}.txt")).read_text()
 
-        return Assigned(read(""), read("-buffer-assignment"), read("-live-range"), refusal)
+        return Assigned(read(""), read("-buffer-assignment"), read("-live-range"))

@@ -1,11 +1,14 @@
 """What a program holds in a device's memory, read from the compiler's buffer assignment.
 
-The compiler lays out every buffer before it generates code, and that layout is what a device sets
-aside: arguments, outputs that are no donated argument, and one block of temporaries in which places
-are used again. `compiled.memory_analysis()` says less. On TPUs its temporaries are too many by
-gigabytes (11.03 GiB where 7.12 are laid out, Mistral-7B on v5e:4x4), and its peak counts the chip's
-scratch memory too, and neither padding nor gaps (12.13 where 12.19 are laid out; a small program
-that lives in scratch memory has three times what it needs); on CPU its peak leaves temporaries out.
+The compiler lays out every buffer before it generates code: arguments, outputs that are no donated
+argument, and one block of temporaries in which places are used again. Their sum is what a device
+sets aside, and what a TPU's compiler judges by: it refuses a program whose sum is more than the
+chip has, and names the sum ("HLO temporaries", arguments included).
+
+`compiled.memory_analysis()` says less. On TPUs its temporaries are too many by gigabytes (11.03 GiB
+where 7.12 are laid out, Mistral-7B on v5e:4x4), and its peak has the chip's scratch memory (vmem)
+in it and no padding or gaps (12.13 where 12.19 are laid out; 76 MB for a small program that needs
+25 and computes in vmem). On CPU its peak leaves the temporaries out.
 
 The program's own code, 0.05 to 0.1 GiB for a model in a loop over layers, is in none of these.
 """
@@ -120,7 +123,7 @@ def _origin(names: list[str], by_name: dict[str, str], sources: dict[str, str]) 
             text = by_name.get(name, "")
             if found := re.search(r'op_name="([^"]+)"', text):
                 frame = re.search(r"stack_frame_id=(\d+)", text)
-                return found[1], sources.get(frame[1], "") if frame else ""
+                return found[1].replace("\\", ""), sources.get(frame[1], "") if frame else ""
         operand = re.match(r"[\w\-]+\(%?([\w.\-]+)", by_name.get(names.pop(0), ""))
         names = [operand[1]] if operand else names
     return "", ""

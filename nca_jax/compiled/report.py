@@ -1,8 +1,10 @@
 """A compiled program in words: memory, largest temporaries, collectives."""
 
+import re
 from typing import Any
 
 GIB = 2**30
+LOOPS = re.compile(r"^jit\(\w+\)/|while/body/|closed_call/")  # what says little in a name
 
 
 def print_report(report: dict[str, Any]) -> None:
@@ -29,14 +31,13 @@ def print_report(report: dict[str, Any]) -> None:
         print(f"{name}: compiled in {program['compile_seconds']:.0f} s")
         if not program["fits"]:
             print(f"  DOES NOT FIT: {program['reason']}")
-        memory = program["memory"]
-        print("  GiB a chip: " + ", ".join(f"{key} {gib:.2f}" for key, gib in memory.items()))
+        memory = program["memory"].items()
+        print("  GiB a chip: " + ", ".join(f"{key} {gib:.2f}" for key, gib in memory if gib))
         for one in program["temporaries"]:
             several = f"{one['times']} x " if one["times"] > 1 else ""
-            print(
-                f"    {one['bytes'] / GIB:.3f} GiB: {several}{one['shape']} of {one['name']}"
-                + (f" ({one['source']})" if one["source"] else "")
-            )
+            name = LOOPS.sub("", one["name"])
+            source = f" ({one['source']})" if one["source"] else ""
+            print(f"    {one['bytes'] / GIB:.3f} {several}{one['shape']} {name}{source}")
         for one in program["collectives"]:
             print(
                 f"  {one['kind']} over {one['network']}: {one['bytes'] / GIB:.3f} GiB a chip in "
