@@ -79,8 +79,8 @@ def main(argv: list[str]) -> int:
     if unknown := set(wanted) - set(PREPARE):
         raise UserError(f"--programs: wanted some of {', '.join(PREPARE)}, got {sorted(unknown)}.")
     devices = topology_devices(flags.topology, flags.num_slices)
-    mesh = {x: v for x, v in changes_for(config, devices, 0).items() if x.startswith("mesh.")}
-    asked = changed(config, mesh)
+    needed = changes_for(config, devices, 0)
+    asked = changed(config, needed)
     config = build.build_for(asked, devices).config
     for line in auto.chosen(asked, config):
         print(line)
@@ -101,7 +101,7 @@ def main(argv: list[str]) -> int:
         "chips": len(devices),
         "device_kind": devices[0].device_kind,
         "mesh": dict(run.mesh.shape),
-        "changes": mesh | changes,
+        "changes": needed | changes,
         "config": flatten(run.config),
         **implied(run),
         "programs": {name: compiled(name, run, with_code=flags.code) for name in wanted},

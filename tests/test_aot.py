@@ -206,6 +206,21 @@ def test_a_report_says_what_memory_is_for_and_what_does_not_fit(
     assert "asynchronous" not in said  # of calls of 1 MiB, which a small model does not make
 
 
+def test_rows_that_do_not_divide_over_the_chips_are_changed_and_said(monkeypatch, capsys):
+    memory = {"total": 2.0, "limit": 1.0, "margin": -1.0}
+    overlap = {"times": 2, "bytes": 2**30, "async_times": 1, "async_bytes": 2**29}
+    program = {"fits": False, "reason": "2.00 of 1.00 GiB", "memory": memory, "temporaries": []}
+    program |= {"collectives": [], "overlap": overlap, "compile_seconds": 1.0}
+    monkeypatch.setattr(aot, "topology_devices", lambda name, num_slices: jax.devices())
+    monkeypatch.setattr(aot, "compile_apart", lambda *args, with_code: program)
+    flags = ("--config.data.rows=12", "--topology=v5e:2x4", "--programs=train")
+    assert aot.main(["aot", "--config=configs/jsonl.py:files=x,smoke", *flags]) == 1
+    said = capsys.readouterr().out
+    assert "to run there: --config.data.rows=16" in said
+    assert "DOES NOT FIT: 2.00 of 1.00 GiB" in said
+    assert "asynchronous, of the calls of 1 MiB and more: 1 of 2, 0.500 of 1.000 GiB" in said
+
+
 @pytest.mark.slow
 def test_a_compiler_that_dies_is_said_and_leaves_no_process():
     config, _ = parse_flags(["aot", "--config=configs/jsonl.py:files=x,smoke", *SMOKE])
