@@ -47,6 +47,7 @@ allocation 5: size 67584, preallocated-temp:
  value: <7 dot.2 @0> (size=16384,offset=18432): f32[4,8,128]{2,1,0}
  value: <8 while.1{2} (phi) @0> (size=16384,offset=34816): f32[4,8,128]{2,1,0}
  value: <9 add.1 @0> (size=16384,offset=34816): f32[4,8,128]{2,1,0}
+ value: <11 broadcast.7 @0> (size=512,offset=67072): s32[8]{0}
  value: <10 gone @0> (size=32768,offset=34816): f32[8,8,128]{2,1,0}
 """
 LIVE = """HloLiveRange (max 9):
@@ -59,6 +60,7 @@ LIVE = """HloLiveRange (max 9):
     p{}: 4096 bytes (cumulative: 53248 bytes)
     scratch{}: 2048 bytes (cumulative: 55296 bytes)
     cast.1{}: 2048 bytes (cumulative: 57344 bytes)
+    broadcast.7{}: 512 bytes (cumulative: 57856 bytes)
   Stack trace breakdown for peak usage: 57 344 bytes
 """
 
@@ -75,6 +77,7 @@ def test_temporaries_alive_at_the_peak_are_named_by_what_they_come_from():
         Temporary(32768, 2, step, "jit(step)/dot", ""),  # no line of this package
         Temporary(16384, 1, step, "jit(step)/add", "models/decoder.py:145"),  # of the loop's tuple
         Temporary(2048, 1, "bf16[8,128]", "params['w']", ""),  # the compiler's own conversion
+        Temporary(512, 1, "s32[8]", "broadcast.7", ""),  # of nothing that has a name
     ]
     assert len(largest_temporaries(ASSIGNMENT, LIVE, PROGRAM, 2)) == 2
 

@@ -115,9 +115,11 @@ def _temporaries(assignment: str) -> Iterator[tuple[str, _Value]]:
 def _origin(names: list[str], by_name: dict[str, str], sources: dict[str, str]) -> tuple[str, str]:
     """Returns (the name of the operation, its source line) that one of these values comes from.
 
-    The compiler's own copies and conversions have no name: they go by what they are of.
+    The compiler's own copies and conversions have no name: they go by what they are of, and else
+    by the instruction.
     """
     names = [name.partition("{")[0] for name in names]
+    first = names[0]
     while names:
         for name in names:
             text = by_name.get(name, "")
@@ -126,7 +128,7 @@ def _origin(names: list[str], by_name: dict[str, str], sources: dict[str, str]) 
                 return found[1].replace("\\", ""), sources.get(frame[1], "") if frame else ""
         operand = re.match(r"[\w\-]+\(%?([\w.\-]+)", by_name.get(names.pop(0), ""))
         names = [operand[1]] if operand else names
-    return "", ""
+    return first, ""
 
 
 def _sources(program: str) -> dict[str, str]:
