@@ -51,17 +51,18 @@ allocation 5: size 67584, preallocated-temp:
  value: <10 gone @0> (size=32768,offset=34816): f32[8,8,128]{2,1,0}
 """
 LIVE = """HloLiveRange (max 9):
+  InstructionSequence:
+    0:p
   BufferLiveRange:
+    p{}:0-9
     gone{}:0-3
-  Live ranges at 5 (peak):
-    while.1{2}: 16384 bytes (cumulative: 16384 bytes)
-    dot.1{}: 16384 bytes (cumulative: 32768 bytes)
-    dot.2{}: 16384 bytes (cumulative: 49152 bytes)
-    p{}: 4096 bytes (cumulative: 53248 bytes)
-    scratch{}: 2048 bytes (cumulative: 55296 bytes)
-    cast.1{}: 2048 bytes (cumulative: 57344 bytes)
-    broadcast.7{}: 512 bytes (cumulative: 57856 bytes)
-  Stack trace breakdown for peak usage: 57 344 bytes
+    scratch{}:0-9
+    dot.1{}:2-6
+    dot.2{}:4-6
+    while.1{2}:4-5
+    add.1{}:5-7
+    broadcast.7{}:5-5
+    cast.1{}:0-9
 """
 
 
@@ -71,7 +72,7 @@ def test_memory_is_what_is_set_aside_on_the_device_and_the_host_apart():
     assert found.total == 4096 + 512 + 64 + 67584
 
 
-def test_temporaries_alive_at_the_peak_are_named_by_what_they_come_from():
+def test_temporaries_where_most_is_alive_are_named_by_what_they_come_from():
     step = "f32[4,8,128]"
     assert largest_temporaries(ASSIGNMENT, LIVE, PROGRAM, 9) == [
         Temporary(32768, 2, step, "jit(step)/dot", ""),  # no line of this package

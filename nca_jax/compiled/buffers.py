@@ -15,6 +15,7 @@ The program's own code, 0.05 to 0.1 GiB for a model in a loop over layers, is in
 
 import re
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import NamedTuple
 
 from nca_jax.compiled.hlo import instructions
@@ -24,7 +25,7 @@ PACKAGE = "/nca_jax/"  # whose source lines name a buffer
 
 _ALLOCATION = re.compile(r"allocation \d+: size (\d+)(?:, color (\d+))?, (.*):$")
 _VALUE = re.compile(r" value: <\d+ (\S+)(?: \(phi\))? @\d+> \(size=(\d+),offset=(\d+)\): (.*)")
-_LIVE = re.compile(r"    (\S+): \d+ bytes \(cumulative")
+_RANGE = re.compile(r"^    (\S+):(\d+)-(\d+)$", re.MULTILINE)
 
 
 class Memory(NamedTuple):
@@ -74,11 +75,11 @@ def memory(assignment: str) -> Memory:
 
 
 def largest_temporaries(assignment: str, live: str, program: str, num: int) -> list[Temporary]:
-    """Returns the largest temporaries where the compiler says that most is alive.
+    """Returns the largest temporaries at the instruction at which most of them are alive.
 
     Args:
       assignment: the text of the buffer assignment.
-      live: that of the live ranges, which lists what is alive at the peak.
+      live: that of the live ranges, from instruction to instruction.
       program: that of the optimised module.
       num: how many, those that are alike counting once.
     """
@@ -86,16 +87,13 @@ def largest_temporaries(assignment: str, live: str, program: str, num: int) -> l
     sharing: dict[_Value, list[str]] = {}  # the values that are one buffer, as of a loop's tuple
     for name, value in values.items():
         sharing.setdefault(value, []).append(name)
-    alive = {}  # one value a place
-    for name in _LIVE.findall(live.partition("(peak)")[2]):
-        if name in values:
-            alive.setdefault(values[name].place, name)
+    alive = _alive_at_peak(values, live)
     by_name, sources = instructions(program.splitlines()), _sources(program)
     found: dict[tuple[str, str, str], list[int]] = {}
-    for (_, size), name in alive.items():
+    for name in alive:
         names = [name, *sharing[values[name]]]
         key = (values[name].shape, *_origin(names, by_name, sources))
-        found.setdefault(key, []).append(size)
+        found.setdefault(key, []).append(values[name].place[1])
     alike = [Temporary(sum(sizes), len(sizes), *key) for key, sizes in found.items()]
     return sorted(alike, key=lambda one: -one.bytes)[:num]
 
@@ -110,6 +108,28 @@ def _temporaries(assignment: str) -> Iterator[tuple[str, _Value]]:
             name, size, offset, shape = value.groups()
             name = name if name.endswith("}") else name + "{}"
             yield name, _Value((int(offset), int(size)), shape.partition("{")[0])
+
+
+def _alive_at_peak(values: dict[str, _Value], live: str) -> list[str]:
+    """Returns the values that are alive at the peak, one for each place."""
+    ranges: dict[tuple[int, int], list[tuple[int, int, str]]] = {}
+    for name, start, end in _RANGE.findall(live):
+        if name in values:
+            ranges.setdefault(values[name].place, []).append((int(start), int(end), name))
+    changes: dict[int, int] = {}  # bytes alive from this instruction on, less those before it
+    for (_, size), spans in ranges.items():
+        reached = -1
+        for start, end, _ in sorted(spans):
+            start = max(start, reached + 1)
+            if start <= end:
+                changes[start] = changes.get(start, 0) + size
+                changes[end + 1] = changes.get(end + 1, 0) - size
+                reached = end
+    times = sorted(changes)
+    sums = list(accumulate(changes[time] for time in times))
+    peak = times[sums.index(max(sums))] if sums else 0
+    here = ((name for a, b, name in spans if a <= peak <= b) for spans in ranges.values())
+    return [name for name in (next(names, "") for names in here) if name]
 
 
 def _origin(names: list[str], by_name: dict[str, str], sources: dict[str, str]) -> tuple[str, str]:
