@@ -130,7 +130,9 @@ def commit() -> str:
     def git(*args: str) -> str:
         return subprocess.check_output(["git", *args], cwd=ROOT, text=True).strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no", ".", f":!{HERE}")
+    changed = git(
+        "status", "--porcelain", "--untracked-files=no", ".", f":(exclude){HERE.relative_to(ROOT)}"
+    )
     return git("describe", "--always", "--abbrev=12") + ("-dirty" if changed else "")
 
 
