@@ -189,12 +189,12 @@ def line(cell: Cell, report: dict, name: str) -> str:
     work = f" {flops} | {program['compile_seconds']:.0f} | {report['commit']} |"
     memory, large = program["memory"], program["overlap"]
     verdict = "" if program["fits"] else "does not fit: "
+    margin = f"{memory['margin'] / memory['limit']:.0%}" if program["fits"] else "-"
     sent = [sent_bytes(program, network) / 2**30 for network in ("ici", "dcn")]
     hidden = f"{large['async_bytes'] / large['bytes']:.0%}" if large["bytes"] else "-"
     return (
         f"{start} {verdict}{memory['total']:.2f} | {memory['limit']:.2f} "
-        f"| {memory['margin'] / memory['limit']:.0%} | {sent[0]:.1f} | {sent[1]:.2f} | {hidden} "
-        f"|{work}"
+        f"| {margin} | {sent[0]:.1f} | {sent[1]:.2f} | {hidden} |{work}"
     )
 
 
