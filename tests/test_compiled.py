@@ -11,7 +11,7 @@ from nca_jax.compiled.hlo import Overlap, calls, overlap, shape_bytes
 PROGRAM = """HloModule jit_step, is_scheduled=true
 
 FileNames
-1 "/home/me/nca_jax/models/decoder.py"
+1 "/opt/nca_jax/models/decoder.py"
 2 "/usr/lib/python3/site-packages/jax/lax.py"
 
 FileLocations
