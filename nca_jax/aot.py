@@ -3,7 +3,8 @@ r"""Compile a run for a TPU pod that is not there, and say whether it fits.
     python -m nca_jax.aot --config=FILE[:args] --topology=v5p:4x4x4 [--num_slices=2]
 
 What is compiled are the programs of `train`, `precompute` and `generate`, by the TPU's compiler, on
-a host without a TPU. Exit status 1, with the largest buffers, when one does not fit.
+a host without a TPU, as far as it lays out their memory: seconds, where generating code takes
+minutes. Exit status 1 when one does not fit.
 
     --config         a config file or nca_jax:NAME, with its arguments; --help_config lists fields
     --topology       GENERATION:SHAPE, or by the name that Cloud TPU has for it, as in v5litepod-8
@@ -11,19 +12,21 @@ a host without a TPU. Exit status 1, with the largest buffers, when one does not
     --rows_per_chip  rows of a micro-batch on each chip; 0: as config.data.rows has them
     --programs       which of train, precompute, decode
     --fit            looks for the leanest recomputation, then for the most rows a chip, that fit
+    --code           generates code too: it says whether kernels compile, and no other number
     --json           a file for all that is printed, and more
 
 Memory is that of one chip. Nothing is run, so nothing is said about speed.
 """
 
+import multiprocessing
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.stages import Wrapped
 from ml_collections import ConfigDict
 
@@ -32,8 +35,10 @@ from nca_jax.axes import flatten_paths
 from nca_jax.batch import Rows
 from nca_jax.checks import UserError, run_main
 from nca_jax.chips import CHIPS
-from nca_jax.compiled.hlo import collectives
-from nca_jax.compiled.report import NUM_LARGEST, largest_values, print_report
+from nca_jax.compiled.assign import assign
+from nca_jax.compiled.buffers import largest_temporaries, memory
+from nca_jax.compiled.hlo import calls, collectives, overlap
+from nca_jax.compiled.report import print_report
 from nca_jax.compiled.topology import topology_devices, topology_name
 from nca_jax.config import flatten
 from nca_jax.config_check import check_config
@@ -42,7 +47,7 @@ from nca_jax.field import Value
 from nca_jax.files import write_json
 from nca_jax.flags import parse_flags
 from nca_jax.flops import forward_flops, needed_flops
-from nca_jax.infra.mesh import check_split, make_mesh, row_shards, slice_of
+from nca_jax.infra.mesh import make_mesh, row_shards, slice_of
 from nca_jax.infra.records import git_commit
 from nca_jax.params import reference_init_from
 from nca_jax.protocols import DataSection, Device
@@ -53,6 +58,7 @@ Program = tuple[Wrapped, tuple[Any, ...]]  # jitted, and the shapes of its argum
 
 LEANER = ("none", "dots", "full")  # recomputation, from none to all of a layer
 MAX_ROWS = 16  # a chip; --fit looks no further
+NUM_LARGEST = 8  # temporaries of a report
 GIB = 2**30
 
 
@@ -66,19 +72,24 @@ def main(argv: list[str]) -> int:
         rows_per_chip=0,
         programs=",".join(PREPARE),
         fit=False,
+        code=False,
         json="",
     )
     wanted = flags.programs.split(",")
     if unknown := set(wanted) - set(PREPARE):
         raise UserError(f"--programs: wanted some of {', '.join(PREPARE)}, got {sorted(unknown)}.")
     devices = topology_devices(flags.topology, flags.num_slices)
-    mesh = {x: v for x, v in changes_for(config, devices, 0).items() if x.startswith("mesh.")}
-    asked = changed(config, mesh)
+    needed = changes_for(config, devices, 0)
+    asked = changed(config, needed)
     config = build.build_for(asked, devices).config
     for line in auto.chosen(asked, config):
         print(line)
+
+    def compiled(name: str, run: build.Run, *, with_code: bool = False) -> dict[str, Any]:
+        return compile_apart(name, run, flags.topology, flags.num_slices, with_code=with_code)
+
     if flags.fit:
-        config, rows_per_chip = find_fit(config, devices)
+        config, rows_per_chip = find_fit(config, devices, compiled)
     else:
         rows_per_chip = flags.rows_per_chip
     changes = changes_for(config, devices, rows_per_chip)
@@ -90,10 +101,10 @@ def main(argv: list[str]) -> int:
         "chips": len(devices),
         "device_kind": devices[0].device_kind,
         "mesh": dict(run.mesh.shape),
-        "changes": mesh | changes,
+        "changes": needed | changes,
         "config": flatten(run.config),
         **implied(run),
-        "programs": {name: compile_program(name, run) for name in wanted},
+        "programs": {name: compiled(name, run, with_code=flags.code) for name in wanted},
     }
     print_report(report)
     if flags.json:
@@ -173,15 +184,22 @@ def prepare_decode(run: build.Run) -> Program:
 PREPARE = {"train": prepare_train, "precompute": prepare_precompute, "decode": prepare_decode}
 
 
-def find_fit(config: ConfigDict, devices: Sequence[Device]) -> tuple[ConfigDict, int]:
+def find_fit(
+    config: ConfigDict,
+    devices: Sequence[Device],
+    compiled: Callable[[str, build.Run], dict[str, Any]],
+) -> tuple[ConfigDict, int]:
     """Returns the config with the least recomputation that fits, and the most rows a chip.
 
     Rows are doubled up to MAX_ROWS. Where nothing fits, the leanest, with one row a chip.
+
+    Args:
+      compiled: (name, run) -> the report of a program.
     """
 
     def fits(config: ConfigDict, rows_per_chip: int) -> bool:
         changes = changes_for(config, devices, rows_per_chip)
-        program = compile_program("train", build.build_for(changed(config, changes), devices))
+        program = compiled("train", build.build_for(changed(config, changes), devices))
         if program["fits"]:
             answer = f"{program['memory']['total']:.2f} GiB"
         else:
@@ -199,53 +217,69 @@ def find_fit(config: ConfigDict, devices: Sequence[Device]) -> tuple[ConfigDict,
     return config, 1
 
 
-def compile_program(name: str, run: build.Run) -> dict[str, Any]:
-    """Compiles one program; returns its memory, collectives, largest arguments and seconds."""
+def compile_apart(
+    name: str, run: build.Run, topology: str, num_slices: int, *, with_code: bool
+) -> dict[str, Any]:
+    """Returns the same as `compile_program`, from a process of its own.
+
+    A compiler cannot be stopped; a process can, once it has answered.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    arguments = (theirs, name, run.config.to_dict(), topology, num_slices, with_code)
+    process = context.Process(target=_answer, args=arguments)
+    process.start()
+    theirs.close()
+    try:
+        return ours.recv()
+    except EOFError as error:
+        said = f"Compiling {name} ended without an answer; what it said is above."
+        raise RuntimeError(said) from error
+    finally:
+        process.kill()
+        process.join()
+
+
+def _answer(
+    answer: Connection, name: str, config: dict, topology: str, num_slices: int, with_code: bool
+) -> None:
+    """Sends the report of one program."""
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)  # as `assign` wants it
+    run = build.build_for(ConfigDict(config).lock(), topology_devices(topology, num_slices))
+    answer.send(compile_program(name, run, with_code=with_code))
+
+
+def compile_program(name: str, run: build.Run, *, with_code: bool) -> dict[str, Any]:
+    """Compiles one program; returns its memory, largest temporaries, collectives and seconds.
+
+    Memory is in GiB a chip, as `compiled.buffers` has it; the rest is in bytes.
+    """
     jitted, arguments = PREPARE[name](run)
     start = time.perf_counter()
     with jax.set_mesh(run.mesh):
         lowered = jitted.lower(*arguments)
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return {
-            "fits": False,
-            "reason": str(error).splitlines()[0],
-            "largest": largest(run, lowered.as_text()),
-            "compile_seconds": time.perf_counter() - start,
-        }
+    written = assign(lowered, with_code=with_code)
     seconds = time.perf_counter() - start
-    if name == "train":  # what the compiler was given, not what was meant
-        state, _, batch = compiled.input_shardings[0]
-        check_split(run.mesh, arguments[0], state, copied_over="data")
-        check_split(run.mesh, arguments[2], batch, copied_over="tensor")
-    memory, text = compiled.memory_analysis(), compiled.as_text()
-    assert memory is not None and text is not None, "every compiler of a TPU or CPU says both"
-    limit = CHIPS[run.mesh.devices.flat[0].device_kind].memory_gib
-    arguments_bytes, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    output, alias = memory.output_size_in_bytes, memory.alias_size_in_bytes
-    total = (arguments_bytes + temporaries + output - alias) / GIB
-    sent = collectives(text, [slice_of(device) for device in run.mesh.devices.flat])
+    needed = memory(written.buffers)
+    limit, total = CHIPS[run.mesh.devices.flat[0].device_kind].memory_gib, needed.total / GIB
+    temporaries = largest_temporaries(written.buffers, written.live, written.program, NUM_LARGEST)
+    sent = calls(written.program, [slice_of(device) for device in run.mesh.devices.flat])
     report = {
-        "fits": total <= limit,  # the compiler refuses what is far too large, not all that is
+        "fits": total <= limit,
         "memory": {
-            "arguments": arguments_bytes / GIB,
-            "temporaries": temporaries / GIB,
-            "output": output / GIB,
-            "alias": alias / GIB,
+            **{kind: num_bytes / GIB for kind, num_bytes in needed._asdict().items()},
             "total": total,
             "limit": limit,
             "margin": limit - total,
         },
-        "collectives": [one._asdict() for one in sent],
+        "temporaries": [one._asdict() for one in temporaries],
+        "collectives": [one._asdict() for one in collectives(sent)],
+        "overlap": overlap(sent)._asdict(),
+        "with_code": with_code,
         "compile_seconds": seconds,
     }
-    if not report["fits"]:
-        report["reason"] = f"{total:.2f} GiB of {limit:.2f} GiB"
-        report["largest"] = largest(run, lowered.as_text())
-    return report
+    return report if report["fits"] else report | {"reason": f"{total:.2f} of {limit:.2f} GiB"}
 
 
 def prompts_a_row(data: DataSection) -> int:
@@ -282,26 +316,6 @@ def implied(run: build.Run) -> dict[str, Value]:
         "flops_a_prompt": a_prompt,
         "flops_a_step_and_chip": a_prompt * data.batch_size / mesh.size,
     }
-
-
-def largest(run: build.Run, text: str) -> list[str]:
-    """Returns the largest arrays of the train state and of a lowered program's text, described."""
-    return [*largest_arguments(run), *largest_values(text, run.mesh.size)]
-
-
-def largest_arguments(run: build.Run) -> list[str]:
-    """Returns the largest arrays of the train state, as one chip has them."""
-    optimizer = programs.build_optimizer(run.config, 1)
-    state, shardings = programs.abstract_state(run, optimizer.tx)
-    arrays, shardings = flatten_paths(state), flatten_paths(shardings).values()
-    sized = []
-    for (path, x), sharding in zip(arrays.items(), shardings, strict=True):
-        shape = sharding.shard_shape(x.shape)
-        sized.append((int(np.prod(shape)) * x.dtype.itemsize / GIB, path, shape))
-    sized.sort(key=lambda one: -one[0])
-    return [
-        f"{size:.3f} GiB on a chip: {path} {shape}" for size, path, shape in sized[:NUM_LARGEST]
-    ]
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ GIB = 2**30
 PROCESS = 0.5  # GiB of Python and its libraries, which share the memory of a CPU
 # Of the products of a layer, how many times over exist: in the layer that the backward pass is at,
 # and in every layer. Read from the compiler's totals in experiments/pods/table.md.
-NOW, KEPT = 4.5, {"none": 3.4, "dots": 1.0, "full": 0.0}
+NOW, KEPT = 1.8, {"none": 3.4, "dots": 1.0, "full": 0.0}
 PLACES = (("cpu", 1), ("gpu", 1), ("gpu", 8), ("tpu", 1), ("tpu", 8))
 CHOSEN = {  # of a record's responses, by config.data.choose
     "all": "",
@@ -113,11 +113,13 @@ def memory_gib(config: ConfigDict, model: ModelConfig, devices: int) -> float:
     """Returns the GiB of a training step on each of the devices that share its parameters.
 
     docs/scaling.md has the formula: state and gradients; what is gathered of parameters that are
-    split; activations of a device's rows; and a chunk of logits with its gradient.
+    split, a layer and the head, and the head's gradient; activations of a device's rows; and a
+    chunk of logits with its gradient.
     """
     m, data = model, config.data
     num_params = sum(math.prod(shape) for shape in param_shapes(m).values())
-    outside = m.padded_vocab * m.width * (1 if m.tied_head else 2)  # the embedding and the head
+    head = m.padded_vocab * m.width
+    outside = head * (1 if m.tied_head else 2)  # the embedding and the head
     size = 2 if config.model.dtype == "bfloat16" else 4  # bytes of an activation
     moment = 2 if config.optim.mu_dtype == "bfloat16" else 4
     reference = 0
@@ -126,7 +128,7 @@ def memory_gib(config: ConfigDict, model: ModelConfig, devices: int) -> float:
     # Parameters, the second moment, the sum of gradients, those of a micro-batch; layers cast.
     a_param = 4 * 4 + moment + reference + (2 if size == 2 else 0)
     a_layer = (num_params - outside) / m.num_layers
-    gathered = (2 * a_layer + outside) * (size + 4) if devices > 1 else 0
+    gathered = a_layer * size + head * (size + 4) if devices > 1 else 0
     mlp = 2 * m.mlp_width * (m.experts_per_token or 1)
     products = 2 * m.head_dim * (m.num_heads + m.num_kv_heads) + mlp  # q, k, v, attention, MLP
     kept = m.num_layers * (m.width + KEPT[config.model.remat] * products)

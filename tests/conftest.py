@@ -23,6 +23,7 @@ os.environ["WANDB_MODE"] = "disabled"
 
 import jax  # noqa: E402  (after the flags that it reads)
 import pytest  # noqa: E402
+from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -50,3 +51,13 @@ def fails(monkeypatch, capsys):
         return error
 
     return run
+
+
+@pytest.fixture
+def uncached():
+    """Without the compile cache: of what comes from it a compiler writes nothing."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()

@@ -1,8 +1,9 @@
 """Compiling ahead of time compiles what runs, and counts what it sends."""
 
-import functools
 import importlib.util
 import json
+import math
+import multiprocessing
 import re
 
 import jax
@@ -15,10 +16,12 @@ from nca_jax import aot, build, programs, train
 from nca_jax.checks import UserError
 from nca_jax.chips import CHIPS, Chip
 from nca_jax.compiled import topology
-from nca_jax.compiled.hlo import Collective, collectives, replica_groups, shape_bytes
+from nca_jax.compiled.hlo import Collective, calls, collectives, replica_groups
+from nca_jax.compiled.report import print_report
 from nca_jax.compiled.topology import topology_name
 from nca_jax.files import write_json
 from nca_jax.flags import parse_flags
+from nca_jax.infra.mesh import param_shardings
 
 SMOKE = ("--config.data.rows=4", "--config.mesh.fsdp=4", "--config.mesh.tensor=2")
 
@@ -88,13 +91,13 @@ def test_collectives_are_counted_by_kind_network_and_turns_of_loops():
     f = jax.shard_map(loops, mesh=mesh, in_specs=P(), out_specs=P("a"), check_vma=False)
     text = jax.jit(f).lower(jnp.ones((8, 16))).compile().as_text()
     x = 8 * 16 * 4
-    found = set(collectives(text, [0] * 8))
+    found = set(collectives(calls(text, [0] * 8)))
     assert found == {
         Collective("all-reduce", "ici", 5, 5 * x),
         Collective("all-gather", "ici", 1, 4 * x),
         Collective("reduce-scatter", "ici", 1, 4 * x),
     }
-    by_slice = {one.kind: one.network for one in collectives(text, [0] * 4 + [1] * 4)}
+    by_slice = {one.kind: one.network for one in collectives(calls(text, [0] * 4 + [1] * 4))}
     assert by_slice == {"all-reduce": "dcn", "all-gather": "ici", "reduce-scatter": "dcn"}
 
 
@@ -119,7 +122,7 @@ def test_a_loop_that_the_compiler_unrolled_turns_less_often_than_its_bound():
       %p = (f32[4]{0:T(128)}, u32[]{:T(128)}) parameter(0)
       ROOT %w = (f32[4]{0:T(128)}, u32[]{:T(128)}) while(%p), condition=%condition, body=%body
     }""".replace("\n    ", "\n")
-    assert collectives(text, [0, 0]) == [Collective("all-reduce", "ici", 4, 4 * 16)]
+    assert collectives(calls(text, [0, 0])) == [Collective("all-reduce", "ici", 4, 4 * 16)]
 
 
 @pytest.mark.parametrize(
@@ -144,11 +147,7 @@ def test_what_hosts_send_between_slices_is_counted():
       %send.1 = (f32[1,4,128]{2,1,0:T(4,128)}, u32[], token[]) send(%p, %t), is_host_transfer=true
       %recv.1 = (f32[1,4,128]{2,1,0:T(4,128)}, u32[], token[]) recv(%t), is_host_transfer=true
     }"""
-    assert collectives(text, [0, 1]) == [Collective("send", "dcn", 1, 4 * 128 * 4)]
-
-
-def test_bytes_of_shapes():
-    assert shape_bytes("(bf16[4,8]{1,0:T(8,128)}, f32[3]{0}, s32[], pred[2])") == 64 + 12 + 4 + 2
+    assert collectives(calls(text, [0, 1])) == [Collective("send", "dcn", 1, 4 * 128 * 4)]
 
 
 def test_without_libtpu_a_compile_says_what_to_install(monkeypatch):
@@ -169,28 +168,77 @@ def test_a_step_of_billions_of_parameters_is_described_without_arrays():
 
 
 @pytest.mark.slow
-def test_what_compiles_but_needs_more_than_the_chip_has_does_not_fit(monkeypatch, tmp_path):
+def test_a_report_says_what_memory_is_for_and_what_does_not_fit(
+    uncached, monkeypatch, capsys, tmp_path
+):
     config, _ = parse_flags(["aot", "--config=configs/jsonl.py:files=x,smoke", *SMOKE])
     run = build.build_for(config, jax.devices())
     monkeypatch.setitem(CHIPS, "cpu", Chip(peak_flops=1e12, memory_gib=1e-4))
-    program = aot.compile_program("precompute", run)
-    assert not program["fits"] and program["memory"]["margin"] < 0
-    assert program["reason"].endswith("of 0.00 GiB") and program["largest"]
-    report = {"mesh": dict(run.mesh.shape), "program": program, **aot.implied(run)}
+    program = aot.compile_program("precompute", run, with_code=True)
+    memory = program["memory"]
+    params = run.model.abstract_params()
+    shards = jax.tree.map(
+        lambda x, sharding: math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize,
+        params,
+        param_shardings(run.mesh, params),
+    )
+    of_rows = memory["arguments"] * 2**30 - sum(jax.tree.leaves(shards))
+    assert 0 < of_rows < 40 * run.config.data.row_len  # one row a device, of integers
+    assert memory["total"] == memory["arguments"] + memory["output"] + memory["temporaries"]
+    assert memory["margin"] == memory["limit"] - memory["total"] < 0
+    assert not program["fits"] and program["reason"].endswith("of 0.00 GiB")
+    report = {
+        "mesh": dict(run.mesh.shape),
+        "num_slices": 1,
+        "topology": "none",
+        "chips": 8,
+        "device_kind": "cpu",
+        "changes": {},
+        "programs": {"precompute": program},
+        **aot.implied(run),
+    }
     write_json(tmp_path / "report.json", report)
     assert json.loads((tmp_path / "report.json").read_text()) == report
+    print_report(report)
+    said = capsys.readouterr().out
+    largest = program["temporaries"][0]
+    assert "DOES NOT FIT" in said and f" {largest['shape']} " in said
+    assert "asynchronous" not in said  # of calls of 1 MiB, which a small model does not make
 
 
-def test_fit_takes_the_least_recomputation_then_the_most_rows(monkeypatch, capsys):
-    def compile_program(name, run):
+def test_rows_that_do_not_divide_over_the_chips_are_changed_and_said(monkeypatch, capsys):
+    memory = {"total": 2.0, "limit": 1.0, "margin": -1.0}
+    overlap = {"times": 2, "bytes": 2**30, "async_times": 1, "async_bytes": 2**29}
+    program = {"fits": False, "reason": "2.00 of 1.00 GiB", "memory": memory, "temporaries": []}
+    program |= {"collectives": [], "overlap": overlap, "compile_seconds": 1.0}
+    monkeypatch.setattr(aot, "topology_devices", lambda name, num_slices: jax.devices())
+    monkeypatch.setattr(aot, "compile_apart", lambda *args, with_code: program)
+    flags = ("--config.data.rows=12", "--topology=v5e:2x4", "--programs=train")
+    assert aot.main(["aot", "--config=configs/jsonl.py:files=x,smoke", *flags]) == 1
+    said = capsys.readouterr().out
+    assert "to run there: --config.data.rows=16" in said
+    assert "DOES NOT FIT: 2.00 of 1.00 GiB" in said
+    assert "asynchronous, of the calls of 1 MiB and more: 1 of 2, 0.500 of 1.000 GiB" in said
+
+
+@pytest.mark.slow
+def test_a_compiler_that_dies_is_said_and_leaves_no_process():
+    config, _ = parse_flags(["aot", "--config=configs/jsonl.py:files=x,smoke", *SMOKE])
+    run = build.build_for(config, jax.devices())
+    with pytest.raises(RuntimeError, match="Compiling train ended without an answer"):
+        aot.compile_apart("train", run, "none:1x1", 1, with_code=False)
+    assert not multiprocessing.active_children()
+
+
+def test_fit_takes_the_least_recomputation_then_the_most_rows(capsys):
+    def compiled(name, run):
         config = run.config
         rows = config.data.rows // len(jax.devices())
         fits = config.model.remat == "full" and rows <= 4
         return {"fits": fits, "reason": "too large", "memory": {"total": float(rows)}}
 
-    monkeypatch.setattr(aot, "compile_program", compile_program)
     config, _ = parse_flags(["aot", "--config=configs/jsonl.py:files=x,smoke"])
-    config, rows_per_chip = aot.find_fit(config, jax.devices())
+    config, rows_per_chip = aot.find_fit(config, jax.devices(), compiled)
     assert (config.model.remat, rows_per_chip) == ("full", 4)
     said = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in said] == [
@@ -228,7 +276,6 @@ def test_the_name_that_cloud_tpu_has_for_a_slice_is_its_topology(slice_, topolog
 wants_libtpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="wants libtpu")
 
 
-@functools.cache
 def compiled(path: str, *flags: str) -> tuple[int, str, dict]:
     process = command(
         "aot",
@@ -270,8 +317,20 @@ def test_tpu_programs_compile_without_a_tpu_and_again_to_the_same_memory(tmp_pat
 @wants_libtpu
 @pytest.mark.tpu_aot
 @pytest.mark.slow
-def test_what_does_not_fit_gives_status_1_and_the_largest_buffers(tmp_path):
+def test_generating_code_changes_no_number(tmp_path):
+    flags = ("--topology=v5e:2x2", "--programs=train")
+    reports = [compiled(str(tmp_path / "a.json"), *flags, *code)[2] for code in ((), ("--code",))]
+    without, with_code = (report["programs"]["train"] for report in reports)
+    assert not without.pop("with_code") and with_code.pop("with_code")
+    assert without.pop("compile_seconds") < with_code.pop("compile_seconds")
+    assert without == with_code
+
+
+@wants_libtpu
+@pytest.mark.tpu_aot
+@pytest.mark.slow
+def test_what_does_not_fit_gives_status_1_and_the_largest_temporaries(tmp_path):
     flags = ("--topology=v5e:2x2", "--programs=train", "--rows_per_chip=65536")
     status, out, report = compiled(str(tmp_path / "a.json"), *flags)
     assert status == 1 and "DOES NOT FIT" in out
-    assert report["programs"]["train"]["largest"]
+    assert report["programs"]["train"]["temporaries"][0]["source"]

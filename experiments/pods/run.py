@@ -1,23 +1,23 @@
 r"""Compiles every cell of the table of pods, then writes the table and its plots.
 
-    python experiments/pods/run.py [--only=TEXT] [--table]
+    python experiments/pods/run.py [--only=TEXT] [--again] [--table]
 
 A cell is one `nca_jax.aot` command and one file in experiments/pods/cells/; those that are there
 are not compiled again, so the table can be continued. It wants libtpu (the tpu extra) and no TPU.
 
     --only   cells whose name has this text
+    --again  those that are there too, but for what is of this commit
     --table  compiles nothing
 """
 
 import argparse
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from nca_jax.chips import CHIPS
+from nca_jax.files import write_json
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -44,7 +44,7 @@ COPIES = {
     "mistral_7b": {"v5e:16x16": 8, "v6e:16x16": 8, "v5p:4x4x4": 2, "v5p:8x8x16": 32},
     "mixtral_8x7b": {"v5p:8x8x16": 16},
 }
-EXPERTS = {"mistral_7b": 1, "mixtral_8x7b": 8}  # mesh.expert; fsdp has the rest
+EXPERTS = {"mistral_7b": 1, "mixtral_8x7b": 8, "llama3_8b": 1}  # mesh.expert; fsdp has the rest
 # One host, and records of one's own, as docs/one_host.md has them.
 OWN_RECORDS = "configs/jsonl.py:files=rows.jsonl.gz,init_from=HF_FOLDER,algo=nca"
 SIZES = (
@@ -60,7 +60,7 @@ def cells() -> list[Cell]:
     """Returns the table: models by references by topologies, two slices, and one choice undone."""
 
     def cell(name: str, model: str, reference: str, topology: str, *flags: str, **changes) -> Cell:
-        data = COPIES[model].get(topology, 1) * changes.get("num_slices", 1)
+        data = COPIES.get(model, {}).get(topology, 1) * changes.get("num_slices", 1)
         copies, experts = f"--config.mesh.data={data}", f"--config.mesh.expert={EXPERTS[model]}"
         return Cell(name, model, reference, topology, flags=(copies, experts, *flags), **changes)
 
@@ -68,8 +68,9 @@ def cells() -> list[Cell]:
         cell(f"{model}-{reference}-{topology}", model, reference, topology)
         for topology in TOPOLOGIES
         for reference in ("cached", "live")
-        for model in EXPERTS
+        for model in COPIES
     ]
+    table += [cell("llama3_8b-cached-v6e:4x4", "llama3_8b", "cached", "v6e:4x4")]
     table += [
         cell(f"mistral_7b-cached-2x{topology}", "mistral_7b", "cached", topology, num_slices=2)
         for topology in ("v5e:16x16", "v5p:4x4x4")
@@ -91,7 +92,7 @@ def cells() -> list[Cell]:
             programs=("precompute", "decode"),
         )
         for topology in ("v5p:4x4x4", "v5e:16x16")
-        for model in EXPERTS
+        for model in COPIES
     ]
     table += [
         Cell(f"host-{model}-{topology}", model, "live", topology, flags=SIZES, config=OWN_RECORDS)
@@ -119,22 +120,42 @@ def command(cell: Cell, out: Path) -> list[str]:
     ]
 
 
-def compile_missing(only: str) -> None:
-    """Compiles one after another what has no file yet."""
+def path_of(cell: Cell) -> Path:
+    return CELLS / f"{cell.name.replace(':', '_')}.json"
+
+
+def commit() -> str:
+    """Returns the commit of the code, "-dirty" if anything outside this folder was changed."""
+
+    def git(*args: str) -> str:
+        return subprocess.check_output(["git", *args], cwd=ROOT, text=True).strip()
+
+    changed = git(
+        "status", "--porcelain", "--untracked-files=no", ".", f":(exclude){HERE.relative_to(ROOT)}"
+    )
+    return git("describe", "--always", "--abbrev=12") + ("-dirty" if changed else "")
+
+
+def compile_missing(only: str, again: bool) -> None:
+    """Compiles one after another what has no file yet; with `again` those of other commits too."""
     CELLS.mkdir(exist_ok=True)
+    now = commit()
     for cell in cells():
-        out = CELLS / f"{cell.name.replace(':', '_')}.json"
-        if out.exists() or only not in cell.name:
+        out = path_of(cell)
+        is_there = out.exists() and not (again and json.loads(out.read_text())["commit"] != now)
+        if is_there or only not in cell.name:
             continue
         print(f"== {cell.name}", flush=True)
+        out.unlink(missing_ok=True)
         status = subprocess.run(command(cell, out), cwd=ROOT).returncode
         if not out.exists():
             raise SystemExit(f"{cell.name} stopped with status {status}.")
+        write_json(out, json.loads(out.read_text()) | {"commit": now})
 
 
 def read_cells() -> dict[str, dict]:
     """Returns the reports that are there, by the name of the cell."""
-    paths = {cell.name: CELLS / f"{cell.name.replace(':', '_')}.json" for cell in cells()}
+    paths = {cell.name: path_of(cell) for cell in cells()}
     return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
 
 
@@ -146,13 +167,13 @@ def table(reports: dict[str, dict]) -> str:
     """Returns the Markdown table: one line a cell, "-" where it is not compiled yet."""
     lines = [
         "| cell | chips | mesh | rows a chip | GiB a chip | of | margin | ICI GiB | DCN GiB "
-        "| FLOPs a step and chip | compile s | commit |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| asynchronous | FLOPs a step and chip | compile s | commit |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for cell in cells():
         report = reports.get(cell.name)
         if report is None:
-            lines.append(f"| {cell.name} |" + " - |" * 11)
+            lines.append(f"| {cell.name} |" + " - |" * 12)
             continue
         lines += [line(cell, report, name) for name in cell.programs]
     return "\n".join(lines) + "\n"
@@ -166,16 +187,14 @@ def line(cell: Cell, report: dict, name: str) -> str:
     start = f"| {title} | {report['chips']} | {mesh} | {report['rows_a_chip']} |"
     flops = f"{report['flops_a_step_and_chip']:.2e}" if name == "train" else "-"
     work = f" {flops} | {program['compile_seconds']:.0f} | {report['commit']} |"
-    limit = CHIPS[report["device_kind"]].memory_gib
-    if "memory" not in program:
-        needs = re.search(r"([\d.]+)G", program["reason"])[1]  # of temporaries
-        return f"{start} does not fit: {needs} and arguments | {limit:.2f} | - | - | - |{work}"
-    memory = program["memory"]
-    verdict = "" if memory["total"] <= limit else "does not fit: "
+    memory, large = program["memory"], program["overlap"]
+    verdict = "" if program["fits"] else "does not fit: "
+    margin = f"{memory['margin'] / memory['limit']:.0%}" if program["fits"] else "-"
     sent = [sent_bytes(program, network) / 2**30 for network in ("ici", "dcn")]
+    hidden = f"{large['async_bytes'] / large['bytes']:.0%}" if large["bytes"] else "-"
     return (
-        f"{start} {verdict}{memory['total']:.2f} | {limit:.2f} "
-        f"| {1 - memory['total'] / limit:.0%} | {sent[0]:.1f} | {sent[1]:.2f} |{work}"
+        f"{start} {verdict}{memory['total']:.2f} | {memory['limit']:.2f} "
+        f"| {margin} | {sent[0]:.1f} | {sent[1]:.2f} | {hidden} |{work}"
     )
 
 
@@ -197,7 +216,7 @@ def plot(reports: dict[str, dict], out: Path) -> None:
         if report is None or not is_series or cell.num_slices > 1:
             continue
         program = report["programs"]["train"]
-        if program["fits"] and "memory" in program:
+        if program["fits"]:
             memory, sent = program["memory"], sent_bytes(program, "ici") / 2**30
             point = (report["chips"], memory["total"], memory["arguments"], sent)
             key = (f"{cell.model}, {cell.reference}", cell.topology.partition(":")[0])
@@ -226,10 +245,11 @@ def plot(reports: dict[str, dict], out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="")
+    parser.add_argument("--again", action="store_true")
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
     if not args.table:
-        compile_missing(args.only)
+        compile_missing(args.only, args.again)
     reports = read_cells()
     (HERE / "table.md").write_text(table(reports))
     print(table(reports))

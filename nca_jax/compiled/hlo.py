@@ -5,8 +5,10 @@ result of an all-gather, the operand of a reduce-scatter, the array of an all-re
 (n - 1) / n of that over each link, an all-reduce twice that. Between slices the TPU's compiler
 writes the sum of a collective within each slice, and a `send` from host to host.
 
-A collective that runs while something else is computed is written several times, with one chain id:
-where it starts, in what is computed meanwhile, and where it is done. It counts where it starts.
+A collective is asynchronous where the program has a start and a done of it, and may compute between
+the two: `-start`, `async-start` (as on SparseCores), a send, or on TPUs a chain. A chain is written
+several times, with one id: where it starts, in what is computed meanwhile, and where it is done. It
+counts where it starts.
 
 A collective inside a loop counts once a turn. The turns of the loop over layers are constants of
 the program; a loop whose turns are known at run time only (the micro-batches) counts one turn.
@@ -19,67 +21,107 @@ from typing import NamedTuple
 import numpy as np
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-ITEM_BYTES = {
-    "pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2,
-    "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8,
-}  # fmt: skip
+LARGE = 2**20  # bytes of a call: smaller ones are not worth overlapping
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(")
 _SENT = re.compile(r" = \((\S+?), u32\[\].*? send\(.*is_host_transfer=true")
+_SHAPE = re.compile(r"\b(?:pred|[a-z]+(\d+)\w*)\[([\d,]*)\](\{[^{}]*\})?")
 _CALLED = re.compile(r"(?:calls|body|to_apply)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
+
+
+class Call(NamedTuple):
+    """One collective of a program."""
+
+    kind: str  # one of KINDS, or "send"
+    network: str  # "ici" within a slice, "dcn" where a group has devices of several slices
+    turns: int  # how often a device calls it
+    bytes: int  # a device, one call
+    is_async: bool
 
 
 class Collective(NamedTuple):
     """All collectives of one kind over one network in a program."""
 
-    kind: str  # one of KINDS, or "send"
-    network: str  # "ici" within a slice, "dcn" where a group has devices of several slices
+    kind: str
+    network: str
     times: int  # a device's calls
     bytes: int  # a device, all calls together
 
 
-def collectives(text: str, slices: Sequence[int]) -> list[Collective]:
-    """Returns what `compiled.as_text()` sends, most bytes first.
+class Overlap(NamedTuple):
+    """The collectives of LARGE bytes or more, and those of them that are asynchronous."""
+
+    times: int  # a device's calls
+    bytes: int  # a device, all calls together
+    async_times: int
+    async_bytes: int
+
+
+def calls(text: str, slices: Sequence[int]) -> list[Call]:
+    """Returns every collective of an optimised module.
 
     Args:
-      text: of an optimised module.
+      text: `compiled.as_text()`, or what the compiler dumps before it generates code.
       slices: the slice of each device, in the order of the mesh.
     """
     bodies, entry = _computations(text)
-    totals: dict[tuple[str, str], list[int]] = {}
+    started = set(re.findall(r" async-start\(.*calls=%?([\w.\-]+)", text))
+    found = []
     for name, turns in _turns(bodies, entry).items():
-        is_start = any('"AsyncCollectiveStart"' in line for line in bodies[name])
+        is_chain = any('"AsyncCollectiveStart"' in line for line in bodies[name])
         for line in bodies[name]:
-            if "chain_id=" in line and not is_start:  # the same one again
+            if "chain_id=" in line and not is_chain:  # the same one again
                 continue
             sent = _SENT.search(line)
             match = _COLLECTIVE.search(line)
             if sent:
-                key, num_bytes = ("send", "dcn"), shape_bytes(sent[1])
+                found.append(Call("send", "dcn", turns, shape_bytes(sent[1]), is_async=True))
             elif match:
                 groups = replica_groups(line, len(slices))
                 if groups.shape[1] == 1:  # of a mesh axis of size 1
                     continue
                 kind, num_bytes = _payload(match, groups.shape[1], name)
                 crosses = any(len({slices[i] for i in group}) > 1 for group in groups)
-                key = kind, "dcn" if crosses else "ici"
-            else:
-                continue
-            total = totals.setdefault(key, [0, 0])
-            total[0] += turns
-            total[1] += turns * num_bytes
-    found = [Collective(*key, *total) for key, total in totals.items()]
-    return sorted(found, key=lambda c: -c.bytes)
+                is_async = bool(match[3]) or is_chain or name in started
+                found.append(Call(kind, "dcn" if crosses else "ici", turns, num_bytes, is_async))
+    return found
+
+
+def collectives(found: Sequence[Call]) -> list[Collective]:
+    """Returns what the calls send by kind and network, most bytes first."""
+    totals: dict[tuple[str, str], list[int]] = {}
+    for call in found:
+        total = totals.setdefault((call.kind, call.network), [0, 0])
+        total[0] += call.turns
+        total[1] += call.turns * call.bytes
+    return sorted(
+        (Collective(*key, *total) for key, total in totals.items()), key=lambda c: -c.bytes
+    )
+
+
+def overlap(found: Sequence[Call]) -> Overlap:
+    """Returns how much of the calls of LARGE bytes or more is asynchronous."""
+    large = [call for call in found if call.bytes >= LARGE]
+    hidden = [call for call in large if call.is_async]
+    return Overlap(
+        times=sum(call.turns for call in large),
+        bytes=sum(call.turns * call.bytes for call in large),
+        async_times=sum(call.turns for call in hidden),
+        async_bytes=sum(call.turns * call.bytes for call in hidden),
+    )
 
 
 def shape_bytes(shape: str) -> int:
-    """Bytes of "bf16[4,8]{1,0}" or of a tuple of such."""
-    return sum(
-        ITEM_BYTES[dtype] * int(np.prod([int(n) for n in sizes.split(",") if n], dtype=np.int64))
-        for dtype, sizes in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shape)
-        if dtype in ITEM_BYTES
-    )
+    """Bytes of "bf16[4,8]{1,0}" or of a tuple of such.
+
+    A 4-bit item takes half a byte where the layout says so, E(4), and else a byte; so does a pred.
+    """
+    total = 0
+    for bits, sizes, layout in _SHAPE.findall(shape):
+        items = int(np.prod([int(n) for n in sizes.split(",") if n], dtype=np.int64))
+        total += -(-items // 2) if "E(4)" in layout else items * max(int(bits or 8) // 8, 1)
+    return total
 
 
 def replica_groups(line: str, num_devices: int) -> np.ndarray:
@@ -174,7 +216,7 @@ def _loop_turns(line: str, bodies: dict[str, list[str]]) -> int:
     names = re.search(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line)
     if not names:
         return 1
-    condition, body = (_instructions(bodies[name]) for name in names.groups())
+    condition, body = (instructions(bodies[name]) for name in names.groups())
     compared = re.match(r"compare\(%([\w.\-]+), %([\w.\-]+)\), direction=LT", condition["ROOT"])
     if not compared:
         return 1
@@ -191,7 +233,7 @@ def _loop_turns(line: str, bodies: dict[str, list[str]]) -> int:
     return -(-limit // step)
 
 
-def _instructions(lines: list[str]) -> dict[str, str]:
+def instructions(lines: list[str]) -> dict[str, str]:
     """Returns {name: "opcode(operands), attributes"} of a computation; the last is "ROOT" too."""
     found = {}
     for line in lines:

@@ -1,29 +1,10 @@
-"""A compiled program in words: memory, collectives, largest buffers."""
+"""A compiled program in words: memory, largest temporaries, collectives."""
 
 import re
 from typing import Any
 
-import numpy as np
-
 GIB = 2**30
-NUM_LARGEST = 8
-
-
-def largest_values(text: str, num_chips: int) -> list[str]:
-    """Returns the largest intermediate shapes of a lowered program, before it is split over chips.
-
-    The compiler does not say what it ran out of memory for; each of these is a candidate.
-    """
-    sized = {}
-    for sizes, dtype in set(re.findall(r"tensor<((?:\d+x)+)(\w+)>", text)):
-        shape = tuple(int(n) for n in sizes.split("x")[:-1])
-        bits = int(re.sub(r"\D", "", dtype) or 0)
-        sized[shape, dtype] = int(np.prod(shape, dtype=np.int64)) * max(bits, 8) / 8 / GIB
-    largest = sorted(sized.items(), key=lambda item: -item[1])[:NUM_LARGEST]
-    return [
-        f"{size / num_chips:.3f} GiB if split over all chips: {dtype} {shape}"
-        for (shape, dtype), size in largest
-    ]
+LOOPS = re.compile(r"^jit\(\w+\)/|while/body/|closed_call/")  # what says little in a name
 
 
 def print_report(report: dict[str, Any]) -> None:
@@ -50,13 +31,22 @@ def print_report(report: dict[str, Any]) -> None:
         print(f"{name}: compiled in {program['compile_seconds']:.0f} s")
         if not program["fits"]:
             print(f"  DOES NOT FIT: {program['reason']}")
-            print("\n".join(f"    {line}" for line in program["largest"]))
-        if "memory" not in program:
-            continue
-        memory = program["memory"]
-        print("  GiB a chip: " + ", ".join(f"{key} {gib:.2f}" for key, gib in memory.items()))
+        memory = program["memory"].items()
+        print("  GiB a chip: " + ", ".join(f"{key} {gib:.2f}" for key, gib in memory if gib))
+        for one in program["temporaries"]:
+            several = f"{one['times']} x " if one["times"] > 1 else ""
+            name = LOOPS.sub("", one["name"])
+            source = f" ({one['source']})" if one["source"] else ""
+            print(f"    {one['bytes'] / GIB:.3f} {several}{one['shape']} {name}{source}")
         for one in program["collectives"]:
             print(
                 f"  {one['kind']} over {one['network']}: {one['bytes'] / GIB:.3f} GiB a chip in "
                 f"{one['times']} calls, a micro-batch being one"
+            )
+        large = program["overlap"]
+        if large["times"]:
+            print(
+                f"  asynchronous, of the calls of 1 MiB and more: {large['async_times']} of "
+                f"{large['times']}, {large['async_bytes'] / GIB:.3f} of "
+                f"{large['bytes'] / GIB:.3f} GiB"
             )
