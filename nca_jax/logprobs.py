@@ -114,7 +114,9 @@ def _to_slices(sums: jax.Array) -> jax.Array:
     """[D, V] of each device -> their sum, [D here, V]; over copies of the head autodiff sums it."""
     if not _is_split():
         return sums
-    return jax.lax.psum_scatter(sums, WIDTH, scatter_dimension=0, tiled=True)
+    slices = jax.lax.psum_scatter(sums, WIDTH, scatter_dimension=0, tiled=True)
+    # Else a compiler may scatter once a step: sums of micro-batches would be whole on each device.
+    return jax.lax.optimization_barrier(slices)
 
 
 def _plain_logps(hidden, head, tokens, num_chunks, vocab_size, chunk) -> jax.Array:
