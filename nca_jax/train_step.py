@@ -132,7 +132,7 @@ def make_train_step(
                 return jnp.sum(weights * per_prompt) / total_weight, (logps, per_prompt)
 
             _, backward, of_micro = jax.vjp(micro_loss, trained, has_aux=True)
-            backward.with_refs(sums)(1.0)
+            backward.with_refs(sums)(1.0)  # pyright: ignore[reportFunctionMemberAccess]
             micro_logps, micro_losses = of_micro
             return logps + micro_logps, ref_logps, losses + micro_losses
 
