@@ -17,7 +17,8 @@ from nca_jax.train_step import Frozen
 KEPT = ConfigDict({"keep_last": 1, "best_metric": ""})
 
 
-@pytest.mark.parametrize("fsdp", [1, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [1, 4])
 def test_moments_in_the_hosts_memory_are_saved_restored_and_give_the_same_bits(tmp_path, fsdp):
     flags = ["--config=configs/jsonl.py:files=x,smoke,k=3", f"--config.mesh.fsdp={fsdp}"]
     flags += [f"--config.data.rows={fsdp}", "--config.data.row_len=64", "--config.data.block=64"]
