@@ -11,7 +11,8 @@ minutes. Exit status 1 when one does not fit.
     --num_slices     slices of that topology
     --rows_per_chip  rows of a micro-batch on each chip; 0: as config.data.rows has them
     --programs       which of train, precompute, decode
-    --fit            looks for the leanest recomputation, then for the most rows a chip, that fit
+    --fit            looks for the least recomputation and use of the host's memory, then for the
+                     most rows a chip, that fit
     --code           generates code too: it says whether kernels compile, and no other number
     --json           a file for all that is printed, and more
 
@@ -56,7 +57,13 @@ from nca_jax.train_step import Frozen
 
 Program = tuple[Wrapped, tuple[Any, ...]]  # jitted, and the shapes of its arguments
 
-LEANER = ("none", "dots", "full")  # recomputation, from none to all of a layer
+LEANER: tuple[dict[str, Value], ...] = (  # by fields that change no number, from fast to lean
+    {"model.remat": "none"},
+    {"model.remat": "dots"},
+    {"model.remat": "full"},
+    {"model.remat": "host"},
+    {"model.remat": "host", "optim.moments": "host"},
+)
 MAX_ROWS = 16  # a chip; --fit looks no further
 NUM_LARGEST = 8  # temporaries of a report
 GIB = 2**30
@@ -189,7 +196,7 @@ def find_fit(
     devices: Sequence[Device],
     compiled: Callable[[str, build.Run], dict[str, Any]],
 ) -> tuple[ConfigDict, int]:
-    """Returns the config with the least recomputation that fits, and the most rows a chip.
+    """Returns the config with the first of LEANER that fits, and the most rows a chip.
 
     Rows are doubled up to MAX_ROWS. Where nothing fits, the leanest, with one row a chip.
 
@@ -204,11 +211,12 @@ def find_fit(
             answer = f"{program['memory']['total']:.2f} GiB"
         else:
             answer = f"does not fit ({program['reason']})"
-        print(f"remat={config.model.remat}, {rows_per_chip} rows a chip: {answer}", flush=True)
+        said = ", ".join(f"{name.split('.')[1]}={flatten(config)[name]}" for name in leaner)
+        print(f"{said}, {rows_per_chip} rows a chip: {answer}", flush=True)
         return program["fits"]
 
-    for remat in LEANER:
-        config = changed(config, {"model.remat": remat, "model.scan_layers": True})
+    for leaner in LEANER:
+        config = changed(config, {"model.scan_layers": True, **leaner})
         if fits(config, 1):
             rows_per_chip = 1
             while rows_per_chip < MAX_ROWS and fits(config, 2 * rows_per_chip):

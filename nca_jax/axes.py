@@ -17,6 +17,7 @@ Params = dict[str, Any]
 Tree = TypeVar("Tree")  # any pytree: a function of it gives one of the same structure
 
 MESH_AXES = ("data", "fsdp", "tensor", "expert")
+HOST_MEMORY = "pinned_host"  # the kind of memory of a host that its devices read and write
 ROWS = ("data", "fsdp", "expert")  # rows of a micro-batch are split over all three
 WIDTH = ("fsdp", "expert")  # where there are no experts to split, "expert" is more of "fsdp"
 
@@ -39,6 +40,8 @@ PARAM_RULES = (
 # Logical names of activation axes; an axis without a name is not split.
 ACTIVATION_RULES = {
     "rows": ROWS,
+    "groups": "data",  # of rows: those of one copy of the parameters
+    "width": WIDTH,
     "heads": "tensor",
     "mlp": "tensor",
     "vocab": "tensor",
@@ -66,6 +69,24 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(
         x, P(*(ACTIVATION_RULES[name] if name else None for name in logical))
     )
+
+
+def constrain_params(params: Params) -> Params:
+    """Pins the sharding of what has the paths and shapes of parameters, by PARAM_RULES."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return params
+    flat = flatten_paths(params)
+    return nest_paths(
+        {
+            path: jax.lax.with_sharding_constraint(x, param_spec(path, x.shape))
+            for path, x in flat.items()
+        }
+    )
+
+
+def on_device(tree: Tree) -> Tree:
+    """Brings what is in the host's memory to the device, inside a jitted function."""
+    return jax.device_put(tree, jax.memory.Space.Device)
 
 
 def flatten_paths(tree: Any) -> dict[str, Any]:

@@ -75,8 +75,9 @@ FIELDS: dict[str, Field] = {
     ),
     "model.remat": Field(
         "none",
-        one_of("auto", "none", "dots", "full"),
-        "what of a layer is computed again, fastest to leanest; wants scan_layers; auto: sets both",
+        one_of("auto", "none", "dots", "full", "host"),
+        "what of a layer is computed again, fastest to leanest; host: all, and what comes into a "
+        "layer is kept in the host's memory; wants scan_layers; auto: sets both, never to host",
         True,
         auto="auto",
     ),
@@ -191,6 +192,13 @@ FIELDS: dict[str, Field] = {
     "optim.eps": Field(1e-8, POSITIVE, "added to the root of the second moment"),
     "optim.weight_decay": Field(0.0, NOT_NEGATIVE, "of matrices; norms and biases are spared"),
     "optim.mu_dtype": Field("float32", one_of(*DTYPES), "of the first moment in memory"),
+    "optim.moments": Field(
+        "device",
+        one_of("device", "host"),
+        "whose memory holds both moments; host: they come to the device and go back in every step",
+        True,
+        since=4,
+    ),
     "mesh.data": Field(1, AXIS, "devices that hold copies of the parameters", True),
     "mesh.fsdp": Field(
         -1, AXIS, "devices over which parameters are split; -1: all that remain", True

@@ -7,10 +7,13 @@ Only hidden states that predict a response token reach the head, C tokens of eac
 [T, V] logits never exist whole, forward or backward.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
-from nca_jax.axes import Params, constrain
+from nca_jax.axes import ROWS, WIDTH, Params, constrain
 from nca_jax.batch import Rows
 from nca_jax.models.decoder import Model
 
@@ -59,17 +62,65 @@ def token_logps(
     """The log-probability of each `rows.logp_token`, [R, T] float32; 0 for filler."""
     hidden = model.rows(params, rows, block=block)
     hidden = jnp.take_along_axis(hidden, rows.logp_at[..., None], axis=1)  # [R, T, D]
-    head = constrain(model.head(params), None, "vocab")  # gathered once, outside the chunk loop
     scored = rows.logp_slot < num_slots  # the scored tokens come first
     num_chunks = -(-jnp.max(jnp.sum(scored, axis=1)) // chunk)
-    logps = _chunked_logps(
-        hidden, head, rows.logp_token, num_chunks, model.config.vocab_size, chunk
+    logps = head_logps(
+        hidden, model.head(params), rows.logp_token, num_chunks, model.config.vocab_size, chunk
     )
     return jnp.where(scored, logps, 0.0)
 
 
-def _plain_logps(hidden, head, tokens, num_chunks, vocab_size, chunk) -> jax.Array:
+def head_logps(
+    hidden: jax.Array,
+    head: jax.Array,
+    tokens: jax.Array,
+    num_chunks: jax.Array,
+    vocab_size: int,
+    chunk: int,
+) -> jax.Array:
     """log softmax(hidden @ head)[tokens], [R, T]; what lies beyond `num_chunks` chunks is 0.
+
+    Over a mesh each device does its own rows with the slice of D that it holds of the head. Left to
+    the partitioner, the head's gradient would be whole on every device, or summed over devices in
+    every chunk; here it is scattered once: see `_whole` and `_to_slices`.
+    """
+
+    def of_rows(hidden, head, tokens, num_chunks):
+        return _chunked_logps(hidden, head, tokens, num_chunks, vocab_size, chunk)
+
+    if not _is_split():
+        return of_rows(hidden, head, tokens, num_chunks)
+    return jax.shard_map(
+        of_rows,
+        in_specs=(P(ROWS), P(WIDTH), P(ROWS), P()),
+        out_specs=P(ROWS),
+        axis_names=set(ROWS),
+        check_vma=False,
+    )(hidden, head, tokens, num_chunks)
+
+
+def _is_split() -> bool:
+    """Whether rows are over several devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and math.prod(mesh.shape[axis] for axis in ROWS) > 1
+
+
+def _whole(slices: jax.Array) -> jax.Array:
+    """[D here, V] -> [D, V]."""
+    return jax.lax.all_gather(slices, WIDTH, axis=0, tiled=True) if _is_split() else slices
+
+
+def _to_slices(sums: jax.Array) -> jax.Array:
+    """[D, V] of each device -> their sum, [D here, V]; over copies of the head autodiff sums it."""
+    if not _is_split():
+        return sums
+    slices = jax.lax.psum_scatter(sums, WIDTH, scatter_dimension=0, tiled=True)
+    # Else a compiler may scatter once a step: sums of micro-batches would be whole on each device.
+    return jax.lax.optimization_barrier(slices)
+
+
+def _plain_logps(hidden, head, tokens, num_chunks, vocab_size, chunk) -> jax.Array:
+    """`head_logps` of the rows that are here.
 
     The number of chunks is known at run time only, so that no chunk of filler is computed; hence
     the gradient by hand: d logp = onehot(token) - softmax, with the logits computed again.
@@ -81,7 +132,7 @@ _chunked_logps = jax.custom_vjp(_plain_logps, nondiff_argnums=(4, 5))
 
 
 def _forward(hidden, head, tokens, num_chunks, vocab_size, chunk):
-    weights = head.astype(hidden.dtype)
+    weights = _whole(head.astype(hidden.dtype))  # once, outside the chunk loop
 
     def one_chunk(i, carry):
         logps, log_totals = carry
@@ -92,12 +143,11 @@ def _forward(hidden, head, tokens, num_chunks, vocab_size, chunk):
 
     empty = jnp.zeros(tokens.shape, jnp.float32)
     logps, log_totals = jax.lax.fori_loop(0, num_chunks, one_chunk, (empty, empty))
-    return logps, (hidden, head, tokens, num_chunks, log_totals)
+    return logps, (hidden, weights, tokens, num_chunks, log_totals)
 
 
 def _backward(vocab_size, chunk, saved, grad_logps):
-    hidden, head, tokens, num_chunks, log_totals = saved
-    weights = head.astype(hidden.dtype)
+    hidden, weights, tokens, num_chunks, log_totals = saved
 
     def one_chunk(i, carry):
         grad_hidden, grad_head = carry
@@ -110,9 +160,9 @@ def _backward(vocab_size, chunk, saved, grad_logps):
         grad_head += jnp.einsum("rcd,rcv->dv", x, grad_logits, preferred_element_type=jnp.float32)
         return _put(grad_hidden, grad_x, i), grad_head
 
-    start = jnp.zeros_like(hidden), jnp.zeros(head.shape, jnp.float32)
+    start = jnp.zeros_like(hidden), jnp.zeros(weights.shape, jnp.float32)
     grad_hidden, grad_head = jax.lax.fori_loop(0, num_chunks, one_chunk, start)
-    return grad_hidden, grad_head.astype(head.dtype), None, None
+    return grad_hidden, _to_slices(grad_head), None, None
 
 
 _chunked_logps.defvjp(_forward, _backward)
@@ -129,7 +179,7 @@ def _put(x: jax.Array, part: jax.Array, i: jax.Array) -> jax.Array:
 def _logits(x: jax.Array, weights: jax.Array, vocab_size: int) -> jax.Array:
     """[R, C, D] -> [R, C, V] float32, padded columns far below every token."""
     logits = jnp.einsum("rcd,dv->rcv", x, weights, preferred_element_type=jnp.float32)
-    logits = constrain(logits, "rows", None, "vocab")
+    logits = constrain(logits, None, None, "vocab")
     if vocab_size == weights.shape[1]:
         return logits
     column = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)

@@ -27,6 +27,7 @@ from nca_jax.infra.mesh import (
     batch_shardings,
     check_split,
     compiler_options,
+    in_host,
     param_shardings,
     put_batch,
     row_shards,
@@ -68,6 +69,8 @@ def abstract_state(run: Run, tx: optax.GradientTransformation) -> tuple[TrainSta
     shapes = jax.eval_shape(functools.partial(_new_state, tx), run.model.abstract_params())
     shardings = param_shardings(run.mesh, shapes)
     check_split(run.mesh, shapes, shardings, copied_over="data")
+    if run.config.optim.moments == "host":
+        shardings = shardings._replace(opt_state=in_host(shapes.opt_state, shardings.opt_state))
     return shapes, shardings
 
 

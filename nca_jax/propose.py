@@ -125,13 +125,15 @@ def memory_gib(config: ConfigDict, model: ModelConfig, devices: int) -> float:
     reference = 0
     if config.reference.kind == "live":
         reference = 2 if reference_init_from(config) else 4  # as a file has it, or random weights
-    # Parameters, the second moment, the sum of gradients, those of a micro-batch; layers cast.
-    a_param = 4 * 4 + moment + reference + (2 if size == 2 else 0)
+    moments = 0 if config.optim.moments == "host" else moment + 4
+    # Parameters, moments, the sum of gradients; layers cast.
+    a_param = 4 + moments + 4 + reference + (2 if size == 2 else 0)
     a_layer = (num_params - outside) / m.num_layers
     gathered = a_layer * size + head * (size + 4) if devices > 1 else 0
     mlp = 2 * m.mlp_width * (m.experts_per_token or 1)
     products = 2 * m.head_dim * (m.num_heads + m.num_kv_heads) + mlp  # q, k, v, attention, MLP
-    kept = m.num_layers * (m.width + KEPT[config.model.remat] * products)
+    inputs = 0 if config.model.remat == "host" else m.width
+    kept = m.num_layers * (inputs + KEPT[config.model.remat] * products)
     rows = math.ceil(data.rows / devices)
     tokens = rows * data.row_len * size * (kept + NOW * products)
     logits = rows * config.loss.logits_chunk * m.padded_vocab * 3 * 4

@@ -104,6 +104,7 @@ class OptimSection(Protocol):
     eps: float
     weight_decay: float
     mu_dtype: str
+    moments: str
 
 
 class CheckpointSection(Protocol):

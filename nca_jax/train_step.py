@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from nca_jax.axes import Params
+from nca_jax.axes import Params, constrain_params, on_device
 from nca_jax.batch import Batch, Rows
 from nca_jax.infra.optim import merge_trained, split_trained
 from nca_jax.logprobs import sequence_logps
@@ -111,36 +111,41 @@ def make_train_step(
         weights = prompt_weights(loss, responses_of(batch, zeros, None), fields)  # [B]
         total_weight = jnp.sum(weights)
 
-        def micro_loss(
-            trained: Params, rows: Rows[jax.Array], ref_logps: jax.Array | None, here: jax.Array
-        ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-            params = merge_trained(trained, untrained)
-            logps = logps_of(params, rows)  # [B, K], 0 for prompts in other micro-batches
-            responses = responses_of(batch, logps, ref_logps)
-            responses = responses._replace(mask=batch.mask & here[:, None])
-            per_prompt = jnp.where(here, loss.per_prompt(responses, fields), 0.0)  # [B]
-            return jnp.sum(weights * per_prompt) / total_weight, (logps, per_prompt)
+        # The backward pass adds to these in place, layer by layer: a micro-batch has no gradients
+        # of its own beside them.
+        start = constrain_params(jax.tree.map(jnp.zeros_like, trained))
+        sums = jax.tree.map(jax.new_ref, start)
 
         def add_micro(m, carry):
-            grads, logps, ref_logps, losses = carry
+            logps, ref_logps, losses = carry
             rows = _micro(batch, m)
             here = batch.micro_of_prompt == m  # [B]
             if frozen.reference is not None:
                 ref_logps = ref_logps + logps_of(frozen.reference, rows)
-            grad_of = jax.grad(micro_loss, has_aux=True)
-            micro_grads, (micro_logps, micro_losses) = grad_of(trained, rows, ref_logps, here)
-            grads = jax.tree.map(jnp.add, grads, micro_grads)
-            return grads, logps + micro_logps, ref_logps, losses + micro_losses
+
+            def micro_loss(trained: Params) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+                params = merge_trained(trained, untrained)
+                logps = logps_of(params, rows)  # [B, K], 0 for prompts in other micro-batches
+                responses = responses_of(batch, logps, ref_logps)
+                responses = responses._replace(mask=batch.mask & here[:, None])
+                per_prompt = jnp.where(here, loss.per_prompt(responses, fields), 0.0)  # [B]
+                return jnp.sum(weights * per_prompt) / total_weight, (logps, per_prompt)
+
+            _, backward, of_micro = jax.vjp(micro_loss, trained, has_aux=True)
+            backward.with_refs(sums)(1.0)  # pyright: ignore[reportFunctionMemberAccess]
+            micro_logps, micro_losses = of_micro
+            return logps + micro_logps, ref_logps, losses + micro_losses
 
         start = (
-            jax.tree.map(jnp.zeros_like, trained),
             zeros,
             batch.ref_logps if frozen.reference is None else zeros,
             jnp.zeros(batch.scores.shape[:1], jnp.float32),
         )
-        grads, logps, ref_logps, losses = jax.lax.fori_loop(0, batch.num_micro, add_micro, start)
+        logps, ref_logps, losses = jax.lax.fori_loop(0, batch.num_micro, add_micro, start)
+        grads = jax.tree.map(jax.freeze, sums)
 
-        updates, opt_state = tx.update(grads, state.opt_state, trained)
+        # Moments in the host's memory are back there by the shardings of what the step returns.
+        updates, opt_state = tx.update(grads, on_device(state.opt_state), trained)
         params = merge_trained(optax.apply_updates(trained, updates), untrained)
         metrics = alignment_metrics(
             loss,

@@ -151,7 +151,7 @@ def test_the_head_keeps_three_chunks_of_logits_at_most_and_its_gradient(tensor):
     mesh = make_mesh(sizes, jax.devices()[:tensor])
 
     def total(hidden, head, tokens, num_chunks):
-        logps = logprobs._chunked_logps(hidden, head, tokens, num_chunks, vocab, chunk)
+        logps = logprobs.head_logps(hidden, head, tokens, num_chunks, vocab, chunk)
         return jnp.sum(logps)
 
     shapes = [(1, length, width), (width, vocab), (1, length), ()]
@@ -200,4 +200,19 @@ def test_remat_dots_computes_no_product_again_and_remat_full_some():
         grad = jax.grad(lambda params: packed_logps(model, params, groups).sum())
         return num_products(jax.make_jaxpr(grad)(params).jaxpr)
 
-    assert of("dots") == of("none") < of("full")
+    assert of("dots") == of("none") < of("full") == of("host")
+
+
+def test_remat_host_gives_the_gradient_of_remat_full_from_inputs_in_the_hosts_memory():
+    base = model_of("plain")
+    params = base.init(jax.random.key(0))
+    groups = make_groups(RAGGED, seed=1, vocab_size=base.config.vocab_size)
+
+    def gradient(remat: str) -> tuple[dict, str]:
+        model = dataclasses.replace(base, remat=remat)
+        grad = jax.jit(jax.grad(lambda params: packed_logps(model, params, groups).sum()))
+        return grad(params), str(jax.make_jaxpr(grad)(params))
+
+    (want, without), (got, program) = gradient("full"), gradient("host")
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert "Host" in program and "Host" not in without

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from types import SimpleNamespace
 
 import jax
@@ -73,6 +74,35 @@ def on_one_device():
     return functools.cache(lambda config: logps_and_gradient(config, mesh))
 
 
+def test_the_table_is_gathered_nowhere_and_the_heads_gradient_is_scattered_once():
+    mesh = make_mesh(ONE | {"data": 2, "fsdp": 4})
+    model = Model(DENSE, dtype=jnp.dtype("bfloat16"))
+    rows = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((8, *x.shape[2:]), x.dtype),
+        pack([], LAYOUT, slots=[], num_slots=4, num_micro=1)[0],
+    )
+    shardings = param_shardings(mesh, model.abstract_params())
+
+    def loss(params, rows):
+        return jnp.sum(sequence_logps(model, params, rows, shape=(1, 4), block=16, chunk=32))
+
+    with jax.set_mesh(mesh):
+        grad = jax.jit(
+            jax.grad(loss),
+            in_shardings=(shardings, rows_shardings(mesh)),
+            out_shardings=shardings,
+            compiler_options=QUICK,
+        )
+        text = grad.lower(model.abstract_params(), rows).compile().as_text()
+    v, d = DENSE.padded_vocab, DENSE.width
+    sent = [line for line in text.splitlines() if re.search(COLLECTIVE, line)]
+    assert not [line for line in sent if f"[{v},{d}]" in line.split(" = ")[1]]
+    of_head = [line for line in sent if re.search(rf"\[({d}|{d // 4}),{v}\]", line)]
+    kinds = [re.search(COLLECTIVE, line)[1] for line in of_head]
+    assert kinds == ["all-gather", "reduce-scatter", "all-reduce"]  # the last one over data
+
+
+COLLECTIVE = r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)\("
 PERMUTED = (5, 2, 7, 0, 3, 6, 1, 4)
 MESHES = {  # each axis alone, and together
     "data": (DENSE, {"data": 8}),

@@ -75,6 +75,22 @@ def test_the_gradient_is_that_of_the_weighted_mean_over_all_micro_batches(monkey
         np.testing.assert_allclose(old - new, grad, rtol=1e-4, atol=1e-6)
 
 
+def test_a_step_holds_one_sum_of_gradients_and_none_of_a_micro_batch():
+    data = data_config(row_len=32, rows=1, batch_size=4)
+    config = ConfigDict(parse_flags(["x", "--config=configs/jsonl.py:files=x,smoke"])[0].to_dict())
+    config.data, config.loss.logits_chunk = data, 32
+    examples = [encode_one(id_record(i + 1), data) for i in range(4)]
+    batch = Dataset([examples], data, seed=0).batch_at(0).batch
+    sizes = dataclasses.replace(SMALL, num_layers=4, mlp_width=2**13)  # most of it is layers
+    model = Model(sizes, remat="full")
+    params, tx = model.abstract_params(), optax.sgd(1.0)
+    step = make_train_step(model, tx, optax.constant_schedule(1.0), config)
+    start = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, tx.init(params))
+    memory = jax.jit(step).lower(start, Frozen(), batch).compile().memory_analysis()
+    held = sum(x.size * 4 for x in jax.tree.leaves(params))
+    assert memory.temp_size_in_bytes < 1.6 * held
+
+
 # The recipe of the README, as it stands there.
 
 

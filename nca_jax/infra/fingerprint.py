@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nca_jax.axes import Params, flatten_paths
+from nca_jax.axes import Params, flatten_paths, on_device
 from nca_jax.files import as_path
 from nca_jax.protocols import Tokenizer
 
@@ -55,7 +55,7 @@ def _digests(arrays: Sequence[jax.Array]) -> list[jax.Array]:
         h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
         return h ^ (h >> 16)
 
-    return [jnp.sum(mixed(x), dtype=jnp.uint32) for x in arrays]
+    return [jnp.sum(mixed(x), dtype=jnp.uint32) for x in on_device(arrays)]
 
 
 def array_kind(x: Any) -> str:

@@ -7,13 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nca_jax.axes import flatten_paths
+from nca_jax.axes import flatten_paths, on_device
 from nca_jax.checks import first_few
 
 
 @jax.jit
 def _are_finite(arrays: Sequence[jax.Array]) -> list[jax.Array]:
-    return [jnp.isfinite(x).all() for x in arrays]
+    return [jnp.isfinite(x).all() for x in on_device(arrays)]
 
 
 def not_finite(arrays: Any) -> str:

@@ -10,7 +10,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nca_jax.axes import MESH_AXES, ROWS, Params, Tree, flatten_paths, param_spec
+from nca_jax.axes import HOST_MEMORY, MESH_AXES, ROWS, Params, Tree, flatten_paths, param_spec
 from nca_jax.batch import Batch, Rows
 from nca_jax.checks import UserError
 from nca_jax.model_config import ModelConfig
@@ -134,6 +134,15 @@ def param_shardings(mesh: Mesh, abstract: Tree) -> Tree:
     specs = [param_spec(path, x.shape) for path, x in flatten_paths(abstract).items()]
     shardings = [NamedSharding(mesh, spec) for spec in specs]
     return jax.tree.unflatten(jax.tree.structure(abstract), shardings)
+
+
+def in_host(abstract: Tree, shardings: Tree) -> Tree:
+    """Returns the shardings with the arrays in the memory of their devices' host; scalars stay."""
+
+    def one(x, sharding: NamedSharding) -> NamedSharding:
+        return sharding.with_memory_kind(HOST_MEMORY) if x.shape else sharding
+
+    return jax.tree.map(one, abstract, shardings)
 
 
 def batch_shardings(mesh: Mesh) -> Batch[NamedSharding]:

@@ -14,8 +14,9 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from nca_jax.axes import Params, constrain
+from nca_jax.axes import HOST_MEMORY, Params, constrain
 from nca_jax.batch import Rows
 from nca_jax.model_config import ModelConfig
 from nca_jax.models import grouped
@@ -24,11 +25,18 @@ from nca_jax.models.attention.attend import KEPT, Attend, Cache
 from nca_jax.models.layers import Attention, Kernel, Mlp, RMSNorm
 from nca_jax.models.moe import Mix, Moe, dense
 
+INPUT = "input"  # the name of what comes into a layer
 REMAT = {  # what the backward pass keeps of a layer, from fastest to leanest
     "none": None,
     # Products and attention, by name: JAX's own policies do not see products in a custom_vjp.
     "dots": jax.checkpoint_policies.save_only_these_names(KEPT),
     "full": jax.checkpoint_policies.nothing_saveable,
+    "host": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[INPUT],
+        offload_src="device",
+        offload_dst=HOST_MEMORY,
+    ),
 }
 
 
@@ -128,13 +136,18 @@ class Model:
     ) -> tuple[jax.Array, Cache | tuple[Cache, ...] | None]:
         """[R, T] int32 tokens and positions -> ([R, T, D] in `dtype`, the cache with [L, ...])."""
         decoder = nnx.merge(self._graphdef, params)
-        # Cast after the look-up, so that its gradient is summed in float32.
-        table = constrain(decoder.embed.table[...], "vocab", None)
-        x = constrain(table[tokens].astype(self.dtype), "rows", None, None)
+        # Each device looks all tokens of its group up in its own slice of D, then gives its part of
+        # other devices' rows away: the table is gathered nowhere. Cast after the look-up, so that
+        # the gradient is summed in float32.
+        tokens = constrain(tokens, "groups", None)
+        x = constrain(decoder.embed.table[...][tokens], "groups", None, "width")
+        x = constrain(x.astype(self.dtype), "groups", None, "width")
+        x = constrain(x, "rows", None, None)
         graph, layers = nnx.split(decoder.layers)
 
         def layer(x, layer_and_cache):
             state, layer_cache = layer_and_cache
+            x = checkpoint_name(x, INPUT)
             return nnx.merge(graph, state)(x, positions, attend, layer_cache)
 
         if self.remat != "none":
