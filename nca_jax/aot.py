@@ -51,7 +51,7 @@ from nca_jax.train_step import Frozen
 
 Program = tuple[Wrapped, tuple[Any, ...]]  # jitted, and the shapes of its arguments
 
-LEANER = ("none", "dots", "full")  # recomputation, from none to all of a layer
+LEANER = ("none", "dots", "attention", "full")  # recomputation, from none to all of a layer
 MAX_ROWS = 16  # a chip; --fit looks no further
 GIB = 2**30
 

@@ -73,8 +73,9 @@ FIELDS: dict[str, Field] = {
     ),
     "model.remat": Field(
         "none",
-        one_of("auto", "none", "dots", "full"),
-        "what of a layer is computed again, fastest to leanest; wants scan_layers; auto: sets both",
+        one_of("auto", "none", "dots", "attention", "full"),
+        "what of a layer is computed again, fastest to leanest: nothing, all but products, all but "
+        "attention, all; wants scan_layers; auto: sets both",
         True,
         auto="auto",
     ),
@@ -86,6 +87,14 @@ FIELDS: dict[str, Field] = {
         one_of("auto", "pairs", "splash"),
         "kernel of packed rows: XLA or Pallas; auto: splash on TPU",
         True,
+    ),
+    "model.splash": Field(
+        "",
+        TEXT,
+        "of jax's splash BlockSizes those that are not data.block, as in "
+        "block_kv=1024,use_fused_bwd_kernel=1",
+        True,
+        since=5,
     ),
     "reference.kind": Field(
         "live",
@@ -195,6 +204,13 @@ FIELDS: dict[str, Field] = {
     ),
     "mesh.tensor": Field(1, AXIS, "devices over which heads, MLP and vocabulary are split", True),
     "mesh.expert": Field(1, AXIS, "devices over which experts are split", True),
+    "compiler_options": Field(
+        "",
+        TEXT,
+        "of XLA, NAME=VALUE,...: beside those of nca_jax/infra/compiler.py, or in place of them",
+        True,
+        since=5,
+    ),
     "checkpoint.keep_last": Field(2, COUNT, "checkpoints", True),
     "checkpoint.best_metric": Field(
         "", one_of("", *IS_BETTER_HIGH), "held-out metric whose best checkpoint is kept too", True

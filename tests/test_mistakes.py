@@ -59,6 +59,8 @@ FLAGS = {
     "devices that are left": ("--config.mesh.tensor=3", "does not fill the 8 devices"),
     "heads over devices": ("--config.mesh.tensor=8", "does not divide"),
     "another kernel": ("--config.model.attention=splash", "config.data.block in multiples of 128"),
+    "sizes of another kernel": ("--config.model.splash=block_q=512", "splash attention alone"),
+    "no option of the compiler": ("--config.compiler_options=xla_x=1", "does not take xla_x=1"),
     "more devices": ("--config.mesh.fsdp=16", "the 8 devices"),
     "remat of unrolled layers": ("--config.model.remat=full", "set config.model.scan_layers=True"),
     "one response": ("--config.data.num_responses=1", "set config.data.num_responses=2"),
