@@ -15,7 +15,9 @@ for, after one that is not counted.
 
 import argparse
 import concurrent.futures
+import contextlib
 import importlib.metadata
+import io
 import json
 import multiprocessing
 import statistics
@@ -43,6 +45,7 @@ K = 4
 GIB = 2**30
 SIZE, TIMES = 8192, 10  # of the product that says what the chip does at most
 LARGE = ",".join(f"block_{x}=1024" for x in ("q", "kv", "q_dkv", "kv_dkv"))
+REMAT = ("none", "dots", "attention", "full")
 SCAN = "--config.model.scan_layers=True"
 
 
@@ -55,21 +58,29 @@ class Work(NamedTuple):
     steps: int
 
 
-def trials(device_kind: str) -> dict[str, tuple[str, ...]]:
-    """Returns {name: flags of `nca_jax.train`}: nothing, then one change each."""
-    remat = {f"remat={x}": (SCAN, f"--config.model.remat={x}") for x in ("none", "dots", "full")}
-    common = {"as chosen": (), **remat, "2 rows": ("--config.data.rows=2",)}
+class Trial(NamedTuple):
+    """What is changed in it, beside what would be chosen."""
+
+    flags: tuple[str, ...] = ()  # of `nca_jax.train`
+    rows: int = 1  # a device
+
+
+def trials(device_kind: str) -> dict[str, Trial]:
+    """Returns the trials by name: nothing, then one change each."""
+    found = {"as chosen": Trial(), "2 rows": Trial(rows=2)}
+    for remat in REMAT:
+        found[f"remat={remat}"] = Trial((SCAN, f"--config.model.remat={remat}"))
     if device_kind not in CHIPS:
-        return common
-    off = ",".join(f"{option.name}=false" for option in OPTIONS.get(device_kind, ()))
-    return common | {
-        "remat=attention": (SCAN, "--config.model.remat=attention"),
-        "blocks of 256": ("--config.data.block=256",),
-        "blocks of 1024": (f"--config.model.splash={LARGE},block_q_dq=1024,block_kv_dq=1024",),
-        "fused": ("--config.model.splash=use_fused_bwd_kernel=1",),
-        "fused, 1024": (f"--config.model.splash={LARGE},use_fused_bwd_kernel=1",),
-        "4 rows": ("--config.data.rows=4",),
-    } | ({"no options": (f"--config.compiler_options={off}",)} if off else {})
+        return found
+    if off := ",".join(f"{option.name}=false" for option in OPTIONS.get(device_kind, ())):
+        found["no options"] = Trial((f"--config.compiler_options={off}",))
+    splash = {
+        "blocks of 1024": f"{LARGE},block_q_dq=1024,block_kv_dq=1024",
+        "fused": "use_fused_bwd_kernel=1",
+        "fused, 1024": f"{LARGE},use_fused_bwd_kernel=1",
+    }
+    found |= {name: Trial((f"--config.model.splash={x}",)) for name, x in splash.items()}
+    return found | {"blocks of 256": Trial(("--config.data.block=256",)), "4 rows": Trial(rows=4)}
 
 
 def look() -> dict[str, Any]:
@@ -101,10 +112,9 @@ def installed(package: str) -> str | None:
         return None
 
 
-def measure(work: Work, flags: tuple[str, ...]) -> dict[str, Any]:
+def measure(work: Work, trial: Trial) -> dict[str, Any]:
     """Returns the times of a step, what it did in them, and the memory of a device."""
-    rows = int(next((x.split("=")[1] for x in flags if x.startswith("--config.data.rows=")), 1))
-    rows *= jax.device_count()
+    rows = trial.rows * jax.device_count()
     with tempfile.TemporaryDirectory() as folder:
         write_records(Path(folder) / "records.jsonl", work, rows)
         argv = [
@@ -114,9 +124,7 @@ def measure(work: Work, flags: tuple[str, ...]) -> dict[str, Any]:
             *("--config.reference.kind=cached", "--config.reference.cache=unread"),
             f"--config.data.max_prompt_len={work.prompt_len}",
             f"--config.data.max_response_len={work.response_len}",
-            *flags,
-            f"--config.data.rows={rows}",
-            f"--config.data.batch_size={rows}",
+            *(f"--config.data.rows={rows}", f"--config.data.batch_size={rows}", *trial.flags),
         ]
         run, data = build.read_all(parse_flags(argv)[0])
     host = Dataset(data.sources, run.config.data, seed=0).batch_at(0)
@@ -173,9 +181,15 @@ def alone(function: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
         try:
-            return pool.submit(function, *args).result()
+            return pool.submit(silent, function, *args).result()
         except Exception as error:  # a trial that fails is a finding too
             return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+
+
+def silent(function: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+    """Returns what a function gives, without what it prints on the way."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return function(*args)
 
 
 def main() -> None:
@@ -190,25 +204,27 @@ def main() -> None:
     if "error" in found:
         raise SystemExit(f"JAX has no device here: {found['error']}")
     peak = found["product_flops_per_second"]["bfloat16"]
-    print(f"{found['devices']} x {found['device_kind']}, {peak / 1e12:.1f} TFLOP/s of one in bfloat16")
+    print(
+        f"{found['devices']} x {found['device_kind']}, {peak / 1e12:.1f} TFLOP/s of one in bfloat16"
+    )
     report = found | {"work": work._asdict(), "trials": {}}
     print(f"{'trial':<16} {'s a step':>9} {'tokens/s':>10} {'MFU':>6} {'GiB':>6}")
-    for name, flags in trials(found["device_kind"]).items():
+    for name, trial in trials(found["device_kind"]).items():
         began = time.perf_counter()
-        trial = alone(measure, work, flags) | {"flags": flags}
-        report["trials"][name] = trial | {"seconds_in_all": time.perf_counter() - began}
+        result = alone(measure, work, trial) | {"trial": trial._asdict()}
+        report["trials"][name] = result | {"seconds_in_all": time.perf_counter() - began}
         write_json(args.out, report)
-        print(f"{name:<16} {said(trial)}", flush=True)
+        print(f"{name:<16} {said(result)}", flush=True)
     print(f"all of it is in {args.out}")
 
 
-def said(trial: dict[str, Any]) -> str:
+def said(result: dict[str, Any]) -> str:
     """Returns the numbers of a trial in a line; "-" for what the device does not say."""
-    if "error" in trial:
-        return trial["error"][:120]
-    mfu, gib = trial["mfu"], trial["peak_gib"]
+    if "error" in result:
+        return result["error"][:80]
+    mfu, gib = result["mfu"], result["peak_gib"]
     return (
-        f"{trial['median_seconds']:9.3f} {trial['tokens_per_second']:10.0f} "
+        f"{result['median_seconds']:9.3f} {result['tokens_per_second']:10.0f} "
         f"{'-' if mfu is None else f'{mfu:.1%}':>6} {'-' if gib is None else f'{gib:.2f}':>6}"
     )
 

@@ -62,6 +62,13 @@ FIELDS: dict[str, Field] = {
         since=4,
     ),
     "save_every": Field(200, EVERY, "steps; the last is always saved; -1: a tenth", True, auto=-1),
+    "compiler_options": Field(
+        "",
+        TEXT,
+        "of XLA, NAME=VALUE,...: beside those of nca_jax/infra/compiler.py, or in place of them",
+        True,
+        since=5,
+    ),
     "model.name": Field(
         "", one_of("", *MODELS), "a size, with random weights; empty: as init_from has it"
     ),
@@ -204,13 +211,6 @@ FIELDS: dict[str, Field] = {
     ),
     "mesh.tensor": Field(1, AXIS, "devices over which heads, MLP and vocabulary are split", True),
     "mesh.expert": Field(1, AXIS, "devices over which experts are split", True),
-    "compiler_options": Field(
-        "",
-        TEXT,
-        "of XLA, NAME=VALUE,...: beside those of nca_jax/infra/compiler.py, or in place of them",
-        True,
-        since=5,
-    ),
     "checkpoint.keep_last": Field(2, COUNT, "checkpoints", True),
     "checkpoint.best_metric": Field(
         "", one_of("", *IS_BETTER_HIGH), "held-out metric whose best checkpoint is kept too", True
