@@ -6,8 +6,10 @@ import jax
 import numpy as np
 import pytest
 
+from nca_jax.build import build_for
 from nca_jax.checks import UserError
 from nca_jax.chips import CHIPS
+from nca_jax.flags import parse_flags
 from nca_jax.infra.compiler import OPTIONS, check_options, compiler_options
 from nca_jax.infra.mesh import make_mesh
 
@@ -31,6 +33,19 @@ def test_the_config_is_laid_over_the_table():
         GATHER: False,
         "xla_other": "3",
     }
+
+
+def test_the_programs_of_a_run_have_what_its_config_says():
+    config, _ = parse_flags(
+        [
+            "aot",
+            "--config=configs/jsonl.py:files=x,smoke",
+            "--config.compiler_options=xla_cpu_enable_fast_math=true",
+        ]
+    )
+    run = build_for(config, jax.devices()[:1])
+    assert run.compiler_options["xla_cpu_enable_fast_math"] is True
+    assert "xla_cpu_experimental_ynn_fusion_type" in run.compiler_options
 
 
 @pytest.mark.parametrize("asked", ["xla_no_such=1", "xla_cpu_enable_fast_math=perhaps", "xla"])

@@ -11,7 +11,7 @@ compiled program. The codes lean on private fields of the kernel (`MaskInfo`), h
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -120,24 +120,29 @@ def parse_blocks(text: str, *, block: int, row_len: int) -> Blocks:
 
 
 def _block_sizes(block: int, blocks: Blocks) -> kernels.BlockSizes:
-    sizes = dict.fromkeys(BLOCKS, block) | dict(blocks)
+    sizes: dict[str, Any] = dict.fromkeys(BLOCKS, block) | dict(blocks)
     is_fused = bool(sizes.pop(FUSED, 0))
     if is_fused:
         del sizes["block_q_dq"], sizes["block_kv_dq"]
     return kernels.BlockSizes(**sizes, use_fused_bwd_kernel=is_fused)
 
 
-class _Plan(NamedTuple):
-    """What the kernels are told of rows, [R, ...]; of `live` and `following` one for each kernel.
+class _Blocks(NamedTuple):
+    """Which pairs of blocks a kernel computes."""
 
-    The kernels are forward, dq and dkv; where the backward kernels are fused there is no dq.
-    """
+    live: jax.Array  # [R, query blocks, key blocks] int8
+    following: jax.Array  # the same shape: the block that is fetched ahead
+
+
+class _Plan(NamedTuple):
+    """What the kernels are told of rows."""
 
     codes: jax.Array  # [R, T] int32
     query_ids: jax.Array  # [R, T] int32
     key_ids: jax.Array  # [R, T] int32, -1 where a key is off
-    live: list[jax.Array]  # [R, query blocks, key blocks] int8
-    following: list[jax.Array]  # the same shape: the block that is fetched ahead
+    forward: _Blocks
+    dq: _Blocks  # unread where the backward kernels are fused
+    dkv: _Blocks
 
 
 def packed(
@@ -166,24 +171,19 @@ def packed(
     block = row_len // num_blocks
     sizes = _block_sizes(block, blocks)
     live = jax.vmap(lambda pairs: _live_blocks(pairs, num_blocks))(rows.pairs)  # [R, Q, Q]
-    forward, dq, dkv = (
-        _coarser(live, block, *of_kernel)
-        for of_kernel in (
-            (sizes.block_q, sizes.block_kv),
-            (sizes.block_q_dq, sizes.block_kv_dq),
-            (sizes.block_q_dkv, sizes.block_kv_dkv),
-        )
-    )
+
+    def blocks_of(block_q: int | None, block_kv: int | None, *, by_key: bool = False) -> _Blocks:
+        coarse = _coarser(live, (block_q or block) // block, (block_kv or block) // block)
+        following = jax.vmap((lambda x: _next_live(x.T).T) if by_key else _next_live)(coarse)
+        return _Blocks(coarse.astype(jnp.int8), following)
+
     plan = _Plan(
         jax.vmap(lambda rows: _codes(rows, code))(rows),
         rows.prompt_ids,
         jnp.where(rows.key_on, rows.prompt_ids, -1),
-        [live.astype(jnp.int8) for live in (forward, dq, dkv)],
-        [
-            jax.vmap(_next_live)(forward),
-            jax.vmap(_next_live)(dq),
-            jax.vmap(lambda live: _next_live(live.T).T)(dkv),
-        ],
+        forward=blocks_of(sizes.block_q, sizes.block_kv),
+        dq=blocks_of(sizes.block_q_dq, sizes.block_kv_dq),
+        dkv=blocks_of(sizes.block_q_dkv, sizes.block_kv_dkv, by_key=True),
     )
 
     def attend(q, k, v, cache):
@@ -216,17 +216,19 @@ def _local(code: Code, sizes: kernels.BlockSizes, interpret: bool) -> Callable[.
             residual_checkpoint_name=ATTENDED,
             interpret=interpret,
         )
-        infos = (kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info)
 
         def one_row(q, k, v, plan):
+            def with_plan(info, blocks):
+                return info._replace(
+                    q_sequence=plan.codes,
+                    block_mask=blocks.live[None],
+                    data_next=blocks.following[None],
+                )
+
             of_row = kernels.SplashAttentionKernel(
-                *(
-                    info
-                    and info._replace(
-                        q_sequence=plan.codes, block_mask=live[None], data_next=following[None]
-                    )
-                    for info, live, following in zip(infos, plan.live, plan.following, strict=True)
-                ),
+                with_plan(kernel.fwd_mask_info, plan.forward),
+                kernel.dq_mask_info and with_plan(kernel.dq_mask_info, plan.dq),
+                with_plan(kernel.dkv_mask_info, plan.dkv),
                 **kernel.kwargs,
             )
             out = of_row(q, k, v, kernels.SegmentIds(plan.query_ids, plan.key_ids))
@@ -264,9 +266,8 @@ def _live_blocks(pairs: jax.Array, num_blocks: int) -> jax.Array:
     return live.at[pairs[:, 0], pairs[:, 1]].set(True)[:num_blocks, :num_blocks]
 
 
-def _coarser(live: jax.Array, block: int, block_q: int | None, block_kv: int | None) -> jax.Array:
-    """[R, Q, Q] of blocks of `block` tokens -> the same of larger blocks, None: as large."""
-    q, kv = (block_q or block) // block, (block_kv or block) // block
+def _coarser(live: jax.Array, q: int, kv: int) -> jax.Array:
+    """[R, Q, Q] -> [R, Q / q, Q / kv] of blocks that are so many times as large."""
     num_rows, num_blocks, _ = live.shape
     return live.reshape(num_rows, num_blocks // q, q, num_blocks // kv, kv).any(axis=(2, 4))
 
