@@ -21,7 +21,7 @@ def test_each_kind_of_chip_is_tried_with_the_options_and_without():
 def test_a_trial_that_fails_says_so_and_the_others_are_measured(tmp_path, monkeypatch, capsys):
     tried = {
         "as chosen": tpu_bench.Trial(),
-        "no such block": tpu_bench.Trial(("--config.data.block=100",)),
+        "refused": tpu_bench.Trial(("--config.model.remat=full",)),
         "2 rows": tpu_bench.Trial(rows=2),
     }
     monkeypatch.setattr(tpu_bench, "trials", lambda device_kind: tried)
@@ -31,11 +31,11 @@ def test_a_trial_that_fails_says_so_and_the_others_are_measured(tmp_path, monkey
     report = json.loads(out.read_text())
     assert report["device_kind"] == "cpu" and report["product_flops_per_second"]["bfloat16"] > 0
     chosen, bad, two = report["trials"].values()
-    assert "must divide config.data.row_len" in bad["error"]
+    assert "set config.model.scan_layers=True" in bad["error"]
     assert chosen["median_seconds"] > 0 and len(chosen["step_seconds"]) == 2
     assert (chosen["mfu"], chosen["peak_gib"], chosen["micro_batches"]) == (None, None, 1)
     assert chosen["config"]["model"]["name"] == "tiny"
     tokens = [x["tokens_per_second"] * x["median_seconds"] for x in (chosen, two)]
     a_prompt = 32 + 4 * 24 + tpu_bench.K  # each response ends in an end-of-turn token
     assert tokens == pytest.approx([a_prompt * report["devices"] * n for n in (1, 2)])
-    assert "no such block" in capsys.readouterr().out
+    assert "refused" in capsys.readouterr().out
