@@ -36,6 +36,6 @@ def test_a_trial_that_fails_says_so_and_the_others_are_measured(tmp_path, monkey
     assert (chosen["mfu"], chosen["peak_gib"], chosen["micro_batches"]) == (None, None, 1)
     assert chosen["config"]["model"]["name"] == "tiny"
     tokens = [x["tokens_per_second"] * x["median_seconds"] for x in (chosen, two)]
-    a_prompt = 32 + 4 * 24 + tpu_bench.K  # each response ends in an end-of-turn token
+    a_prompt = 32 + tpu_bench.K * 24
     assert tokens == pytest.approx([a_prompt * report["devices"] * n for n in (1, 2)])
     assert "refused" in capsys.readouterr().out
