@@ -24,8 +24,8 @@ class Option(NamedTuple):
     does: str
 
 
-# The compiler of v5p and v6e has every collective of the layers' loops wait for its data, unless
-# the sparse cores, which nothing else here uses, are to send it. v5e has none.
+# The TensorCore of v5p and v6e waits for a collective of the layers' loops that is no part of a
+# product, unless the sparse cores, which nothing else here needs, take it. v5e has none.
 SPARSE_CORES = (
     Option(
         "xla_tpu_enable_sparse_core_collective_offload_all_gather",
