@@ -60,6 +60,7 @@ Program = tuple[Wrapped, tuple[Any, ...]]  # jitted, and the shapes of its argum
 LEANER: tuple[dict[str, Value], ...] = (  # by fields that change no number, from fast to lean
     {"model.remat": "none"},
     {"model.remat": "dots"},
+    {"model.remat": "attention"},
     {"model.remat": "full"},
     {"model.remat": "host"},
     {"model.remat": "host", "optim.moments": "host"},

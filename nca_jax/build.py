@@ -25,7 +25,7 @@ from nca_jax.data.pipeline import Data, load_data
 from nca_jax.data.room import row_sizes
 from nca_jax.data.template import Turn, usual_turn
 from nca_jax.data.unit import spread
-from nca_jax.infra import distributed
+from nca_jax.infra import compiler, distributed
 from nca_jax.infra.fingerprint import code_fingerprint, text_fingerprint, tokenizer_fingerprint
 from nca_jax.infra.mesh import check_divides, make_mesh, row_shards
 from nca_jax.infra.optim import split_trained
@@ -61,6 +61,11 @@ class Run(NamedTuple):
         if self.turn is not None:
             ids.add(self.turn.end_id)
         return tuple(sorted(ids))
+
+    @property
+    def compiler_options(self) -> compiler.Options:
+        """What every large program is compiled with."""
+        return compiler.compiler_options(self.mesh, self.model.dtype, self.config.compiler_options)
 
     @property
     def encoder(self) -> Encoder:
@@ -132,14 +137,17 @@ def _assemble(
     if config.model.dtype == "float32":  # throughout: TPU matmuls would otherwise be bfloat16
         jax.config.update("jax_default_matmul_precision", "highest")
     check_divides(mesh, model_config, config.data.rows)
+    compiler.check_options(mesh, config.compiler_options)
+    kernel = _attention_kernel(config, model_config, mesh)
     model = Model(
         model_config,
         dtype=jnp.dtype(config.model.dtype),
         remat=config.model.remat,
         scan_layers=config.model.scan_layers,
-        attention_kernel=_attention_kernel(config, model_config, mesh),
+        attention_kernel=kernel,
         expert_kernel="grouped" if platform == "tpu" else "dense",
         align=config.data.align,
+        splash_blocks=_splash_blocks(config, kernel),
         interpret=platform != "tpu",
     )
     if config.optim.freeze:
@@ -198,6 +206,17 @@ def _attention_kernel(config: ConfigDict, model_config: ModelConfig, mesh: Mesh)
         if is_bad:
             raise UserError(f"Splash attention {message}, or set config.model.attention='pairs'.")
     return "splash"
+
+
+def _splash_blocks(config: ConfigDict, kernel: str) -> splash.Blocks:
+    """Returns the sizes of `config.model.splash`. Raises UserError where splash has no such."""
+    asked, data = config.model.splash, config.data
+    if asked and kernel != "splash":
+        raise UserError(
+            "config.model.splash is read by splash attention alone; set "
+            "config.model.attention='splash'."
+        )
+    return splash.parse_blocks(asked, block=data.block, row_len=data.row_len)
 
 
 def tokenizer_from(config: ConfigDict) -> str:

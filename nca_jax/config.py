@@ -64,6 +64,13 @@ FIELDS: dict[str, Field] = {
     "save_every": Field(
         200, EVERY, "steps; the last is always saved; -1: a tenth, 10 at least", True, auto=-1
     ),
+    "compiler_options": Field(
+        "",
+        TEXT,
+        "of XLA, NAME=VALUE,...: beside those of nca_jax/infra/compiler.py, or in place of them",
+        True,
+        since=5,
+    ),
     "model.name": Field(
         "", one_of("", *MODELS), "a size, with random weights; empty: as init_from has it"
     ),
@@ -75,9 +82,10 @@ FIELDS: dict[str, Field] = {
     ),
     "model.remat": Field(
         "none",
-        one_of("auto", "none", "dots", "full", "host"),
-        "what of a layer is computed again, fastest to leanest; host: all, and what comes into a "
-        "layer is kept in the host's memory; wants scan_layers; auto: sets both, never to host",
+        one_of("auto", "none", "dots", "attention", "full", "host"),
+        "what of a layer is computed again, fastest to leanest: nothing, all but products, all but "
+        "attention, all; host: all, from inputs in the host's memory; wants scan_layers; auto: "
+        "sets both, never to host",
         True,
         auto="auto",
     ),
@@ -89,6 +97,14 @@ FIELDS: dict[str, Field] = {
         one_of("auto", "pairs", "splash"),
         "kernel of packed rows: XLA or Pallas; auto: splash on TPU",
         True,
+    ),
+    "model.splash": Field(
+        "",
+        TEXT,
+        "of jax's splash BlockSizes those that are not data.block, as in "
+        "block_kv=1024,use_fused_bwd_kernel=1",
+        True,
+        since=5,
     ),
     "reference.kind": Field(
         "live",
@@ -197,7 +213,7 @@ FIELDS: dict[str, Field] = {
         one_of("device", "host"),
         "whose memory holds both moments; host: they come to the device and go back in every step",
         True,
-        since=4,
+        since=5,
     ),
     "mesh.data": Field(1, AXIS, "devices that hold copies of the parameters", True),
     "mesh.fsdp": Field(

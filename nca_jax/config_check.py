@@ -71,7 +71,7 @@ def _check_together(config: ConfigDict) -> None:
             "set config.model.name (a size, with random weights) or config.model.init_from",
         ),
         (
-            model.remat in ("dots", "full", "host") and not model.scan_layers,
+            model.remat not in ("auto", "none") and not model.scan_layers,
             f"config.model.remat={model.remat!r} saves memory in scanned layers only: unrolled, "
             "all are computed again at once; set config.model.scan_layers=True",
         ),

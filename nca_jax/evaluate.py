@@ -53,7 +53,7 @@ from nca_jax.files import as_path, out_file, write_json
 from nca_jax.flags import parse_flags
 from nca_jax.infra import distributed
 from nca_jax.infra.finite import bad_metrics
-from nca_jax.infra.mesh import compiler_options, rows_here
+from nca_jax.infra.mesh import rows_here
 from nca_jax.infra.progress import first_call, phase
 from nca_jax.infra.records import date_of, score_unit_of
 from nca_jax.params import policy_params
@@ -202,7 +202,7 @@ def kl_of_prompts(
             chunk=config.loss.logits_chunk,
         ),
         out_shardings=NamedSharding(run.mesh, P()),
-        compiler_options=compiler_options(run.mesh, run.model.dtype),
+        compiler_options=run.compiler_options,
     )
     values = score_responses(
         lambda rows: kl(policy, reference, rows),

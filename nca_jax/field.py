@@ -75,6 +75,12 @@ def _is_pattern(text: str) -> bool:
     return True
 
 
+def parse_pairs(text: str) -> dict[str, str]:
+    """Returns {"a": "1", "b": "2"} of "a=1,b=2"; a part without "=" has the value ""."""
+    parts = [part.strip().partition("=") for part in text.split(",") if part.strip()]
+    return {name: value for name, _, value in parts}
+
+
 TEXT = Check(str, lambda x: True, "a string")
 PATTERN = Check(str, _is_pattern, "a regular expression")
 FLAG = Check(bool, lambda x: True, "True or False")

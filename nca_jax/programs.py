@@ -26,7 +26,6 @@ from nca_jax.evaluators import HostLogps, score_responses
 from nca_jax.infra.mesh import (
     batch_shardings,
     check_split,
-    compiler_options,
     in_host,
     param_shardings,
     put_batch,
@@ -117,7 +116,7 @@ def jit_step_logps(run: Run) -> HostLogps:
             batch_shardings(run.mesh),
         ),
         out_shardings=NamedSharding(run.mesh, P()),
-        compiler_options=compiler_options(run.mesh, run.model.dtype),
+        compiler_options=run.compiler_options,
     )
     num_rows = run.config.data.rows
     return lambda params, batch: step_logps(params, put_batch(run.mesh, batch, num_rows))
@@ -130,7 +129,7 @@ def jit_rows_logps(run: Run, num_slots: int) -> Wrapped:
         make_logps(run.model, run.config, shape=(1, num_slots)),
         in_shardings=(shardings, rows_shardings(run.mesh)),
         out_shardings=NamedSharding(run.mesh, P()),
-        compiler_options=compiler_options(run.mesh, run.model.dtype),
+        compiler_options=run.compiler_options,
     )
 
 
@@ -161,7 +160,7 @@ def jit_train_step(run: Run, optimizer: Optimizer, frozen: Frozen) -> Wrapped:
         in_shardings=(state, param_shardings(run.mesh, frozen), batch_shardings(run.mesh)),
         out_shardings=(state, NamedSharding(run.mesh, P())),
         donate_argnums=0,
-        compiler_options=compiler_options(run.mesh, run.model.dtype),
+        compiler_options=run.compiler_options,
     )
 
 
@@ -191,5 +190,5 @@ def jit_sampler(run: Run) -> Wrapped:
         sampler,
         in_shardings=(params, rows, rows, None),
         out_shardings=everywhere,
-        compiler_options=compiler_options(run.mesh, run.model.dtype),
+        compiler_options=run.compiler_options,
     )

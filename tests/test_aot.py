@@ -244,6 +244,7 @@ def test_fit_takes_the_least_recomputation_then_the_most_rows(capsys):
     assert [line.split(":")[0] for line in said] == [
         "remat=none, 1 rows a chip",
         "remat=dots, 1 rows a chip",
+        "remat=attention, 1 rows a chip",
         "remat=full, 1 rows a chip",
         "remat=full, 2 rows a chip",
         "remat=full, 4 rows a chip",

@@ -116,6 +116,12 @@ def test_what_starts_and_is_done_later_is_asynchronous():
     text = f"""%offloaded (p: f32[4]) -> f32[4] {{
       ROOT %rs = {shape} all-gather(%p), replica_groups={{{{0,1}}}}, dimensions={{0}}
     }}
+    %outer (p: f32[4]) -> f32[4] {{
+      ROOT %call = {shape} call(%p), to_apply=%inner
+    }}
+    %inner (p: f32[4]) -> f32[4] {{
+      ROOT %rs2 = {shape} all-gather(%p), replica_groups={{{{0,1}}}}, dimensions={{0}}
+    }}
     %start (p: f32[4]) -> f32[4] {{
       %g = {shape} all-gather(%p), replica_groups={{{{0,1}}}}, frontend_attributes={{chain_id="1"}}
       ROOT %s = ({shape}, u32[]) custom-call(%g), custom_call_target="AsyncCollectiveStart"
@@ -128,8 +134,9 @@ def test_what_starts_and_is_done_later_is_asynchronous():
       %b = {small} all-reduce(%p), replica_groups={{{{0,1}}}}, to_apply=%add
       %c = ({shape}, {shape}) collective-permute-start(%p), source_target_pairs={{{{0,1}}}}
       %d = ({shape}, {shape}, s32[]) async-start(%p), calls=%offloaded
+      %h = ({shape}, {shape}, s32[]) async-start(%p), calls=%outer
       %e = ({shape}, u32[]) fusion(%p), kind=kCustom, calls=%start
       %f = {shape} fusion(%p), kind=kCustom, calls=%meanwhile
     }}""".replace("\n    ", "\n")
     large = 4 * 2**20
-    assert overlap(calls(text, [0, 0])) == Overlap(4, 4 * large, 3, 3 * large)
+    assert overlap(calls(text, [0, 0])) == Overlap(5, 5 * large, 4, 4 * large)

@@ -63,6 +63,8 @@ FLAGS = {
     "another kernel": ("--config.model.attention=splash", "config.data.block in multiples of 128"),
     "rows of fewer devices": ("--config.data.rows=12", "set config.data.rows=16"),
     "held out twice": ("--config.data.eval_files=x", "set config.data.eval_fraction=0 with it"),
+    "sizes of another kernel": ("--config.model.splash=block_q=512", "splash attention alone"),
+    "no option of the compiler": ("--config.compiler_options=xla_x=1", "does not take xla_x=1"),
     "more devices": ("--config.mesh.fsdp=16", "the 8 devices"),
     "remat of unrolled layers": ("--config.model.remat=full", "set config.model.scan_layers=True"),
     "one response": ("--config.data.num_responses=1", "set config.data.num_responses=2"),

@@ -1,5 +1,6 @@
 """Splash attention equals attention over block pairs, in value and gradient, by interpretation."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,10 +10,13 @@ import pytest
 from test_logprobs import make_groups, slots_of
 
 from nca_jax.batch import Rows
+from nca_jax.checks import UserError
 from nca_jax.data.pack import RowLayout, pack
 from nca_jax.data.plan import causal_bound
 from nca_jax.infra.mesh import make_mesh
+from nca_jax.model_config import MODELS
 from nca_jax.models.attention import pairs, splash
+from nca_jax.models.decoder import Model
 
 ROW_LEN, BLOCK, ALIGN = 512, 128, 8
 LAYOUT = RowLayout(
@@ -59,6 +63,67 @@ def assert_same(got, want):
 def test_splash_equals_block_pairs_in_value_and_gradient():
     rows, qkv = make_rows(), make_qkv()
     assert_same(value_and_grads(SPLASH, rows, *qkv), value_and_grads(PAIRS, rows, *qkv))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        "block_q=256,block_kv=512,block_kv_compute=128,"
+        "block_q_dkv=512,block_kv_dkv=256,block_kv_dkv_compute=128,block_q_dq=256",
+        "use_fused_bwd_kernel=1,block_q_dkv=256,block_kv_dkv=512,block_kv_dkv_compute=256",
+    ],
+)
+def test_larger_blocks_and_the_fused_backward_kernel_change_no_number(sizes):
+    rows, qkv = make_rows(), make_qkv()
+    blocks = splash.parse_blocks(sizes, block=BLOCK, row_len=ROW_LEN)
+    of_blocks = functools.partial(SPLASH, blocks=blocks)
+    assert_same(value_and_grads(of_blocks, rows, *qkv), value_and_grads(PAIRS, rows, *qkv))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ("block_k=512", "block_k=512 is no size; wanted whole numbers for some of block_q, "),
+        ("block_q", "block_q= is no size"),
+        ("block_q=192", "block_q=192 must be a multiple of config.data.block=128"),
+        ("block_kv=384", "and divide config.data.row_len=512"),
+        ("block_kv=512,block_kv_compute=192", "must be a multiple of 128 and divide block_kv=512"),
+        ("block_kv_dkv_compute=256", "divide block_kv_dkv=128"),
+        ("use_fused_bwd_kernel=2", "must be 0 or 1"),
+        ("use_fused_bwd_kernel=1,block_q_dq=256", "that use_fused_bwd_kernel=1 does without"),
+    ],
+)
+def test_sizes_that_the_kernels_cannot_have_are_refused_by_name(sizes, said):
+    with pytest.raises(UserError, match=said):
+        splash.parse_blocks(sizes, block=BLOCK, row_len=ROW_LEN)
+
+
+TINY = Model(MODELS["tiny"], attention_kernel="splash", align=ALIGN, interpret=True)
+
+
+def grad_of_rows(**changes):
+    """Returns the gradient of a number by the parameters of TINY, with `changes`."""
+    model, rows = dataclasses.replace(TINY, **changes), make_rows()
+    return jax.grad(lambda params: jnp.sum(jnp.sin(model.rows(params, rows, block=BLOCK))))
+
+
+def test_attention_that_is_kept_is_not_run_again_in_the_backward_pass():
+    def num_kernels(**changes) -> int:
+        program = jax.make_jaxpr(grad_of_rows(**changes))(TINY.abstract_params())
+        return str(program).count("pallas_call[")
+
+    fused = splash.parse_blocks("use_fused_bwd_kernel=1", block=BLOCK, row_len=ROW_LEN)
+    # Forward, dq and dkv; the layers are one scan forward and one back.
+    assert num_kernels(remat="full") == 4
+    assert num_kernels(remat="dots") == num_kernels(remat="attention") == 3
+    assert num_kernels(remat="attention", splash_blocks=fused) == 2
+
+
+@pytest.mark.slow
+def test_attention_that_is_kept_changes_no_bit_of_the_gradient():
+    params = TINY.init(jax.random.key(0))
+    got, want = (jax.jit(grad_of_rows(remat=x))(params) for x in ("attention", "full"))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 def test_splash_on_four_devices_equals_one():

@@ -38,9 +38,8 @@ python3 -m uv pip install -q --no-build-isolation -e '.[tpu,gcs]'"
     ;;
   run)
     [ $# -gt 0 ] || { echo "run wants a command: run python -m nca_jax.train ..." >&2; exit 2; }
-    flags=$(sed 's/#.*//' experiments/launch/xla_flags.txt | xargs)
     command=$(printf '%q ' "$@")
-    everywhere "cd nca_jax; export PATH=\$PWD/.venv/bin:\$PATH LIBTPU_INIT_ARGS='$flags'
+    everywhere "cd nca_jax; export PATH=\$PWD/.venv/bin:\$PATH
 nohup $command > ../nca_jax.log 2>&1 < /dev/null & echo \$! > ../nca_jax.pid"
     ;;
   log) tpu ssh --worker=0 --command="tail -n 100 -f nca_jax.log" ;;

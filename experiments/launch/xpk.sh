@@ -37,12 +37,11 @@ case $action in
     ;;
   run)
     [ $# -gt 0 ] || { echo "run wants a command: run python -m nca_jax.train ..." >&2; exit 2; }
-    flags=$(sed 's/#.*//' experiments/launch/xla_flags.txt | xargs)
     # SIGTERM must come to the run itself (exec), which saves after the step that it is in: 300 s.
     act xpk workload create --cluster="$CLUSTER" --project="$PROJECT" --zone="$ZONE" \
       --workload="$WORKLOAD" --tpu-type="$TYPE" --num-slices="$SLICES" --docker-image="$image" \
       --max-restarts="$RESTARTS" --termination-grace-period-seconds=300 \
-      --env="LIBTPU_INIT_ARGS=$flags" --command="exec $(printf "%q " "$@")"
+      --command="exec $(printf "%q " "$@")"
     ;;
   stop)
     act xpk workload delete --cluster="$CLUSTER" --project="$PROJECT" --zone="$ZONE" \

@@ -67,6 +67,9 @@ def calls(text: str, slices: Sequence[int]) -> list[Call]:
     """
     bodies, entry = _computations(text)
     started = set(re.findall(r" async-start\(.*calls=%?([\w.\-]+)", text))
+    for name in list(started):  # of sparse cores one that calls another, which has the collective
+        inside = "\n".join(bodies[name])
+        started.update(re.findall(r" call\(.*to_apply=%?([\w.\-]+)", inside))
     found = []
     for name, turns in _turns(bodies, entry).items():
         is_chain = any('"AsyncCollectiveStart"' in line for line in bodies[name])

@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -226,22 +225,3 @@ def place(abstract: Params, shardings: Params, read: Mapping[str, Read]) -> Para
         )
     ]
     return jax.tree.unflatten(jax.tree.structure(abstract), flat)
-
-
-def compiler_options(mesh: Mesh, dtype: jax.typing.DTypeLike) -> dict[str, str]:
-    """Returns the options that every large program is compiled with.
-
-    On CPU only matrix products go to XLA's YNN kernels: its sums of products over a middle axis
-    took thirty times as long as XLA's own (measured with jax 0.10.2: 9.7 against 0.3 ms for
-    [1, 2560, 576] over the tokens, an eighth of a training step). Products of bfloat16 do not go
-    there: XLA leaves them in bfloat16 for YNN, and on some processors then has no kernel for those
-    that YNN does not take ("Unsupported element type for DotThunk::Execute").
-
-    Args:
-      dtype: of the activations.
-    """
-    if mesh.devices.flat[0].platform != "cpu":
-        return {}
-    is_float32 = jnp.dtype(dtype) == jnp.float32
-    kind = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT" if is_float32 else "LIBRARY_FUSION_TYPE_INVALID"
-    return {"xla_cpu_experimental_ynn_fusion_type": kind}

@@ -92,3 +92,4 @@ def _trace(workdir: AnyPath) -> Iterator[None]:
         finally:
             jax.profiler.stop_trace()
             copy_into(Path(folder), workdir / "profile")
+            print(f"traced: {workdir / 'profile'}")

@@ -21,15 +21,16 @@ from nca_jax.batch import Rows
 from nca_jax.model_config import ModelConfig
 from nca_jax.models import grouped
 from nca_jax.models.attention import cached, pairs, splash
-from nca_jax.models.attention.attend import KEPT, Attend, Cache
+from nca_jax.models.attention.attend import ATTENDED, KEPT, Attend, Cache
 from nca_jax.models.layers import Attention, Kernel, Mlp, RMSNorm
 from nca_jax.models.moe import Mix, Moe, dense
 
 INPUT = "input"  # the name of what comes into a layer
 REMAT = {  # what the backward pass keeps of a layer, from fastest to leanest
     "none": None,
-    # Products and attention, by name: JAX's own policies do not see products in a custom_vjp.
-    "dots": jax.checkpoint_policies.save_only_these_names(KEPT),
+    # By name: JAX's own policies do not see products in a custom_vjp.
+    "dots": jax.checkpoint_policies.save_only_these_names(KEPT, ATTENDED),
+    "attention": jax.checkpoint_policies.save_only_these_names(ATTENDED),
     "full": jax.checkpoint_policies.nothing_saveable,
     "host": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
@@ -94,6 +95,7 @@ class Model:
       attention_kernel: of packed rows: "pairs" (XLA, any platform) or "splash" (Pallas, for TPU).
       expert_kernel: "dense" (XLA, any platform) or "grouped" (Pallas, for TPU).
       align: for splash, what the segments' starts in a row are multiples of.
+      splash_blocks: for splash, see `splash.parse_blocks`.
       interpret: run Pallas kernels in Python, where there is no TPU.
     """
 
@@ -104,6 +106,7 @@ class Model:
     attention_kernel: str = "pairs"
     expert_kernel: str = "dense"
     align: int = 1
+    splash_blocks: splash.Blocks = ()
     interpret: bool = False
 
     @property
@@ -176,7 +179,11 @@ class Model:
         num_blocks = rows.tokens.shape[1] // block
         if self.attention_kernel == "splash":
             attend = splash.packed(
-                rows, num_blocks=num_blocks, align=self.align, interpret=self.interpret
+                rows,
+                num_blocks=num_blocks,
+                align=self.align,
+                blocks=self.splash_blocks,
+                interpret=self.interpret,
             )
         else:
             window = self.config.sliding_window

@@ -5,7 +5,9 @@ from collections.abc import Callable
 import jax
 
 NEVER = -1e30  # finite: a query without a key gives exp(NEVER - NEVER), never nan
-KEPT = "kept"  # the name of what the backward pass keeps of a layer where config.model.remat="dots"
+# Names of what the backward pass may keep of a layer, see `decoder.REMAT`.
+KEPT = "kept"  # products
+ATTENDED = "attended"  # the output of attention and its log-sum: without them it runs again
 
 Cache = dict[str, jax.Array]  # keys and values of one layer; only decoding has one
 

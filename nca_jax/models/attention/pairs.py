@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from nca_jax.batch import PROMPT_SEGMENT, Rows
-from nca_jax.models.attention.attend import KEPT, NEVER, Attend
+from nca_jax.models.attention.attend import ATTENDED, NEVER, Attend
 
 PAIRS_AT_ONCE = 16  # per row; measured on CPU: more leave the cache, fewer pay for the loop
 
@@ -115,8 +115,8 @@ def _attend_forward(q, k, v, mask, pairs, num_chunks):
         jnp.zeros(q.shape, jnp.float32),
     )
     top, total, out = jax.lax.fori_loop(0, num_chunks, one_chunk, start)
-    out = checkpoint_name((out / total[..., None]).astype(v.dtype), KEPT)
-    log_total = checkpoint_name(top + jnp.log(total), KEPT)
+    out = checkpoint_name((out / total[..., None]).astype(v.dtype), ATTENDED)
+    log_total = checkpoint_name(top + jnp.log(total), ATTENDED)
     return out, (q, k, v, mask, pairs, num_chunks, out, log_total)
 
 
