@@ -56,7 +56,7 @@ def with_nll(loss: Loss) -> Loss:
     return loss._replace(
         per_prompt=per_prompt,
         floor=loss.floor and floor,
-        fields=loss.fields | {"nll_weight": NLL_WEIGHT},
+        fields={**loss.fields, "nll_weight": NLL_WEIGHT},
     )
 
 
