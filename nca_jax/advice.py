@@ -12,6 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from nca_jax.data.pipeline import choose
+from nca_jax.data.table import Table
 from nca_jax.losses import targets_from_scores
 from nca_jax.protocols import DataSection
 from nca_jax.train_step import loss_of
@@ -19,11 +20,12 @@ from nca_jax.train_step import loss_of
 NEARLY_ALL = 0.9  # of the prompts
 NEAR = 0.01  # of a target to that of hard labels, or to that of no preference
 BEST = 0.6  # mean target of the best response under an alpha that is proposed
+MOST = 2**16  # prompts whose scores are looked at
 HALVINGS = 40  # of the range of log(alpha)
 
 
 def before_training(
-    scores: Sequence[np.ndarray],
+    examples: Table,
     config: ConfigDict,
     steps: int,
     *,
@@ -33,18 +35,25 @@ def before_training(
     """Returns a line of what a run is going to do, and one for each warning.
 
     Args:
-      scores: N times [n], of all responses of each training prompt, in the unit of the run.
+      examples: the N training prompts with their scores in the unit of the run.
     """
-    plan = _plan_of(config.data, len(scores), steps)
+    plan = _plan_of(config.data, len(examples), steps)
     plan = (
-        f"{len(scores)} training prompts, {num_heldout} held out, {plan} on {num_devices} devices"
+        f"{len(examples)} training prompts, {num_heldout} held out, {plan} on {num_devices} devices"
     )
     found = [
-        *_of_batch(config.data, len(scores)),
+        *_of_batch(config.data, len(examples)),
         *_of_warmup(config, steps),
-        *_of_scores(scores, config),
+        *_of_scores(some_scores(examples), config),
     ]
     return [plan, *(f"warning: {one}" for one in found)]
+
+
+def some_scores(examples: Table) -> list[np.ndarray]:
+    """Returns the scores of each example, [n]; of many examples those of MOST, evenly spread."""
+    some = examples[:: max(1, -(-len(examples) // MOST))]
+    firsts, counts = some.entries["first"].tolist(), some.entries["count"].tolist()
+    return [some.scores[first + 1 : first + 1 + n] for first, n in zip(firsts, counts, strict=True)]
 
 
 def alpha_for(scores: Sequence[np.ndarray]) -> float | None:

@@ -291,6 +291,11 @@ def remove(path: AnyPath) -> None:
         path.rmtree()
 
 
+def cache_folder() -> Path:
+    """Returns where what can be made again is kept: $NCA_JAX_CACHE, or ~/.cache/nca_jax."""
+    return Path(os.environ.get("NCA_JAX_CACHE", "~/.cache/nca_jax")).expanduser()
+
+
 def local_copy(path: AnyPath, patterns: Sequence[str] = ("*",)) -> Path:
     """Returns a local path: of the same file or folder, or of a copy of what is on gs://.
 
@@ -312,7 +317,7 @@ def local_copy(path: AnyPath, patterns: Sequence[str] = ("*",)) -> Path:
     filesystem, _ = fsspec.core.url_to_fs(names[0])
     versions = [f"{name} {filesystem.ukey(name)}" for name in names]
     digest = hashlib.sha256("\n".join(versions).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("NCA_JAX_CACHE", "~/.cache/nca_jax")).expanduser()
+    cache = cache_folder()
     folder = cache / f"{path.name}-{digest}"
     if not folder.exists():
         cache.mkdir(parents=True, exist_ok=True)

@@ -58,6 +58,7 @@ class DataSection(Protocol):
     """config.data"""
 
     files: str
+    store: str
     eval_files: str
     eval_fraction: float
     weights: str

@@ -11,8 +11,9 @@ from nca_jax.config import OPTIONAL, fields_of, flatten
 from nca_jax.field import Value
 from nca_jax.files import AnyPath, read_json
 
-# 1 had none written, and every loss had an alpha; 2 had no data.join; 3 no score_unit, warmup_from.
-VERSION = 4
+# 1 had none written, and every loss had an alpha; 2 had no data.join; 3 no score_unit, warmup_from;
+# 4 no data.store.
+VERSION = 5
 NEUTRAL = {"loss.alpha": 0.0}  # fields that older runs have, and the value that meant nothing
 CONFIG = "config.json"
 

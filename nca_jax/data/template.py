@@ -14,6 +14,7 @@ from nca_jax.data.sources import RecordError
 from nca_jax.protocols import Tokenizer
 
 MARKER = "RESPONSE"  # of letters, which a template that trims or splits leaves alone
+ASKS_DAY = "strftime_now"
 SPACES_CHANGED = "responses whose white space the chat template changes"
 
 
@@ -106,13 +107,14 @@ def write_response(
     whole = _render(messages, response, tokenizer, date)
     written = whole.removesuffix(turn.tail)
     is_there = whole.startswith(turn.prompt) and whole.endswith(turn.tail)
-    if not is_there or not _squeezed(written).endswith(_squeezed(response)):
+    as_it_is = written.endswith(response)
+    if not is_there or not (as_it_is or _squeezed(written).endswith(_squeezed(response))):
         raise RecordError(
             f"the chat template does not write a response as it is ({response[:40]!r} became "
             f"{whole.removeprefix(turn.prompt)[:80]!r}); use another template or data.format=plain",
             reason="template",
         )
-    notes = () if written.endswith(response) else (SPACES_CHANGED,)
+    notes = () if as_it_is else (SPACES_CHANGED,)
     return written[len(turn.prompt) :] + turn.closing + turn.end, notes
 
 
@@ -165,18 +167,25 @@ def _render(messages: list[dict], response: str, tokenizer: Tokenizer, date: str
     return apply_template([*messages, turn], tokenizer, generate=False, date=date)
 
 
+def writes_date(tokenizer: Tokenizer | None) -> bool:
+    """Whether a chat template asks for the day."""
+    if tokenizer is None or not tokenizer.chat_template:
+        return False
+    return ASKS_DAY in tokenizer.get_chat_template()
+
+
 def _dated(template: str, date: str) -> str:
     """Returns a template that writes one day, whatever the clock says.
 
     transformers gives a template its own clock and takes no function from its caller. So the
     template gets a macro of that name, whose line break is not written.
     """
-    if not date or "strftime_now" not in template:
+    if not date or ASKS_DAY not in template:
         return template
     day = datetime.datetime.fromisoformat(date)
     codes = sorted(set(re.findall(r"%-?[a-zA-Z]|%%", template)), reverse=True)  # "%%" is the last
     parts = "".join(f"|replace({code!r}, {day.strftime(code)!r})" for code in codes)
-    return f"{{% macro strftime_now(format) %}}{{{{ format{parts} }}}}{{% endmacro %}}\n{template}"
+    return f"{{% macro {ASKS_DAY}(format) %}}{{{{ format{parts} }}}}{{% endmacro %}}\n{template}"
 
 
 def _eos(tokenizer: Tokenizer, eos_ids: Sequence[int]) -> tuple[str, int]:
