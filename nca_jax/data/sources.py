@@ -5,6 +5,7 @@ hf:NAME[:CONFIG]:SPLIT. A file is JSON lines, an array of JSON (.json) or .parqu
 Entries are parted by commas, or by + as in a.jsonl+b.jsonl.
 """
 
+import functools
 import gzip
 import json
 import os
@@ -32,6 +33,10 @@ class RecordError(UserError):
     def __init__(self, message: str, *, reason: str, where: str = ""):
         super().__init__(f"{where}: {message}" if where else message)
         self.message, self.reason, self.where = message, reason, where
+
+    def __reduce__(self):  # between processes: other exceptions go by their arguments alone
+        again = functools.partial(RecordError, reason=self.reason, where=self.where)
+        return again, (self.message,)
 
     def at(self, where: str) -> "RecordError":
         """Returns the same error with the place ("path:line") in front."""

@@ -144,8 +144,7 @@ def _make(
     making.mkdir(exist_ok=True)
     num_parts, num_records = _parts_made(making)
     raws = itertools.islice(stream(entry), num_records, None)
-    cores = len(os.sched_getaffinity(0))
-    chunks = encoded(raws, encoder, num_processes=cores)
+    chunks = encoded(raws, encoder, num_processes=len(os.sched_getaffinity(0)))
     with contextlib.closing(chunks):
         for part in _batches(chunks):
             _write_part(making, num_parts, part)

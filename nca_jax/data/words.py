@@ -29,7 +29,7 @@ COMPARED = 256  # texts that are encoded both ways
 
 def ids_of(texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:
     """Returns the ids of one or more texts, without special tokens around them."""
-    return _words_of(tokenizer, len(tokenizer))(texts)
+    return _words_of(tokenizer)(texts)
 
 
 def pipeline_of(tokenizer: Tokenizer | None) -> str:
@@ -40,8 +40,8 @@ def pipeline_of(tokenizer: Tokenizer | None) -> str:
 
 
 @functools.lru_cache(maxsize=2)
-def _words_of(tokenizer: Tokenizer, size: int) -> Encode:
-    """Returns `encode(texts)`; `size` is that of the vocabulary, which may grow."""
+def _words_of(tokenizer: Tokenizer) -> Encode:
+    """Returns `encode(texts)` of a tokenizer, whose vocabulary does not change any more."""
 
     def whole(texts: list[str]) -> list[list[int]]:
         return tokenizer(texts, add_special_tokens=False)["input_ids"]
