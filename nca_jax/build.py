@@ -281,7 +281,7 @@ def read_data(run: Run, *, score_unit: float | None = None) -> Data:
     config = run.config
     gather = distributed.gather if jax.process_count() > 1 else None
     with phase("reading and encoding the records"):
-        data = load_data(run.encoder, keep=_keep(config), gather=gather)
+        data = load_data(run.encoder, keep=keep_of(config), gather=gather)
     if config.eval_every > 0 and not len(data.heldout):
         raise UserError(
             f"config.data.eval_fraction={config.data.eval_fraction} holds out none of "
@@ -294,7 +294,7 @@ def read_data(run: Run, *, score_unit: float | None = None) -> Data:
     return data.in_unit(score_unit)
 
 
-def _keep(config: ConfigDict) -> Keep | None:
+def keep_of(config: ConfigDict) -> Keep | None:
     """Returns where large files are stored once they are encoded; None: nowhere."""
     where = config.data.store
     if where == "none":

@@ -22,9 +22,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from nca_jax.axes import Params
-from nca_jax.build import Run
+from nca_jax.build import Run, keep_of
 from nca_jax.checks import UserError
-from nca_jax.data.sources import list_files, split_named
+from nca_jax.data.sources import split_named
+from nca_jax.data.store import contents_fingerprint
 from nca_jax.data.table import Table
 from nca_jax.files import AnyPath, as_path, read_json, write_whole
 from nca_jax.infra.fingerprint import (
@@ -108,8 +109,8 @@ def cache_fingerprint(run: Run, ref_params: Params) -> dict[str, str | int]:
         "params": params_fingerprint(ref_params),
         "dtype": config.model.dtype,
         "tokenizer": tokenizer_fingerprint(run.tokenizer),
-        "files": files_fingerprint(list_files(config.data.files)),
-        "eval_files": files_fingerprint(list_files(",".join(named.values()))),
+        "files": contents_fingerprint(config.data.files, keep_of(config)),
+        "eval_files": contents_fingerprint(",".join(named.values()), keep_of(config)),
         **{name: config.data[name] for name in ENCODING},
     }
 

@@ -127,7 +127,8 @@ def test_the_spread_is_the_mean_deviation_of_a_records_scores():
     ]
     examples = table_of(encode_one(record, data_config()) for record in records)
     assert spread(examples) == pytest.approx((1 + 0 + np.sqrt(8)) / 3, rel=1e-12)
-    for tied in (examples[1:2], table_of([encode_one(records[1] | {"scores": [0, 0]}, data_config())])):
+    zeros = table_of([encode_one(records[1] | {"scores": [0, 0]}, data_config())])
+    for tied in (examples[1:2], zeros):
         with pytest.raises(UserError, match="which is 0 over 1 training records; give scores"):
             spread(tied)
 

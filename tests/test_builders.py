@@ -19,7 +19,7 @@ from nca_jax import prepare
 from nca_jax.checks import UserError
 from nca_jax.data.encode import Example
 from nca_jax.data.load import load_examples
-from nca_jax.data.sources import list_files
+from nca_jax.data.sources import list_files, parse, stream
 from nca_jax.data.tfds_source import TfdsSource
 from nca_jax.infra.fingerprint import files_fingerprint
 from nca_jax.models.formats.pretrained import load_tokenizer
@@ -64,8 +64,7 @@ def write_parquet(tmp_path, name: str, rows: list[dict], schema: pa.Schema | Non
 
 
 def read(entry: str) -> list[dict]:
-    source = TfdsSource(entry)
-    return [source[i][1] for i in range(len(source))]
+    return [parse(raw)[1] for raw in stream(entry)]
 
 
 def chat(question: str, answer: str) -> list[dict]:

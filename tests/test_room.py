@@ -35,9 +35,7 @@ def test_drop_leaves_out_the_worst_until_the_rest_fits():
 
 def test_drop_leaves_out_a_row_whose_best_two_do_not_fit():
     config, counts = config_of("drop", row_len=16), Counter()
-    assert not len(
-        fit_examples(table_of([encode_one(ROW, config)]), make_encoder(config), counts)
-    )
+    assert not len(fit_examples(table_of([encode_one(ROW, config)]), make_encoder(config), counts))
     assert counts["records skipped: row_len"] == 1
 
 
@@ -53,6 +51,5 @@ def test_skip_leaves_out_and_counts_what_does_not_fit(tmp_path):
 def test_otherwise_the_row_is_named_with_the_length_it_needs(too_long):
     config = config_of(too_long)
     with pytest.raises(UserError, match="f:1.*needs 30 tokens of a row, but data.row_len is 24"):
-        check_examples(
-            fit_examples(table_of([encode_one(ROW, config)]), make_encoder(config), Counter()), config
-        )
+        examples = table_of([encode_one(ROW, config)])
+        check_examples(fit_examples(examples, make_encoder(config), Counter()), config)

@@ -49,7 +49,9 @@ def main() -> None:
     began, before = time.perf_counter(), cpu_seconds()
     data = build.read_data(run)
     seconds, cpu = time.perf_counter() - began, cpu_seconds() - before
-    print(f"{args.encode} records: {seconds:.0f} s, {cpu:.0f} CPU s, {args.encode / cpu:.0f} a CPU s")
+    print(
+        f"{args.encode} records: {seconds:.0f} s, {cpu:.0f} CPU s, {args.encode / cpu:.0f} a CPU s"
+    )
     needed = sum(int(lengths.sum()) for _, lengths, _ in data.training.by_count())
     print(f"{needed / len(data.training):.0f} tokens a record")
     repeat_parts(args.out / "tokens", math.ceil(args.records / args.encode))

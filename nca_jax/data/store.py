@@ -36,7 +36,7 @@ from nca_jax.checks import UserError
 from nca_jax.data import hub
 from nca_jax.data.chunks import Chunk, encoded
 from nca_jax.data.encode import Encoder
-from nca_jax.data.sources import list_files, stream
+from nca_jax.data.sources import list_files, split_globs, stream
 from nca_jax.data.table import Blob, Table, joined
 from nca_jax.files import as_path, read_json, remove, write_json, write_whole
 
@@ -108,10 +108,21 @@ def file_digests(entry: str, keep: Keep | None) -> list[tuple[str, str]]:
     return [(entry, found)]
 
 
+def contents_fingerprint(files: str, keep: Keep | None) -> str:
+    """A digest of the contents of all files of the entries of a list, in their order."""
+    digest = hashlib.sha256()
+    for entry in split_globs(files):
+        for _, found in file_digests(entry, keep):
+            digest.update(bytes.fromhex(found))
+    return digest.hexdigest()[:16]
+
+
 def _digest(path: str, keep: Keep | None) -> str:
     stat = as_path(path).stat()
     seen = {"path": os.path.abspath(path), "size": stat.st_size, "changed": str(stat.st_mtime_ns)}
-    remembered = keep and keep.folder / "digests" / _named(seen["path"])
+    remembered = None
+    if keep and stat.st_size >= SMALL:
+        remembered = keep.folder / "digests" / _named(seen["path"])
     if remembered and remembered.exists():
         last = read_json(remembered)
         if seen.items() <= last.items():
