@@ -88,6 +88,15 @@ def is_file(name: str) -> bool:
     return path.is_file() if is_remote(name) else os.path.isfile(path)
 
 
+def stamp(name: str) -> tuple[int, str]:
+    """Returns the bytes of a file, and what is another once it is written anew."""
+    if is_remote(name):
+        filesystem, path = fsspec.core.url_to_fs(name)
+        return filesystem.size(path), str(filesystem.ukey(path))
+    stat = os.stat(name)
+    return stat.st_size, str(stat.st_mtime_ns)
+
+
 def write_whole(path: AnyPath, content: bytes) -> None:
     """Writes a file that is whole or absent, also after the machine has lost its power."""
     if is_remote(path):  # an object is there once it is closed

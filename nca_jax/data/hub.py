@@ -7,6 +7,7 @@ A column without a value (null) is a key that the record lacks.
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import IO, Any
 
 from nca_jax.checks import UserError
@@ -37,8 +38,14 @@ def records(entry: str) -> Iterator[tuple[int, dict[str, Any], float]]:
         ) from None
 
 
+def local_files(entry: str) -> list[str]:
+    """Returns the files of a data set that is a local folder, sorted; [] of one of the hub."""
+    folder = Path(_parts(entry)[0])
+    return sorted(str(path) for path in folder.rglob("*") if path.is_file())
+
+
 def revision(entry: str) -> str:
-    """Returns the commit of the data set that the hub has now; "" where it is a local folder.
+    """Returns the commit of the data set that the hub has now.
 
     Raises:
       UserError: the hub cannot be reached, or has no such data set.

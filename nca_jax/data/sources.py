@@ -17,7 +17,7 @@ from typing import IO, Any, NamedTuple
 from nca_jax.checks import UserError
 from nca_jax.data import hub
 from nca_jax.data.tfds_source import PREFIX, TfdsSource, record_files
-from nca_jax.files import as_path, find_files, is_file, write_whole
+from nca_jax.files import as_path, find_files, is_file, stamp, write_whole
 
 LINE_BYTES = 64 << 20  # of one record
 SURROGATE = (b"\\u", b"\xed", b"\0")  # one of these is in whatever JSON may have a lone one
@@ -164,7 +164,7 @@ def list_files(files: str) -> list[str]:
 def _files_of(entry: str) -> list[str]:
     if entry.startswith(PREFIX):
         return record_files(entry)
-    return [] if entry.startswith(hub.PREFIX) else find_files(entry)
+    return hub.local_files(entry) if entry.startswith(hub.PREFIX) else find_files(entry)
 
 
 def _of_files(pattern: str) -> Iterator[Raw]:
@@ -173,7 +173,7 @@ def _of_files(pattern: str) -> Iterator[Raw]:
     if not paths:
         within = f": a folder's are {pattern}/*.jsonl" if os.path.isdir(pattern) else ""
         raise UserError(f"No file matches {pattern!r}; wanted .jsonl or .jsonl.gz files{within}.")
-    sizes = [as_path(path).stat().st_size for path in paths]
+    sizes = [stamp(path)[0] for path in paths]
     before, total = 0, max(1, sum(sizes))
     for path, size in zip(paths, sizes, strict=True):
         number = None

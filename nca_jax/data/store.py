@@ -38,7 +38,7 @@ from nca_jax.data.chunks import Chunk, encoded
 from nca_jax.data.encode import Encoder
 from nca_jax.data.sources import list_files, split_globs, stream
 from nca_jax.data.table import Blob, Table, joined
-from nca_jax.files import as_path, read_json, remove, write_json, write_whole
+from nca_jax.files import absolute, as_path, read_json, remove, stamp, write_json, write_whole
 
 PART = 2**14  # records: what a stop can lose
 SMALL = 16 << 20  # bytes of files that are encoded at every start, which takes seconds
@@ -82,7 +82,7 @@ def read_stored(entry: str, encoder: Encoder, keep: Keep) -> tuple[Table, Counte
 
 def is_small(entry: str) -> bool:
     """Whether an entry is encoded at every start."""
-    sizes = [as_path(path).stat().st_size for path in list_files(entry)]
+    sizes = [stamp(path)[0] for path in list_files(entry)]
     return not entry.startswith(hub.PREFIX) and sum(sizes) < SMALL
 
 
@@ -92,8 +92,9 @@ def file_digests(entry: str, keep: Keep | None) -> list[tuple[str, str]]:
     Args:
       keep: has digests of files as they were last; None: all files are read.
     """
-    if not entry.startswith(hub.PREFIX):
-        return [(path, _digest(path, keep)) for path in list_files(entry)]
+    files = list_files(entry)
+    if files or not entry.startswith(hub.PREFIX):
+        return [(path, _digest(path, keep)) for path in files]
     remembered = keep and keep.folder / "digests" / _named(entry)
     try:
         found = hub.revision(entry)
@@ -118,10 +119,10 @@ def contents_fingerprint(files: str, keep: Keep | None) -> str:
 
 
 def _digest(path: str, keep: Keep | None) -> str:
-    stat = as_path(path).stat()
-    seen = {"path": os.path.abspath(path), "size": stat.st_size, "changed": str(stat.st_mtime_ns)}
+    size, changed = stamp(path)
+    seen = {"path": os.fspath(absolute(as_path(path))), "size": size, "changed": changed}
     remembered = None
-    if keep and stat.st_size >= SMALL:
+    if keep and size >= SMALL:
         remembered = keep.folder / "digests" / _named(seen["path"])
     if remembered and remembered.exists():
         last = read_json(remembered)
