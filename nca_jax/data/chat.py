@@ -19,7 +19,7 @@ from nca_jax.data.template import (
     check_names_no_end,
     learn_turn,
     special_ids,
-    write_response,
+    write_responses,
 )
 from nca_jax.data.words import ids_of
 from nca_jax.protocols import Tokenizer
@@ -137,9 +137,11 @@ def _write(
     if format == "chat":
         messages = _messages(prompt)
         turn = learn_turn(messages, tokenizer, eos_ids, date)
-        for k in places:
-            texts[k], said = write_response(turn, messages, texts[k], tokenizer, date)
-            notes += said
+        asked = [texts[k] for k in places]
+        if asked:
+            asked, notes = write_responses(turn, messages, asked, tokenizer, date)
+        for k, text in zip(places, asked, strict=True):
+            texts[k] = text
         return _Written(turn.prompt, texts, [], turn.end_id, notes)
     eos, eos_id = _eos(tokenizer, format)
     if format == "plain":
