@@ -147,6 +147,12 @@ def test_a_part_of_an_older_version_is_read_where_it_can_be_right(tmp_path):
         read_part(written_part(tmp_path, logps=logps[:14]))
 
 
+@pytest.mark.parametrize(("rows", "row_len", "size"), [(1, 8, 64), (16, 64, 512)])
+def test_a_part_fills_the_rows_of_all_devices_several_times(rows, row_len, size):
+    config = data_config(rows=rows, row_len=row_len)
+    assert precompute.part_size(examples(), config) == size  # of examples of 8 tokens
+
+
 def test_log_probabilities_that_are_not_finite_are_not_written(tmp_path):
     with pytest.raises(UserError, match="not finite to f:0"):
         write_part(tmp_path, 0, examples(), np.full(15, np.inf, np.float32))
