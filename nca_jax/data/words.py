@@ -50,16 +50,18 @@ def _words_of(tokenizer: Tokenizer) -> Encode:
     return whole if cut is None else _Words(whole, cut)
 
 
-class _Known(dict[str, bytes]):
-    """The ids of words, as bytes of int32; what is looked up in vain is noted as `lacking`."""
+class _Known(dict[str, bytes | bytearray]):
+    """The ids of words, as bytes of int32.
+
+    What is looked up in vain gets an empty place in `lacking`, to be filled before it is read.
+    """
 
     def __init__(self):
         super().__init__()
-        self.lacking: list[str] = []
+        self.lacking: dict[str, bytearray] = {}
 
-    def __missing__(self, word: str) -> bytes:
-        self.lacking.append(word)
-        return b""
+    def __missing__(self, word: str) -> bytearray:
+        return self.lacking.setdefault(word, bytearray())
 
 
 class _Words:
@@ -93,15 +95,14 @@ class _Words:
         known, parts = self._known, [self._cut.split(text) for text in texts]
         for words in parts:
             words[0] = FIRST + words[0]
-        found = [b"".join(map(known.__getitem__, words)) for words in parts]
+        found = [list(map(known.__getitem__, words)) for words in parts]
         if known.lacking:
-            lacking, known.lacking = list(set(known.lacking)), []
-            known |= zip(lacking, self._encode(lacking), strict=True)
-            found = [b"".join(map(known.__getitem__, words)) for words in parts]
-            for word in lacking:
-                if len(word) > LONGEST:
-                    del known[word]
-        return [np.frombuffer(ids, np.int32).tolist() for ids in found]
+            lacking, known.lacking = known.lacking, {}
+            for (word, place), ids in zip(lacking.items(), self._encode([*lacking]), strict=True):
+                place += ids
+                if len(word) <= LONGEST:
+                    known[word] = ids
+        return [np.frombuffer(b"".join(of_words), np.int32).tolist() for of_words in found]
 
     def _encode(self, words: list[str]) -> list[bytes]:
         texts = [word[1:] if word[0] == FIRST else f"{BEFORE} {word}" for word in words]
