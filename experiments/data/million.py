@@ -66,7 +66,10 @@ def start(args: argparse.Namespace) -> None:
     dataset.batch_at(0)
     seconds = time.perf_counter() - began + imported_in()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"{len(dataset)} records: first batch after {seconds:.1f} s, at most {peak:.2f} GiB")
+    print(
+        f"{len(dataset)} records: first batch after {seconds:.1f} s, {cpu_seconds():.1f} CPU s, "
+        f"at most {peak:.2f} GiB"
+    )
     taken = []
     for step in range(1, 6):
         before = time.process_time()
