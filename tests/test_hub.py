@@ -1,5 +1,6 @@
 """Records of parquet and JSON files, and of the hub by name, through a library that stands in."""
 
+import contextlib
 import json
 import sys
 from types import ModuleType
@@ -85,12 +86,10 @@ def test_a_data_set_of_the_hub_is_streamed_by_name_configuration_and_split(hub_o
 
 
 def test_a_data_set_of_the_hub_is_stored_by_its_commit(hub_of, monkeypatch, tmp_path):
-    import contextlib
-
     asked, commits = hub_of(**{"org/pairs": [PAIR] * 3}), ["1"]
     monkeypatch.setattr(hub, "revision", lambda entry: commits[0])
     monkeypatch.setattr(store.os, "sched_getaffinity", lambda pid: {0})
-    keep = store.Keep(tmp_path, contextlib.nullcontext, lambda *_: None)
+    keep = store.Keep(tmp_path, lambda path: contextlib.nullcontext(), lambda *_: None)
     encoder = make_encoder(data_config(), load_tokenizer("byte"))
     for commit, times in (("1", 1), ("1", 1), ("2", 2)):
         commits[0] = commit

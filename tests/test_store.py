@@ -29,7 +29,7 @@ def files(tmp_path, monkeypatch) -> str:
 
 @pytest.fixture
 def keep(tmp_path) -> Keep:
-    return Keep(tmp_path / "tokens", contextlib.nullcontext, lambda *_: None)
+    return Keep(tmp_path / "tokens", lambda path: contextlib.nullcontext(), lambda *_: None)
 
 
 def encoder_of(**changes):

@@ -34,7 +34,7 @@ METASPACE = pre_tokenizers.Metaspace(prepend_scheme="first")
 LLAMA2 = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
 
 
-def trained(pre_tokenizer=None, normalizer=None, **more) -> PreTrainedTokenizerFast:
+def trained(pre_tokenizer=None, normalizer=None, **more):
     tokenizer = Tokenizer(models.BPE())
     if pre_tokenizer is not None:
         tokenizer.pre_tokenizer = pre_tokenizer

@@ -8,6 +8,7 @@ together or divided shares its blobs. Axes: N examples, n responses of one.
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -101,30 +102,32 @@ class Table(Sequence[Example]):
             yield at, self.lengths[segments], self.scores[segments[:, 1:]]
 
     def _read(self, entry: np.void) -> Example:
-        content, name = self.blobs[entry["blob"]]
-        start, first, n = int(entry["start"]), int(entry["first"]), int(entry["count"])
-        found = bytes(content[start : start + int(entry["size"])])
-        if zlib.crc32(found) != entry["crc"]:
+        said = dict(zip(ENTRY.names or (), entry.item(), strict=True))
+        content, name = self.blobs[said["blob"]]
+        start, first, n = said["start"], said["first"], said["count"]
+        found = bytes(content[start : start + said["size"]])
+        if zlib.crc32(found) != said["crc"]:
             raise UserError(
                 f"{name} is damaged at byte {start}: it is not what was written there. Remove its "
                 "folder, and the next start encodes the records anew; then look at the disk."
             )
-        ends = np.cumsum(self.lengths[first : first + 1 + n])
-        prompt, *responses = np.split(np.frombuffer(found, np.int32, ends[-1]), ends[:-1])
-        at, key_on = 4 * int(ends[-1]), None
-        if entry["has_keys"]:
-            of_prompt, *rest = np.split(np.frombuffer(found, bool, ends[-1], at), ends[:-1])
-            at, key_on = at + int(ends[-1]), (of_prompt, tuple(rest))
+        ends = [0, *itertools.accumulate(self.lengths[first : first + 1 + n].tolist())]
+        spans = [slice(*span) for span in itertools.pairwise(ends)]
+        at, key_on = 4 * ends[-1], None
+        ids = np.frombuffer(found, np.int32, ends[-1])
+        if said["has_keys"]:
+            keys = np.frombuffer(found, bool, ends[-1], at)
+            at, key_on = at + ends[-1], (keys[spans[0]], tuple(keys[span] for span in spans[1:]))
         where, record = json.loads(found[at:])
         return Example(
             where=where,
-            group=Group(prompt, tuple(responses), key_on),
+            group=Group(ids[spans[0]], tuple(ids[span] for span in spans[1:]), key_on),
             scores=self.scores[first + 1 : first + 1 + n],
             record=record,
-            prompt_hash=float(entry["prompt_hash"]),
-            num_tokens=int(entry["num_tokens"]),
-            num_cut=int(entry["num_cut"]),
-            is_pair=bool(entry["is_pair"]),
+            prompt_hash=said["prompt_hash"],
+            num_tokens=said["num_tokens"],
+            num_cut=said["num_cut"],
+            is_pair=bool(said["is_pair"]),
         )
 
 
