@@ -167,7 +167,7 @@ def test_a_damaged_fingerprint_of_a_cache_is_one_line(tmp_path, content):
 
 
 def test_precompute_makes_a_damaged_part_again_and_no_other(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(precompute, "PART", 8)
+    monkeypatch.setattr(precompute, "part_size", lambda examples, data: 8)
     cache = tmp_path / "cache"
     flags = ("--config.reference.kind=cached", f"--config.reference.cache={cache}")
     precompute.main(["precompute", *FLAGS, *flags])
