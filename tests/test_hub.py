@@ -1,6 +1,7 @@
 """Records of parquet and JSON files, and of the hub by name, through a library that stands in."""
 
 import contextlib
+import importlib.util
 import json
 import sys
 from types import ModuleType
@@ -108,3 +109,13 @@ def test_entries_of_the_hub_are_parted_as_others_are():
     parts = ["a.parquet", "b.jsonl", "hf:org/x:train", "hf:org/y:en:test"]
     assert split_globs("+".join(parts)) == split_globs(",".join(parts)) == parts
     assert list_files("hf:org/x:train") == []
+
+
+def test_a_hub_that_cannot_be_reached_and_a_library_that_lacks_are_one_line(hub_of, fails):
+    flags = ("--config=configs/jsonl.py:files=hf:org/x:train,smoke", "--config.data.rows=8")
+    if not importlib.util.find_spec("datasets"):
+        assert "datasets is not installed: pip install 'nca_jax[datasets]'" in fails(
+            "inspect", *flags
+        )
+    hub_of()
+    assert "hf:org/x:train: the hub does not give it" in fails("inspect", *flags)

@@ -50,12 +50,13 @@ def revision(entry: str) -> str:
     Raises:
       UserError: the hub cannot be reached, or has no such data set.
     """
+    import datasets  # noqa: F401  # pyright: ignore[reportMissingImports]  # without it, no records
     import huggingface_hub
 
     name, _, _ = _parts(entry)
     try:
         return huggingface_hub.HfApi().dataset_info(name).sha or ""
-    except (OSError, ValueError) as error:
+    except Exception as error:  # also those of the client that it speaks HTTP by
         raise UserError(
             f"{entry}: the hub does not give it ({' '.join(str(error).split())[:300]}); look at "
             "its name, or give its files."
