@@ -57,6 +57,7 @@ setup(
     extras_require={
         "tfds": TFDS,
         "gguf": GGUF,
+        "datasets": ["datasets>=3", "pyarrow>=20"],  # hf: data, .parquet files
         "test": [
             "pytest>=8",
             "pytest-xdist>=3.6",

@@ -13,6 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from nca_jax.data.pipeline import EVAL, choose
+from nca_jax.data.table import Table
 from nca_jax.losses import targets_from_scores
 from nca_jax.protocols import DataSection
 from nca_jax.train_step import loss_of
@@ -22,11 +23,12 @@ NEAR = 0.01  # of a target to that of hard labels, or to that of no preference
 BEST = 0.6  # mean target of the best response under an alpha that is proposed
 HELDOUT = 0.2  # of the prompts, where so few are there that none is held out
 SHOWN = ("loss", "accuracy_half_ties", "chosen_logp_drift")  # of a held-out set, at the end
+MOST = 2**16  # prompts whose scores are looked at
 HALVINGS = 40  # of the range of log(alpha)
 
 
 def before_training(
-    scores: Sequence[np.ndarray],
+    examples: Table,
     config: ConfigDict,
     steps: int,
     *,
@@ -36,16 +38,16 @@ def before_training(
     """Returns a line of what a run is going to do, and one for each warning.
 
     Args:
-      scores: N times [n], of all responses of each training prompt, in the unit of the run.
+      examples: the N training prompts with their scores in the unit of the run.
     """
-    plan = _plan_of(config.data, len(scores), steps)
-    prompts, devices = plural(len(scores), "training prompt"), plural(num_devices, "device")
+    plan = _plan_of(config.data, len(examples), steps)
+    prompts, devices = plural(len(examples), "training prompt"), plural(num_devices, "device")
     plan = f"{prompts}, {num_heldout} held out, {plan} on {devices}"
     found = [
-        *_of_batch(config.data, len(scores)),
+        *_of_batch(config.data, len(examples)),
         *_of_heldout(config.data, num_heldout),
         *_of_warmup(config, steps),
-        *_of_scores(scores, config),
+        *_of_scores(some_scores(examples), config),
     ]
     return [plan, *(f"warning: {one}" for one in found)]
 
@@ -91,6 +93,13 @@ def chosen_scores(scores: Sequence[np.ndarray], config: ConfigDict) -> list[np.n
     """
     k, how, rng = config.data.num_responses, config.data.choose, np.random.default_rng(config.seed)
     return [one[choose(one, k, how, rng)] for one in scores]
+
+
+def some_scores(examples: Table) -> list[np.ndarray]:
+    """Returns the scores of each example, [n]; of many examples those of MOST, evenly spread."""
+    some = examples[:: max(1, -(-len(examples) // MOST))]
+    firsts, counts = some.entries["first"].tolist(), some.entries["count"].tolist()
+    return [some.scores[first + 1 : first + 1 + n] for first, n in zip(firsts, counts, strict=True)]
 
 
 def alpha_for(scores: Sequence[np.ndarray]) -> float | None:

@@ -19,17 +19,18 @@ from nca_jax.checks import UserError
 from nca_jax.config import flatten
 from nca_jax.data.encode import Encoder
 from nca_jax.data.facts import facts_of
-from nca_jax.data.load import Share
 from nca_jax.data.pack import segment_spans
 from nca_jax.data.pipeline import Data, load_data
 from nca_jax.data.room import row_sizes
+from nca_jax.data.store import Keep
 from nca_jax.data.template import Turn, usual_turn
 from nca_jax.data.unit import spread
-from nca_jax.infra import compiler, distributed
+from nca_jax.files import cache_folder, local_path
+from nca_jax.infra import compiler, distributed, lock
 from nca_jax.infra.fingerprint import code_fingerprint, text_fingerprint, tokenizer_fingerprint
 from nca_jax.infra.mesh import check_divides, make_mesh, row_shards
 from nca_jax.infra.optim import split_trained
-from nca_jax.infra.progress import phase
+from nca_jax.infra.progress import pace_of_entries, phase
 from nca_jax.losses import LOSSES
 from nca_jax.model_config import MODELS, ModelConfig
 from nca_jax.models.attention import splash
@@ -271,15 +272,15 @@ def read_all(
     """
     run = build(config, date=date)
     data = read_data(run, score_unit=score_unit)
-    training = [example for source in data.sources for example in source]
+    training, heldout = data.training, data.heldout
     known = _assemble(
         run.config,
         None,
         run.model.config,
         run.tokenizer,
-        sizes=row_sizes([*training, *data.heldout], run.config.data),
+        sizes=[size for table in (training, heldout) for size in row_sizes(table, run.config.data)],
         num_training=len(training),
-        num_heldout=len(data.heldout),
+        num_heldout=len(heldout),
     )
     for line in auto.chosen(config, known.config):
         print(line)
@@ -287,7 +288,7 @@ def read_all(
 
 
 def read_data(run: Run, *, score_unit: float | None = None) -> Data:
-    """Reads, checks and encodes all records of the config; each process reads its share of them.
+    """Reads, checks and encodes all records of the config, or maps the stores that have them.
 
     Args:
       score_unit: what scores are divided by, as a run has recorded it; None: what
@@ -297,19 +298,28 @@ def read_data(run: Run, *, score_unit: float | None = None) -> Data:
         scores are tied where they are to be divided by their spread.
     """
     config = run.config
-    share = Share(jax.process_index(), jax.process_count(), distributed.gather)
+    gather = distributed.gather if jax.process_count() > 1 else None
     with phase("reading and encoding the records"):
-        data = load_data(run.encoder, share=share)
-    if config.eval_every > 0 and not data.heldout:
+        data = load_data(run.encoder, keep=keep_of(config), gather=gather)
+    if config.eval_every > 0 and not len(data.heldout):
         raise UserError(
             f"config.data.eval_fraction={config.data.eval_fraction} holds out none of "
             f"{sum(map(len, data.sources))} records; raise it, or set config.eval_every=0."
         )
-    training = [example for source in data.sources for example in source]
+    training = data.training
     data.counts.update(facts_of(training, config.data.num_responses))
     if score_unit is None:
         score_unit = spread(training) if config.data.score_unit == "spread" else 1.0
     return data.in_unit(score_unit)
+
+
+def keep_of(config: ConfigDict) -> Keep | None:
+    """Returns where large files are stored once they are encoded; None: nowhere."""
+    where = config.data.store
+    if where == "none":
+        return None
+    folder = local_path(where or cache_folder() / "tokens")
+    return Keep(folder, lock.waited_for, pace_of_entries())
 
 
 def num_steps(config: ConfigDict, num_examples: int) -> int:

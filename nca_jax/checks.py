@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 EXTRAS = {  # libraries that only some commands and files want, and the extra that has them
     "tensorflow_datasets": "tfds",
     "importlib_resources": "tfds",
-    "pyarrow": "tfds",
+    "pyarrow": "datasets",
+    "datasets": "datasets",
     "gguf": "gguf",
 }
 # What a disk says to a file that it does not take.

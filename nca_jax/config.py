@@ -113,7 +113,16 @@ FIELDS: dict[str, Field] = {
     ),
     "reference.init_from": Field("", TEXT, "as model.init_from; empty: the policy's start"),
     "reference.cache": Field("", TEXT, "folder of a cached reference"),
-    "data.files": Field("", TEXT, "globs or tfds:NAME[/SCORE]:SPLIT, separated by commas or +"),
+    "data.files": Field(
+        "", TEXT, "globs, tfds:NAME[/SCORE]:SPLIT or hf:NAME[:CONFIG]:SPLIT, by commas or +"
+    ),
+    "data.store": Field(
+        "",
+        TEXT,
+        "folder where records of 16 MiB or more stay encoded; empty: in $NCA_JAX_CACHE; none: no",
+        True,
+        since=5,
+    ),
     "data.weights": Field(
         "", TEXT, "mixture weight of each entry of files; empty: every record once an epoch"
     ),

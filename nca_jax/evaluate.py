@@ -82,7 +82,7 @@ def main(argv: list[str]) -> int:
     )
     config = run.config
     texts = read_texts(run, flags.text) if flags.text else []
-    if not data.heldout:
+    if not len(data.heldout):
         raise UserError("No records are held out: set data.eval_fraction or data.eval_files.")
     heldout = data.heldout[: flags.num_prompts]
     for scorer in scorers.values():
@@ -103,7 +103,7 @@ def main(argv: list[str]) -> int:
             trained |= found
             shown += [f"\nthe responses in the data to {len(examples)} held-out prompts"]
             shown += table(found, len(examples))
-        if heldout:
+        if len(heldout):
             sampled, samples = sample_metrics(run, policy, reference, heldout, scorers)
         if texts:
             sampled |= perplexities(run, policy, reference, texts)

@@ -88,6 +88,15 @@ def is_file(name: str) -> bool:
     return path.is_file() if is_remote(name) else os.path.isfile(path)
 
 
+def stamp(name: str) -> tuple[int, str]:
+    """Returns the bytes of a file, and what is another once it is written anew."""
+    if is_remote(name):
+        filesystem, path = fsspec.core.url_to_fs(name)
+        return filesystem.size(path), str(filesystem.ukey(path))
+    stat = os.stat(name)
+    return stat.st_size, str(stat.st_mtime_ns)
+
+
 def write_whole(path: AnyPath, content: bytes) -> None:
     """Writes a file that is whole or absent, also after the machine has lost its power."""
     if is_remote(path):  # an object is there once it is closed
@@ -291,6 +300,11 @@ def remove(path: AnyPath) -> None:
         path.rmtree()
 
 
+def cache_folder() -> Path:
+    """Returns where what can be made again is kept: $NCA_JAX_CACHE, or ~/.cache/nca_jax."""
+    return Path(os.environ.get("NCA_JAX_CACHE", "~/.cache/nca_jax")).expanduser()
+
+
 def local_copy(path: AnyPath, patterns: Sequence[str] = ("*",)) -> Path:
     """Returns a local path: of the same file or folder, or of a copy of what is on gs://.
 
@@ -312,7 +326,7 @@ def local_copy(path: AnyPath, patterns: Sequence[str] = ("*",)) -> Path:
     filesystem, _ = fsspec.core.url_to_fs(names[0])
     versions = [f"{name} {filesystem.ukey(name)}" for name in names]
     digest = hashlib.sha256("\n".join(versions).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("NCA_JAX_CACHE", "~/.cache/nca_jax")).expanduser()
+    cache = cache_folder()
     folder = cache / f"{path.name}-{digest}"
     if not folder.exists():
         cache.mkdir(parents=True, exist_ok=True)

@@ -11,8 +11,6 @@ what a step sees, which rows and batch would suit the data, how much memory trai
 a GPU and a TPU, and the histogram of lengths; last what a run is going to do, and warnings.
 """
 
-from collections.abc import Sequence
-
 import jax.numpy as jnp
 import numpy as np
 
@@ -21,6 +19,7 @@ from nca_jax.batch import Batch
 from nca_jax.checks import run_main
 from nca_jax.data.pipeline import Dataset
 from nca_jax.data.room import row_sizes
+from nca_jax.data.table import joined
 from nca_jax.data.template import Turn
 from nca_jax.flags import parse_flags
 from nca_jax.losses import Fields, Loss, targets_from_scores
@@ -43,19 +42,19 @@ def main(argv: list[str]) -> int:
     for b, where in enumerate(host.examples[: flags.rows]):
         print_prompt(host.batch, b, where, run.tokenizer, loss_of(config))
     print_packing(host.batch, host.stats)
-    examples = [*dataset.examples, *data.heldout]
+    examples = joined([dataset.examples, data.heldout])
     print(f"\n=== {what_a_step_sees(run, int(host.batch.num_micro), dataset.examples)}")
     print("\n=== proposed")
     print("\n".join(proposals(run, dataset.examples)))
     print("\n=== memory of training, estimated; nca_jax.aot compiles for a TPU and knows it")
     print("\n".join(memory(asked, run, row_sizes(examples, config.data))))
-    print_histogram("prompts", [len(example.group.prompt) for example in examples])
-    responses = [ids for example in examples for ids in example.group.responses]
-    print_histogram("responses", [len(ids) for ids in responses])
+    lengths = [lengths for _, lengths, _ in examples.by_count()]
+    print_histogram("prompts", np.concatenate([x[:, 0] for x in lengths]))
+    print_histogram("responses", np.concatenate([x[:, 1:].ravel() for x in lengths]))
     for note in data.notes():
         print(note)
     for line in advice.before_training(
-        [example.scores for example in dataset.examples],
+        dataset.examples,
         config,
         build.num_steps(config, len(dataset)),
         num_heldout=len(data.heldout),
@@ -127,7 +126,7 @@ def print_packing(batch: Batch[np.ndarray], stats: dict[str, float]) -> None:
     print("  ".join(f"{name} {value:.4g}" for name, value in stats.items()))
 
 
-def print_histogram(name: str, lengths: Sequence[int], bins: int = 10) -> None:
+def print_histogram(name: str, lengths: np.ndarray, bins: int = 10) -> None:
     """Prints counts of lengths in tokens."""
     counts, edges = np.histogram(lengths, bins=bins)
     mean, most = np.mean(lengths), np.max(lengths)

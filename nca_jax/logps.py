@@ -27,6 +27,7 @@ from nca_jax.checks import run_main
 from nca_jax.config import flatten
 from nca_jax.data import pieces
 from nca_jax.data.encode import Example
+from nca_jax.data.table import joined
 from nca_jax.files import out_file, out_folder
 from nca_jax.flags import parse_flags
 from nca_jax.infra import distributed, lock
@@ -45,11 +46,12 @@ def main(argv: list[str]) -> int:
         config, date=date_of(flags.workdir), score_unit=score_unit_of(flags.workdir)
     )
     config = run.config
-    splits = [("train", source) for source in data.sources] + [*data.splits.items()]
-    examples = [(split, example) for split, source in splits for example in source]
+    splits = {"train": data.training} | data.splits
+    examples = joined(list(splits.values()))
+    names = [split for split, table in splits.items() for _ in range(len(table))]
     made_from = {
         "config": text_fingerprint(json.dumps(flatten(config))),
-        "records": examples_fingerprint([example for _, example in examples]),
+        "records": examples_fingerprint(examples),
     }
     distributed.check_same(records=made_from["records"])
     with jax.set_mesh(run.mesh):
@@ -57,16 +59,14 @@ def main(argv: list[str]) -> int:
         if (reference := reference_params(run)) is not None:
             models["ref_logps"] = reference
         made_from |= {name: params_fingerprint(params) for name, params in models.items()}
-        logps = programs.make_group_logps(
-            run, PIECE * max(len(example.scores) for _, example in examples)
-        )
+        logps = programs.make_group_logps(run, PIECE * int(examples.entries["count"].max()))
         with lock.held(out_folder(pieces.folder_of(out))):
             records = pieces.begin(out, made_from) if distributed.is_first() else []
             start = int(distributed.from_first(np.array(len(records), np.int32)))
             if start:
                 print(f"goes on after {start} of {len(examples)} records")
             for i in range(start, len(examples), PIECE):
-                piece = examples[i : i + PIECE]
+                piece = list(zip(names[i : i + PIECE], examples[i : i + PIECE], strict=True))
                 groups = [example.group for _, example in piece]
                 found = {name: logps(params, groups) for name, params in models.items()}
                 if distributed.is_first():

@@ -7,11 +7,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from nca_jax import auto
-from nca_jax.advice import BEST, alpha_for, chosen_scores, plural
+from nca_jax.advice import BEST, alpha_for, chosen_scores, plural, some_scores
 from nca_jax.build import Run
 from nca_jax.chips import CHIPS
-from nca_jax.data.encode import Example
 from nca_jax.data.room import row_sizes
+from nca_jax.data.table import Table
 from nca_jax.losses import LOSSES
 from nca_jax.model_config import ModelConfig
 from nca_jax.models.formats.names import param_shapes
@@ -34,7 +34,7 @@ CHOSEN = {  # of a record's responses, by config.data.choose
 }
 
 
-def what_a_step_sees(run: Run, num_micro: int, examples: Sequence[Example]) -> str:
+def what_a_step_sees(run: Run, num_micro: int, examples: Table) -> str:
     """Returns in words what a step is made of.
 
     Args:
@@ -42,8 +42,8 @@ def what_a_step_sees(run: Run, num_micro: int, examples: Sequence[Example]) -> s
       examples: those of training.
     """
     data, k = run.config.data, run.config.data.num_responses
-    up_to = "up to " if min(len(example.scores) for example in examples) < k else ""
-    choice = CHOSEN[data.choose] if max(len(example.scores) for example in examples) > k else ""
+    up_to = "up to " if examples.entries["count"].min() < k else ""
+    choice = CHOSEN[data.choose] if examples.entries["count"].max() > k else ""
     rows = plural(num_micro * data.rows, "row")
     return (
         f"each step sees {plural(data.batch_size, 'prompt')} with {up_to}{k} responses each"
@@ -51,7 +51,7 @@ def what_a_step_sees(run: Run, num_micro: int, examples: Sequence[Example]) -> s
     )
 
 
-def proposals(run: Run, examples: Sequence[Example]) -> list[str]:
+def proposals(run: Run, examples: Table) -> list[str]:
     """Returns a line for the length of rows, one for the batch and one for alpha, each with why."""
     data, n = run.config.data, len(examples)
     least, most = BATCHES
@@ -67,9 +67,9 @@ def proposals(run: Run, examples: Sequence[Example]) -> list[str]:
     ]
 
 
-def _alpha(config: ConfigDict, examples: Sequence[Example]) -> list[str]:
+def _alpha(config: ConfigDict, examples: Table) -> list[str]:
     """Returns a line for the temperature of the scores, where the loss has one and there is one."""
-    chosen = chosen_scores([example.scores for example in examples], config)
+    chosen = chosen_scores(some_scores(examples), config)
     differing = [scores for scores in chosen if np.ptp(scores) > 0]
     if not LOSSES[config.loss.name].soft_labels or not differing:
         return []

@@ -33,12 +33,12 @@ class Tokenizer(Protocol):
     def decode(self, token_ids: "Sequence[int] | np.ndarray") -> str: ...
     def apply_chat_template(
         self,
-        conversation: list[dict[str, Any]],
+        conversation: list[list[dict[str, Any]]],
         *,
         chat_template: str | None = None,
         tokenize: bool,
         add_generation_prompt: bool,
-    ) -> str: ...
+    ) -> list[str]: ...
     def convert_ids_to_tokens(self, ids: int) -> str | None: ...
     def get_added_vocab(self) -> dict[str, int]: ...
     def get_chat_template(self) -> str: ...
@@ -58,6 +58,7 @@ class DataSection(Protocol):
     """config.data"""
 
     files: str
+    store: str
     eval_files: str
     eval_fraction: float
     weights: str

@@ -13,7 +13,7 @@ of responses, loss and seed.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -22,10 +22,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from nca_jax.axes import Params
-from nca_jax.build import Run
+from nca_jax.build import Run, keep_of
 from nca_jax.checks import UserError
-from nca_jax.data.encode import Example
-from nca_jax.data.sources import list_files, split_named
+from nca_jax.data.sources import split_named
+from nca_jax.data.store import contents_fingerprint
+from nca_jax.data.table import Table
 from nca_jax.files import AnyPath, as_path, read_json, write_whole
 from nca_jax.infra.fingerprint import (
     array_kind,
@@ -36,10 +37,12 @@ from nca_jax.infra.fingerprint import (
 from nca_jax.params import reference_init_from, start_params
 
 PART_ARRAYS = ("keys", "sizes", "logps")
+FINGERPRINT = "fingerprint.json"
+PIECE = 2**16  # examples whose digest is made at a time
 ENCODING = ("format", "join", "max_prompt_len", "max_response_len", "prompt_keep", "too_long")
 
 
-Lookup = Callable[[Sequence[Example]], list[np.ndarray]]
+Lookup = Callable[[Table], list[np.ndarray]]
 
 
 class Reference(NamedTuple):
@@ -55,7 +58,7 @@ class Reference(NamedTuple):
     lookup: Lookup | None
     fingerprint: str
 
-    def cached(self, examples: Sequence[Example]) -> list[np.ndarray] | None:
+    def cached(self, examples: Table) -> list[np.ndarray] | None:
         """Returns what batches bring of the reference; None where they bring nothing."""
         return None if self.lookup is None else self.lookup(examples)
 
@@ -106,29 +109,28 @@ def cache_fingerprint(run: Run, ref_params: Params) -> dict[str, str | int]:
         "params": params_fingerprint(ref_params),
         "dtype": config.model.dtype,
         "tokenizer": tokenizer_fingerprint(run.tokenizer),
-        "files": files_fingerprint(list_files(config.data.files)),
-        "eval_files": files_fingerprint(list_files(",".join(named.values()))),
+        "files": contents_fingerprint(config.data.files, keep_of(config)),
+        "eval_files": contents_fingerprint(",".join(named.values()), keep_of(config)),
         **{name: config.data[name] for name in ENCODING},
     }
 
 
-def example_key(example: Example) -> int:
-    """A digest of the example's tokens, 64 bits."""
-    digest = hashlib.blake2b(digest_size=8)
-    for ids in (example.group.prompt, *example.group.responses):
-        digest.update(np.int32(len(ids)).tobytes() + ids.tobytes())
-    return int.from_bytes(digest.digest(), "little")
-
-
-def examples_fingerprint(examples: Sequence[Example]) -> str:
+def examples_fingerprint(examples: Table) -> str:
     """A digest of the tokens and scores of examples, in their order."""
     digest = hashlib.sha256()
-    for example in examples:
-        digest.update(np.uint64(example_key(example)).tobytes() + example.scores.tobytes())
+    for start in range(0, len(examples), PIECE):
+        piece = examples[start : start + PIECE]
+        ends = np.cumsum(8 + 4 * piece.entries["count"])
+        said = np.zeros(ends[-1], np.uint8)
+        for at, _, scores in piece.by_count():
+            keys = np.ascontiguousarray(piece.entries["key"][at, None])
+            both = np.concatenate([keys.view(np.uint8), scores.view(np.uint8)], axis=1)
+            said[(ends[at] - both.shape[1])[:, None] + np.arange(both.shape[1])] = both
+        digest.update(said.tobytes())
     return digest.hexdigest()[:16]
 
 
-def write_part(folder: AnyPath, part: int, examples: Sequence[Example], logps: np.ndarray) -> None:
+def write_part(folder: AnyPath, part: int, examples: Table, logps: np.ndarray) -> None:
     """Writes one part, whole or absent.
 
     Raises:
@@ -140,8 +142,8 @@ def write_part(folder: AnyPath, part: int, examples: Sequence[Example], logps: n
             "the records after it; look at its weights, or set config.model.dtype=float32."
         )
     arrays = {
-        "keys": np.array([example_key(example) for example in examples], np.uint64),
-        "sizes": np.array([len(example.scores) for example in examples], np.int32),
+        "keys": np.ascontiguousarray(examples.entries["key"]),
+        "sizes": np.ascontiguousarray(examples.entries["count"]),
         "logps": np.asarray(logps, np.float32),
     }
     write_whole(part_path(folder, part), save(arrays | {"digest": _digest(arrays)}))
@@ -206,7 +208,7 @@ def read_cached_logps(run: Run) -> Lookup:
         damaged, or it is not finished.
     """
     folder = as_path(run.config.reference.cache)
-    path = folder / "fingerprint.json"
+    path = folder / FINGERPRINT
     if not path.exists():
         raise UserError(
             f"{folder} holds no cached reference; make it with python -m nca_jax.precompute and "
@@ -217,28 +219,30 @@ def read_cached_logps(run: Run) -> Lookup:
     for part in sorted(folder.glob("part-*.safetensors")):
         found |= read_part(part)
 
-    def lookup(examples: Sequence[Example]) -> list[np.ndarray]:
-        missing = [example.where for example in examples if example_key(example) not in found]
+    def lookup(examples: Table) -> list[np.ndarray]:
+        keys = examples.entries["key"].tolist()
+        missing = [i for i, key in enumerate(keys) if key not in found]
         if missing:
             raise UserError(
-                f"{folder} lacks {len(missing)} of {len(examples)} records, first {missing[0]}; "
-                "run python -m nca_jax.precompute again, it goes on where it stopped."
+                f"{folder} lacks {len(missing)} of {len(examples)} records, first "
+                f"{examples[missing[0]].where}; run python -m nca_jax.precompute again, it goes on "
+                "where it stopped."
             )
-        return [found[example_key(example)] for example in examples]
+        return [found[key] for key in keys]
 
     return lookup
 
 
 def cache_date(folder: AnyPath) -> str:
     """Returns the date that chat templates wrote into a cache; "" where none is recorded."""
-    path = folder / "fingerprint.json"
+    path = folder / FINGERPRINT
     return read_json(path).get("date", "") if path.exists() else ""
 
 
 def check_fingerprint(folder: AnyPath, now: dict[str, str | int]) -> None:
     """Raises UserError, naming what differs, unless the cache was made from the same things."""
     # A cache that does not say how its records were encoded is older than the choice.
-    saved = {"join": "apart"} | read_json(folder / "fingerprint.json")
+    saved = {"join": "apart"} | read_json(folder / FINGERPRINT)
     differs = [
         f"{name}: {saved.get(name)} there, {value} here"
         for name, value in now.items()

@@ -12,7 +12,7 @@ from nca_jax.field import Value
 from nca_jax.files import AnyPath, read_json
 
 # 1 had none written, and every loss had an alpha; 2 had no data.join; 3 no score_unit, warmup_from;
-# 4 no compiler_options, model.splash, optim.moments, nor fields of losses but alpha and beta.
+# 4 no data.store, compiler_options, model.splash, optim.moments, fields of losses but alpha, beta.
 VERSION = 5
 NEUTRAL = {"loss.alpha": 0.0}  # fields that older runs have, and the value that meant nothing
 CONFIG = "config.json"

@@ -19,7 +19,6 @@ import contextlib
 import functools
 import shlex
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -28,8 +27,8 @@ from ml_collections import ConfigDict
 from nca_jax import advice, build
 from nca_jax.axes import Params
 from nca_jax.checks import run_main
-from nca_jax.data.encode import Example
 from nca_jax.data.pipeline import Dataset, eval_batches
+from nca_jax.data.table import Table, joined
 from nca_jax.evaluators import fill_reference, heldout_metrics
 from nca_jax.files import AnyPath, as_path, out_folder, whole_lines, write_json
 from nca_jax.fit import Evaluator, fit, stalled_since
@@ -110,8 +109,8 @@ def train(
     config = run.config
     for note in data.notes():
         print(note)
-    training = [example for source in data.sources for example in source]
-    distributed.check_same(records=examples_fingerprint([*training, *data.heldout]))
+    training, held = data.training, data.heldout
+    distributed.check_same(records=examples_fingerprint(joined([training, held])))
 
     # The contexts wait for a save that is under way, also when the run stops with an error.
     with (
@@ -146,10 +145,10 @@ def train(
         steps = base_steps + sum(more)
         profile.check_within(traced, steps)
         for line in advice.before_training(
-            [example.scores for example in dataset.examples],
+            dataset.examples,
             config,
             steps,
-            num_heldout=len(data.heldout),
+            num_heldout=len(held),
             num_devices=run.mesh.size,
         ):
             print(line)
@@ -159,7 +158,7 @@ def train(
             "eos_ids": list(run.eos_ids),
             "date": run.date,
             "records": " + ".join(map(counted, data.sources)),
-            "heldout": counted(data.heldout),
+            "heldout": counted(held),
             "score_unit": data.score_unit,
             "steps": base_steps,
         } | ({"more_steps": extensions} if extensions else {})
@@ -257,7 +256,7 @@ def train(
         print(f"done: {steps} steps in {workdir}, {took} since the start")
         if distributed.is_first():
             print(*advice.after_training(whole_lines(workdir / METRICS, is_metrics)), sep="\n")
-        can_evaluate, can_sample = bool(data.heldout), run.tokenizer is not None
+        can_evaluate, can_sample = bool(len(held)), run.tokenizer is not None
         print(*what_next(workdir, can_evaluate=can_evaluate, can_sample=can_sample), sep="\n")
     return 0
 
@@ -286,7 +285,7 @@ def start_date(config: ConfigDict, began: dict[str, Any] | None) -> str:
     return (began or {}).get("date", "") or (cache and cache_date(as_path(cache)))
 
 
-def counted(examples: Sequence[Example]) -> str:
+def counted(examples: Table) -> str:
     """Returns how many examples there are, and a digest of them, in their order."""
     return f"{len(examples)} ({examples_fingerprint(examples)})"
 

@@ -8,6 +8,7 @@ from helpers import data_config, encode_one
 from nca_jax import advice, build
 from nca_jax.checks import UserError
 from nca_jax.data.facts import facts_of
+from nca_jax.data.table import table_of
 from nca_jax.data.unit import spread
 from nca_jax.flags import parse_flags
 from nca_jax.infra.optim import make_schedule
@@ -23,8 +24,12 @@ def config_of(arg: str = "", **changes):
 
 
 def said(scores, config, steps: int = 20) -> list[str]:
-    scores = [np.array(one, np.float32) for one in scores]
-    return advice.before_training(scores, config, steps, num_heldout=3, num_devices=8)
+    records = [
+        {"prompt_ids": [1], "response_ids": [[k] for k in range(len(one))], "scores": one}
+        for one in scores
+    ]
+    examples = table_of(encode_one(one, data_config(), least_responses=1) for one in records)
+    return advice.before_training(examples, config, steps, num_heldout=3, num_devices=8)
 
 
 def best_targets(scores, alpha: float) -> float:
@@ -154,9 +159,10 @@ def test_the_spread_is_the_mean_deviation_of_a_records_scores():
         {"prompt_ids": [1], "response_ids": [[2], [3], [4]][: len(scores)], "scores": scores}
         for scores in ([1, 3], [5, 5], [0, 0, 6])
     ]
-    examples = [encode_one(record, data_config()) for record in records]
+    examples = table_of(encode_one(record, data_config()) for record in records)
     assert spread(examples) == pytest.approx((1 + 0 + np.sqrt(8)) / 3, rel=1e-12)
-    for tied in (examples[1:2], [encode_one(records[1] | {"scores": [0, 0]}, data_config())]):
+    zeros = table_of([encode_one(records[1] | {"scores": [0, 0]}, data_config())])
+    for tied in (examples[1:2], zeros):
         with pytest.raises(UserError, match="which is 0 over 1 training records; give scores"):
             spread(tied)
 
@@ -177,7 +183,7 @@ def data_in(tmp_path):
 def test_scores_are_divided_by_the_spread_of_the_training_records(data_in):
     raw, unit = data_in(), spread(data_in().sources[0])
     data = data_in("--config.data.score_unit=spread")
-    assert raw.score_unit == 1 and data.score_unit == unit and raw.heldout
+    assert raw.score_unit == 1 and data.score_unit == unit and len(raw.heldout)
     for before, after in ((raw.sources[0], data.sources[0]), (raw.heldout, data.heldout)):
         for x, y in zip(before, after, strict=True):
             np.testing.assert_allclose(y.scores, x.scores / unit, rtol=3e-7)
@@ -203,7 +209,8 @@ def test_repeats_ties_and_records_of_few_responses_are_counted():
     cut = {"prompt_ids": [7], "response_ids": [[2], [3], [4] * 100], "scores": [0, 1, 2]}
     few = {"prompt_ids": [5], "response_ids": [[2], [3]], "scores": [0, 1]}
     tied = {"prompt_ids": [6], "response_ids": [[2], [3], [2]], "scores": [1, 1, 1]}
-    encode = [encode_one(one, data_config()) for one in (record, record, few, tied, cut)]
+    given = (record, record, few, tied, cut)
+    encode = table_of(encode_one(one, data_config()) for one in given)
     assert facts_of(encode, 3) == {
         "records with the prompt of an earlier one": 1,
         "records with equal responses of equal scores": 1,

@@ -19,7 +19,8 @@ from nca_jax import prepare
 from nca_jax.checks import UserError
 from nca_jax.data.encode import Example
 from nca_jax.data.load import load_examples
-from nca_jax.data.sources import list_files, open_source
+from nca_jax.data.sources import list_files, parse, stream
+from nca_jax.data.tfds_source import TfdsSource
 from nca_jax.infra.fingerprint import files_fingerprint
 from nca_jax.models.formats.pretrained import load_tokenizer
 
@@ -63,8 +64,7 @@ def write_parquet(tmp_path, name: str, rows: list[dict], schema: pa.Schema | Non
 
 
 def read(entry: str) -> list[dict]:
-    source = open_source(entry)
-    return [source[i][1] for i in range(len(source))]
+    return [parse(raw)[1] for raw in stream(entry)]
 
 
 def chat(question: str, answer: str) -> list[dict]:
@@ -254,7 +254,7 @@ def test_a_data_set_gives_the_same_examples_as_its_json_lines_and_mixes_with_the
 def test_rows_are_read_at_random_and_a_split_may_be_a_slice(build, tmp_path):
     write(tmp_path / "raw" / "train.jsonl", [json.dumps(own(i)) for i in range(9)])
     build("scored_jsonl")
-    source = open_source("tfds:scored_jsonl:train")
+    source = TfdsSource("tfds:scored_jsonl:train")
     assert [source[i][1]["prompt"] for i in (8, 0, 4)] == ["P8", "P0", "P4"]
     assert [row["prompt"] for row in read("tfds:scored_jsonl:train[2:4]")] == ["P2", "P3"]
 

@@ -12,7 +12,8 @@ from nca_jax import prepare
 from nca_jax.data.conversation import read_responses
 from nca_jax.data.load import load_examples, load_prompts
 from nca_jax.data.record import EQUAL, REVERSED, UNREAD_SCORES
-from nca_jax.data.sources import RecordError, open_source
+from nca_jax.data.sources import RecordError
+from nca_jax.data.tfds_source import TfdsSource
 
 LIMITS = dict(max_prompt_len=999, max_response_len=99, num_responses=2)
 
@@ -252,7 +253,7 @@ def test_prepare_reads_conversations_as_training_does(tmp_path, monkeypatch, tok
     bad = [FAULTS[name][0] for name in ("another prompt", "an image", "a begun prompt")]
     raw = write(tmp_path / "train.jsonl", [*SAME.values(), *bad])
     prepare.main(["prepare", "--name=scored_jsonl", f"--raw={raw}"])
-    source = open_source("tfds:scored_jsonl:train")
+    source = TfdsSource("tfds:scored_jsonl:train")
     assert len(source) == len(SAME)
     wanted = encode(LONG, tokenizer)
     assert all(same_ids(encode(source[i][1], tokenizer), wanted) for i in range(len(source)))

@@ -12,6 +12,7 @@ from nca_jax.checks import UserError
 from nca_jax.data import chat, pipeline, sources
 from nca_jax.data.load import load_examples
 from nca_jax.data.sources import JsonlSource, RecordError, list_files, split_globs
+from nca_jax.data.table import table_of
 
 EOS = 1  # of ByT5, whose other ids are bytes + 3
 TEMPLATE = (
@@ -215,7 +216,7 @@ def test_messages_and_text_make_the_same_example(tokenizer):
 def test_the_eos_is_scored_where_pad_is_eos(tokenizer):
     tokenizer.pad_token = tokenizer.eos_token
     config = data_config(batch_size=1, num_responses=2)
-    dataset = pipeline.Dataset([[encode_one(TEXT, config, tokenizer)]], config, seed=0)
+    dataset = pipeline.Dataset([table_of([encode_one(TEXT, config, tokenizer)])], config, seed=0)
     rows = dataset.batch_at(0).batch.rows
     scored = rows.logp_slot < 2
     assert rows.logp_token[scored].tolist() == [*byte_ids("a"), EOS, *byte_ids("b"), EOS]

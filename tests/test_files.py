@@ -13,8 +13,9 @@ from helpers import read_all, stopping, write, write_hf
 
 from nca_jax import export, files, generate, precompute, prepare, train
 from nca_jax.checks import UserError
-from nca_jax.data.sources import JsonlSource, list_files, open_source
+from nca_jax.data.sources import JsonlSource, list_files
 from nca_jax.data.sources import write_records as write_jsonl
+from nca_jax.data.tfds_source import TfdsSource
 from nca_jax.infra.fingerprint import files_fingerprint
 from nca_jax.infra.log import LOG, logged
 from nca_jax.models.formats.pretrained import open_pretrained
@@ -176,7 +177,7 @@ def test_a_prepared_data_set_is_read_from_gs_but_not_written_there(tmp_path, buc
     prepare.main([*flags, f"--out={tmp_path / 'tfds'}"])
     files.copy_into(tmp_path / "tfds", bucket / "tfds")
     monkeypatch.setenv("TFDS_DATA_DIR", f"{bucket}/tfds")
-    source = open_source("tfds:scored_jsonl:train")
+    source = TfdsSource("tfds:scored_jsonl:train")
     assert [source[i][1]["prompt"] for i in range(len(source))] == [x["prompt"] for x in rows]
 
 

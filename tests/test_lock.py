@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 import memory_gcs
 import pytest
@@ -89,6 +90,23 @@ def test_where_nothing_can_be_locked_the_run_that_lost_its_folder_stops(
     monkeypatch.setattr(fcntl, "flock", flock)
     taken_over(tmp_path)
     assert f"{tmp_path} is taken over from process {os.getpid()} on " in capsys.readouterr().out
+
+
+def test_who_makes_what_others_want_too_is_waited_for(tmp_path, capsys):
+    order = []
+
+    def second():
+        with lock.waited_for(tmp_path / "store.lock"):
+            order.append("second")
+
+    with lock.waited_for(tmp_path / "store.lock"):
+        other = threading.Thread(target=second)
+        other.start()
+        other.join(timeout=0.2)
+        order.append("first")
+    other.join(timeout=10)
+    assert order == ["first", "second"]
+    assert f"waiting for another process that makes {tmp_path}/store" in capsys.readouterr().out
 
 
 def test_on_gs_the_run_that_lost_its_folder_stops(monkeypatch):

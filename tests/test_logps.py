@@ -10,6 +10,7 @@ from old_run import FLAGS, OLD
 
 from nca_jax import build, logps
 from nca_jax.data.pipeline import eval_batches
+from nca_jax.data.table import joined
 from nca_jax.flags import parse_flags
 from nca_jax.params import policy_params
 from nca_jax.programs import jit_step_logps
@@ -25,7 +26,7 @@ def test_logps_are_those_of_a_step_under_policy_and_reference(tmp_path):
     config, _ = parse_flags(["x", *FLAGS])
     run, data = build.read_all(config)
     config = run.config
-    examples = [*data.sources[0], *data.heldout]
+    examples = joined([data.training, data.heldout])
     assert [record["where"] for record in records] == [example.where for example in examples]
     some = examples[:8]
     with jax.set_mesh(run.mesh):

@@ -10,11 +10,12 @@ from transformers import ByT5Tokenizer
 from nca_jax.checks import UserError
 from nca_jax.data import pipeline
 from nca_jax.data.encode import hash_prompt
+from nca_jax.data.table import table_of
 
 
 def examples_of(config, num=10, num_responses=3, first=0):
     rows = {f"f:{i}": id_record(i, num_responses) for i in range(first, first + num)}
-    return [encode_one(row, config, where=where) for where, row in rows.items()]
+    return table_of(encode_one(row, config, where=where) for where, row in rows.items())
 
 
 def rows_seen(batch) -> list[int]:
@@ -189,7 +190,7 @@ def test_where_all_scores_tie_best_and_worst_are_two_responses():
 
 def test_responses_that_lack_are_masked_and_ref_logps_follow_the_choice():
     config = data_config(shuffle=False, batch_size=2, num_responses=3)
-    examples = [encode_one(id_record(0, 2), config), encode_one(id_record(1, 4), config)]
+    examples = table_of(encode_one(id_record(i, n), config) for i, n in ((0, 2), (1, 4)))
     ref_logps = [np.float32([-1, -2]), np.float32([-3, -4, -5, -6])]
     batch = pipeline.Dataset([examples], config, seed=0, ref_logps=ref_logps).batch_at(0).batch
     assert batch.mask.tolist() == [[True, True, False], [True, True, True]]
@@ -202,7 +203,7 @@ def test_responses_that_lack_are_masked_and_ref_logps_follow_the_choice():
 def test_every_step_has_the_same_shape_and_says_what_it_spends():
     config = data_config(num_responses=3, max_response_len=2)
     row = id_record(0) | {"prompt_ids": list(range(20))}  # 4 more than max_prompt_len
-    dataset = pipeline.Dataset([[encode_one(row, config)]], config, seed=0)
+    dataset = pipeline.Dataset([table_of([encode_one(row, config)])], config, seed=0)
     batch, where, stats, lengths = dataset.batch_at(0)
     assert batch.rows.tokens.shape == (2, 2, 64)
     assert where == ["f:1"] * 4
@@ -229,7 +230,7 @@ def test_evaluation_covers_each_example_once_and_the_last_batch_may_be_short():
     assert last.micro_of_prompt.tolist() == [0, 0, -1, -1]
     for a, b in zip(first, second, strict=True):
         assert_same(a, b)
-    assert pipeline.eval_batches([], config) == []
+    assert pipeline.eval_batches(table_of([]), config) == []
 
 
 @pytest.mark.parametrize(

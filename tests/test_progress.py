@@ -67,6 +67,20 @@ def test_the_time_left_goes_by_the_pace_after_the_first_step(clock):
     assert left(10) == ""
 
 
+def test_how_far_an_entry_is_encoded_is_said_with_the_time_left(clock, capsys):
+    said = progress.pace_of_entries()
+    for seconds, records, done in ((10.0, 100, 0.25), (20.0, 200, 0.5), (30.0, 400, 1.0)):
+        clock(seconds)
+        said("a.jsonl", records, done)
+    said("hf:x:train", 50, 0.0)
+    assert capsys.readouterr().out.splitlines() == [
+        "  100 records of a.jsonl are encoded (25%)",
+        "  200 records of a.jsonl are encoded (50%), 20 s left",
+        "  400 records of a.jsonl are encoded (100%)",
+        "  50 records of hf:x:train are encoded",
+    ]
+
+
 def test_sizes_are_those_on_one_device(capsys):
     mesh = jax.make_mesh((8,), ("fsdp",))
     split = jax.device_put(jnp.zeros((1024, 1024)), NamedSharding(mesh, P("fsdp")))

@@ -16,8 +16,8 @@ from safetensors.numpy import load_file, save_file
 
 from nca_jax import build, precompute, train
 from nca_jax.checks import UserError
-from nca_jax.data.encode import Example
 from nca_jax.data.pipeline import Dataset
+from nca_jax.data.table import Table, table_of
 from nca_jax.flags import parse_flags
 from nca_jax.infra.checkpoint import restore_params
 from nca_jax.infra.mesh import make_mesh
@@ -25,7 +25,6 @@ from nca_jax.params import start_params
 from nca_jax.programs import jit_step_logps
 from nca_jax.reference import (
     check_fingerprint,
-    example_key,
     make_reference,
     part_path,
     read_part,
@@ -102,9 +101,9 @@ def test_a_run_in_bfloat16_starts_at_its_reference_and_keeps_float32_parameters(
 # The cache
 
 
-def examples(num: int = 5) -> list[Example]:
+def examples(num: int = 5) -> Table:
     config = data_config()
-    return [encode_one(id_record(i), config, where=f"f:{i}") for i in range(num)]
+    return table_of(encode_one(id_record(i), config, where=f"f:{i}") for i in range(num))
 
 
 def written_part(folder: Path, **changes) -> Path:
@@ -140,12 +139,18 @@ def test_a_cut_part_of_a_cache_is_named(tmp_path, size):
 def test_a_part_of_an_older_version_is_read_where_it_can_be_right(tmp_path):
     logps = np.arange(15, dtype=np.float32)
     found = read_part(written_part(tmp_path, logps=logps))
-    assert found[example_key(examples()[1])].tolist() == [3, 4, 5]
+    assert found[int(examples().entries["key"][1])].tolist() == [3, 4, 5]
     logps[4] = np.nan
     with pytest.raises(UserError, match="part-00000.safetensors is damaged .*NaN"):
         read_part(written_part(tmp_path, logps=logps))
     with pytest.raises(UserError, match="part-00000.safetensors is damaged .*14 numbers"):
         read_part(written_part(tmp_path, logps=logps[:14]))
+
+
+@pytest.mark.parametrize(("rows", "row_len", "size"), [(1, 8, 64), (16, 64, 512)])
+def test_a_part_fills_the_rows_of_all_devices_several_times(rows, row_len, size):
+    config = data_config(rows=rows, row_len=row_len)
+    assert precompute.part_size(examples(), config) == size  # of examples of 8 tokens
 
 
 def test_log_probabilities_that_are_not_finite_are_not_written(tmp_path):
@@ -162,7 +167,7 @@ def test_a_damaged_fingerprint_of_a_cache_is_one_line(tmp_path, content):
 
 
 def test_precompute_makes_a_damaged_part_again_and_no_other(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(precompute, "PART", 8)
+    monkeypatch.setattr(precompute, "part_size", lambda examples, data: 8)
     cache = tmp_path / "cache"
     flags = ("--config.reference.kind=cached", f"--config.reference.cache={cache}")
     precompute.main(["precompute", *FLAGS, *flags])

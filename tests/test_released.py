@@ -23,6 +23,7 @@ from nca_jax.batch import Rows
 from nca_jax.checks import UserError
 from nca_jax.data import chat, released
 from nca_jax.data.pipeline import Dataset, eval_batches
+from nca_jax.data.table import table_of
 from nca_jax.flags import parse_flags
 from nca_jax.infra.mesh import make_mesh
 from nca_jax.logprobs import token_logps
@@ -65,8 +66,9 @@ def test_packed_rows_hold_the_released_ids_labels_and_masks(case, tokenizer):
         max_response_len=max_len - max_prompt_len,
     )
     example = encode_one(text_row(case["messages"]), config, tokenizer, vocab_size=49152)
-    (heldout,) = eval_batches([example], config)
-    for batch in (Dataset([[example]], config, seed=0).batch_at(0).batch, heldout.batch):
+    examples = table_of([example])
+    (heldout,) = eval_batches(examples, config)
+    for batch in (Dataset([examples], config, seed=0).batch_at(0).batch, heldout.batch):
         row = Rows(*(x[0, 0] for x in batch.rows))
         for k, sequence in enumerate(case["sequences"]):
             at = np.flatnonzero((row.segments == 1) | (row.segments == k + 2))

@@ -8,6 +8,7 @@ from helpers import data_config, encode_one, make_encoder, write
 from nca_jax.checks import UserError
 from nca_jax.data import pipeline
 from nca_jax.data.room import check_examples, fit_examples
+from nca_jax.data.table import table_of
 
 ROW = {
     "prompt_ids": [1] * 4,
@@ -23,18 +24,18 @@ def config_of(too_long: str, **changes):
 
 def test_drop_leaves_out_the_worst_until_the_rest_fits():
     config, counts = config_of("drop"), Counter()
-    (kept,) = fit_examples([encode_one(ROW, config)], make_encoder(config), counts)
+    (kept,) = fit_examples(table_of([encode_one(ROW, config)]), make_encoder(config), counts)
     # Of two that score 0.1 the later goes first, though it is the shorter one.
     assert [ids[0] for ids in kept.group.responses] == [2, 4]
     assert kept.scores.tolist() == pytest.approx([0.5, 0.9])
     assert counts == {"responses left out: do not fit data.row_len": 2}
     assert kept.num_cut == 10
-    check_examples([kept], config)
+    check_examples(table_of([kept]), config)
 
 
 def test_drop_leaves_out_a_row_whose_best_two_do_not_fit():
     config, counts = config_of("drop", row_len=16), Counter()
-    assert fit_examples([encode_one(ROW, config)], make_encoder(config), counts) == []
+    assert not len(fit_examples(table_of([encode_one(ROW, config)]), make_encoder(config), counts))
     assert counts["records skipped: row_len"] == 1
 
 
@@ -50,6 +51,5 @@ def test_skip_leaves_out_and_counts_what_does_not_fit(tmp_path):
 def test_otherwise_the_row_is_named_with_the_length_it_needs(too_long):
     config = config_of(too_long)
     with pytest.raises(UserError, match="f:1.*needs 30 tokens of a row, but data.row_len is 24"):
-        check_examples(
-            fit_examples([encode_one(ROW, config)], make_encoder(config), Counter()), config
-        )
+        examples = table_of([encode_one(ROW, config)])
+        check_examples(fit_examples(examples, make_encoder(config), Counter()), config)

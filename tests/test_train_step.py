@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from nca_jax import train
 from nca_jax.data.pipeline import Dataset
+from nca_jax.data.table import table_of
 from nca_jax.flags import parse_flags
 from nca_jax.losses import LOSSES, Loss
 from nca_jax.model_config import MODELS
@@ -45,7 +46,7 @@ def test_the_gradient_is_that_of_the_weighted_mean_over_all_micro_batches(monkey
         record = id_record(i + 1)
         record["response_ids"] = [[*ids[:1], *[7] * (i + 1)] for ids in record["response_ids"]]
         examples.append(encode_one(record, data))
-    batch = Dataset([examples], data, seed=0).batch_at(0).batch
+    batch = Dataset([table_of(examples)], data, seed=0).batch_at(0).batch
     assert int(batch.num_micro) > 1 and len({*batch.lengths.sum(-1).tolist()}) == 4
     model = Model(SMALL)
     params = model.init(jax.random.key(0))

@@ -34,6 +34,7 @@ from nca_jax.checks import run_main
 from nca_jax.data.encode import Example, Prompt
 from nca_jax.data.pipeline import Dataset, eval_batches
 from nca_jax.data.sources import write_records
+from nca_jax.data.table import Table, joined
 from nca_jax.files import out_folder, whole_lines, write_json
 from nca_jax.fit import fit
 from nca_jax.flags import parse_flags
@@ -91,7 +92,8 @@ def main(argv: list[str]) -> int:
     write_records(args.out / ROWS.name, rows)
     run = build(config_of("nca", args))
     data = read_data(run)
-    by_span = sorted(data.sources[0], key=lambda example: -np.ptp(example.scores))
+    spans = [np.ptp(example.scores) for example in data.training]
+    by_span = data.training.take(np.argsort(np.negative(spans), kind="stable"))
     training = by_span[: STEPS * BATCH]  # those whose scores differ most teach most
     compared, answered = data.heldout[:NUM_COMPARED], data.heldout[:NUM_ANSWERED]
     best = np.array([example.scores.argmax() for example in compared])
@@ -100,7 +102,7 @@ def main(argv: list[str]) -> int:
         say("The reference's log-probabilities, once for both losses. Compiling takes a while.")
         reference = start_params(run, run.config.model.init_from)
         logps_of = make_logps_of(run)
-        ref_logps = logps_of(reference, [*training, *compared])
+        ref_logps = logps_of(reference, joined([training, compared]))
         for algo in ROW_LEN:
             say(f"{algo.upper()}: training, {STEPS} steps of {BATCH} prompts.")
             arm = run._replace(config=config_of(algo, args))
@@ -159,11 +161,11 @@ def config_of(algo: str, args: argparse.Namespace) -> ConfigDict:
     return parse_flags(["demo", where + (",smoke" if args.smoke else ""), *FLAGS, *rows])[0]
 
 
-def make_logps_of(run: Run) -> Callable[[Params, Sequence[Example]], np.ndarray]:
+def make_logps_of(run: Run) -> Callable[[Params, Table], np.ndarray]:
     """Returns `logps_of(params, examples) -> [n, K]`: of all responses, nats."""
     step_logps = jit_step_logps(run)
 
-    def logps_of(params: Params, examples: Sequence[Example]) -> np.ndarray:
+    def logps_of(params: Params, examples: Table) -> np.ndarray:
         batches = eval_batches(examples, run.config.data)
         logps = [np.asarray(step_logps(params, host.batch)) for host in batches]
         return np.concatenate(logps)[: len(examples)]
@@ -172,7 +174,7 @@ def make_logps_of(run: Run) -> Callable[[Params, Sequence[Example]], np.ndarray]
 
 
 def train(
-    run: Run, reference: Params, training: list[Example], ref_logps: np.ndarray, workdir: Path
+    run: Run, reference: Params, training: Table, ref_logps: np.ndarray, workdir: Path
 ) -> Params:
     """Trains a copy of the reference in one pass over the prompts, and returns it."""
     config = run.config

@@ -13,17 +13,14 @@ from typing import Any
 
 import huggingface_hub
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import tensorflow_datasets as tfds
 
 from nca_jax.checks import UserError
 from nca_jax.data.layouts import Origin
-from nca_jax.data.sources import JsonlSource, RecordError
+from nca_jax.data.sources import RecordError, parse, stream
 
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz")
 VERSION = "1.0.0"
-BATCH = 256  # records of a parquet file in memory at once
 
 
 # tfds is not annotated: its __init_subclass__ is taken for object's.
@@ -120,27 +117,11 @@ def read_records(paths: Sequence[Path]) -> Iterator[tuple[str, dict[str, Any] | 
       UserError: a file cannot be read.
     """
     for path in paths:
-        records = _parquet_records(path) if path.suffix == ".parquet" else _json_records(path)
-        for number, record in enumerate(records, start=1):
-            yield f"{path.name}:{number}", record
-
-
-def _parquet_records(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=BATCH):
-                yield from batch.to_pylist()
-    except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
-        raise UserError(f"{path}: cannot be read ({error}); fetch it anew.") from None
-
-
-def _json_records(path: Path) -> Iterator[dict[str, Any] | RecordError]:
-    source = JsonlSource(str(path))
-    for index in range(len(source)):
-        try:
-            yield source[index][1]
-        except RecordError as error:
-            yield error
+        for number, raw in enumerate(stream(str(path)), start=1):
+            try:
+                yield f"{path.name}:{number}", parse(raw)[1]
+            except RecordError as error:
+                yield f"{path.name}:{number}", error
 
 
 def find_files(raw: Path, origin: Origin) -> dict[str, list[Path]]:

@@ -19,8 +19,9 @@ from nca_jax.data.template import (
     check_names_no_end,
     learn_turn,
     special_ids,
-    write_response,
+    write_responses,
 )
+from nca_jax.data.words import ids_of
 from nca_jax.protocols import Tokenizer
 
 FORMATS = ("chat", "plain", "released")
@@ -100,7 +101,7 @@ def encode_responses(
             ids = _ids_after(written, tokenizer)
             notes += (APART,) if ids is None else ()
     if ids is None:
-        ids = _ids_of_all(written.texts, tokenizer)
+        ids = ids_of(written.texts, tokenizer)
     for k, text_ids in enumerate(ids):
         if is_ended[k]:
             ids[k] = text_ids + written.appended
@@ -136,9 +137,11 @@ def _write(
     if format == "chat":
         messages = _messages(prompt)
         turn = learn_turn(messages, tokenizer, eos_ids, date)
-        for k in places:
-            texts[k], said = write_response(turn, messages, texts[k], tokenizer, date)
-            notes += said
+        asked = [texts[k] for k in places]
+        if asked:
+            asked, notes = write_responses(turn, messages, asked, tokenizer, date)
+        for k, text in zip(places, asked, strict=True):
+            texts[k] = text
         return _Written(turn.prompt, texts, [], turn.end_id, notes)
     eos, eos_id = _eos(tokenizer, format)
     if format == "plain":
@@ -154,7 +157,7 @@ def _ids_after(written: _Written, tokenizer: Tokenizer) -> list[list[int]] | Non
     None where prompt and text as one do not begin with the ids of the prompt.
     """
     wholes = [written.prompt + text for text in written.texts]
-    of_prompt, *wholes = _ids_of_all([written.prompt, *wholes], tokenizer)
+    of_prompt, *wholes = ids_of([written.prompt, *wholes], tokenizer)
     if any(whole[: len(of_prompt)] != of_prompt for whole in wholes):
         return None
     return [whole[len(of_prompt) :] for whole in wholes]
@@ -221,12 +224,8 @@ def _text(text: Any) -> str:
 
 
 def _ids(text: str, tokenizer: Tokenizer) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def _ids_of_all(texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:
-    """Returns the ids of one or more texts; a tokenizer in Rust reads them at the same time."""
-    return tokenizer(texts, add_special_tokens=False)["input_ids"]
+    (ids,) = ids_of([text], tokenizer)
+    return ids
 
 
 def _added_bos(tokenizer: Tokenizer) -> list[int]:

@@ -10,13 +10,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nca_jax.checks import UserError
-from nca_jax.data import chat, released
+from nca_jax.data import chat, released, template, words
 from nca_jax.data.conversation import Messages, as_messages, canonical, read_prompt
 from nca_jax.data.group import Group
 from nca_jax.data.record import Parts, question, read_parts
 from nca_jax.data.sources import RecordError
 from nca_jax.protocols import DataSection, Tokenizer
 
+ENCODING = ("format", "join", "max_prompt_len", "max_response_len", "prompt_keep", "too_long")
+ENCODING += ("bad_rows", "first_bonus")  # fields of the `data` section
 NO_TOKEN = "responses left out: cut off before their first token"
 TOO_FEW_LEFT = "too few responses with a token"
 RENDERED = "prompts hold marks of the chat template: they seem rendered, and are rendered once more"
@@ -109,6 +111,18 @@ class Encoder:
             return self._example(where, record)
         except RecordError as error:
             raise error.at(where) from None
+
+    def identity(self) -> dict[str, Any]:
+        """Returns what the ids of a record, and whether it can be used, depend on beside it."""
+        return {
+            **{name: getattr(self.config, name) for name in ENCODING},
+            "tokenizer": self.digest,
+            "pipeline": words.pipeline_of(self.tokenizer),
+            "vocab_size": self.vocab_size,
+            "eos_ids": list(self.eos_ids),
+            "least_responses": self.least_responses,
+            "date": self.date if template.writes_date(self.tokenizer) else "",
+        }
 
     def _example(self, where: str, record: dict[str, Any]) -> Example:
         parts = read_parts(
@@ -224,15 +238,16 @@ class Encoder:
 
     def _checked(self, ids: Any, who: str) -> np.ndarray:
         """Returns ids as int32. RecordError unless they are one or more ints below vocab_size."""
-        if not isinstance(ids, list) or not all(type(i) is int for i in ids):
+        if not isinstance(ids, list) or set(map(type, ids)) - {int}:
             raise RecordError(f"{who} is not a list of token ids", reason="ids")
         if not ids:
             raise RecordError(
                 f"{who} has no tokens; write something or leave it out", reason="empty"
             )
-        if not 0 <= min(ids) <= max(ids) < self.vocab_size:
+        low, high = min(ids), max(ids)
+        if not 0 <= low <= high < self.vocab_size:
             raise RecordError(
-                f"{who} has ids from {min(ids)} to {max(ids)}, wanted [0, {self.vocab_size}); use "
+                f"{who} has ids from {low} to {high}, wanted [0, {self.vocab_size}); use "
                 "the model's own tokenizer",
                 reason="ids",
             )

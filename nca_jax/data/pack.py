@@ -3,6 +3,7 @@
 Axes: G groups, M micro-batches, R rows in each, T tokens in a row, P block pairs in a row.
 """
 
+import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -67,13 +68,13 @@ def pack(
     empty = _empty_rows(num_micro * len(here), layout, num_slots)
     rows = Rows(*(x.reshape(num_micro, len(here), *x.shape[1:]) for x in empty))
     micro_of_group = np.zeros(len(groups), np.int32)
+    members = []
     for r, row in enumerate(packed):
         micro, place = divmod(r, layout.rows)
         micro_of_group[row.groups] = micro
         if place in here:
-            into = Rows(*(x[micro, here.index(place)] for x in rows))
-            members = [(groups[g], slots[g]) for g in row.groups]
-            _write(into, members, row.spans, layout)
+            members.append((micro * len(here) + here.index(place), row))
+    _write(Rows(*empty), members, groups, slots, layout)
     return rows, used, micro_of_group
 
 
@@ -97,6 +98,8 @@ def check_fits(lengths: Sequence[int], layout: RowLayout, who: str) -> None:
             f"to {needed} or more, lower data.max_prompt_len or data.max_response_len, or set "
             "data.too_long to drop or skip."
         )
+    if layout.num_pairs >= plan.causal_bound(layout.row_len, layout.block):
+        return
     num_pairs = layout.row_len // layout.block + plan.num_off_diagonal(spans, layout.block)
     if num_pairs > layout.num_pairs:
         raise UserError(
@@ -106,27 +109,40 @@ def check_fits(lengths: Sequence[int], layout: RowLayout, who: str) -> None:
 
 
 def _assign(lengths: list[list[int]], layout: RowLayout) -> list[_Row]:
-    """Returns the rows that hold the groups, in the order in which they were opened."""
+    """Returns the rows that hold the groups, in the order in which they were opened.
+
+    Each group, the largest first, goes to the fullest row that has room; of equals to the first.
+    """
+    t, align = layout.row_len, layout.align
     by_size = sorted(range(len(lengths)), key=lambda g: -sum(lengths[g]))  # stable
     rows: list[_Row] = []
+    filled: list[tuple[int, int]] = []  # (end, -index) of each row, ascending
     for g in by_size:
-        fullest_first = sorted(rows, key=lambda row: -row.end)
-        if not any(_put(row, g, lengths[g], layout) for row in fullest_first):
+        size = segment_spans(lengths[g], 0, align)[-1][1]
+        latest = (t - size) // align * align  # where the group may begin
+        for at in range(bisect.bisect_right(filled, (latest, 0)) - 1, -1, -1):
+            r = -filled[at][1]
+            if _put(rows[r], g, lengths[g], layout):
+                del filled[at]
+                break
+        else:
             check_fits(lengths[g], layout, f"Prompt {g} of the batch with its responses")
-            rows.append(_Row(num_pairs=layout.row_len // layout.block))
-            _put(rows[-1], g, lengths[g], layout)
+            r = len(rows)
+            rows.append(_Row(num_pairs=t // layout.block))
+            _put(rows[r], g, lengths[g], layout)
+        bisect.insort(filled, (rows[r].end, -r))
     return rows
 
 
 def _put(row: _Row, g: int, lengths: list[int], layout: RowLayout) -> bool:
-    """Adds the group to the row if it fits; returns whether it did."""
+    """Adds the group, which is short enough, to the row if its pairs fit; returns whether so."""
     spans = segment_spans(lengths, row.end, layout.align)
-    if spans[-1][1] > layout.row_len:
-        return False
-    num_pairs = row.num_pairs + plan.num_off_diagonal(spans, layout.block)
-    if num_pairs > layout.num_pairs:
-        return False
-    row.num_pairs, row.end = num_pairs, spans[-1][1]
+    if layout.num_pairs < plan.causal_bound(layout.row_len, layout.block):
+        num_pairs = row.num_pairs + plan.num_off_diagonal(spans, layout.block)
+        if num_pairs > layout.num_pairs:
+            return False
+        row.num_pairs = num_pairs
+    row.end = spans[-1][1]
     row.groups.append(g)
     row.spans.append(spans)
     return True
@@ -152,46 +168,57 @@ def _empty_rows(num_rows: int, layout: RowLayout, num_slots: int) -> Rows[np.nda
 
 
 def _write(
-    row: Rows[np.ndarray],
-    members: list[tuple[Group, Sequence[int] | np.ndarray]],
-    spans: list[list[plan.Span]],
+    rows: Rows[np.ndarray],
+    members: list[tuple[int, _Row]],
+    groups: Sequence[Group],
+    slots: Sequence[Sequence[int] | np.ndarray],
     layout: RowLayout,
 ) -> None:
-    """Writes groups with their slots at their spans into one row of padding, in place.
+    """Writes groups with their slots at their spans into rows of padding [rows, T], in place.
 
-    Arrays are [T] and, of pairs, [P, 2].
+    Args:
+      members: which of the rows are written, and what each holds.
     """
-    num_scored = 0
-    for prompt_id, ((group, slots), (prompt_span, *response_spans)) in enumerate(
-        zip(members, spans, strict=True), start=1
-    ):
-        prompt_on, responses_on = group.key_on or (True, [True] * len(group.responses))
-        prompt_len = len(group.prompt)
-        _write_segment(row, prompt_span, group.prompt, 0, prompt_id, PROMPT_SEGMENT, prompt_on)
-        for k, (start, end) in enumerate(response_spans):
-            ids, segment = group.responses[k], PROMPT_SEGMENT + 1 + k
-            _write_segment(row, (start, end), ids, prompt_len, prompt_id, segment, responses_on[k])
-            scored = slice(num_scored, num_scored + end - start)
-            row.logp_at[scored] = [prompt_span[1] - 1, *range(start, end - 1)]
-            row.logp_token[scored] = ids
-            row.logp_slot[scored] = slots[k]
-            num_scored = scored.stop
-    live = plan.live_pairs(spans, row_len=layout.row_len, block=layout.block)
-    row.pairs[: len(live)] = live
+    t, parts, keys, segments, scored = layout.row_len, [], [], [], []
+    for r, row in members:
+        num_scored = 0
+        for prompt_id, (g, spans) in enumerate(zip(row.groups, row.spans, strict=True), start=1):
+            prompt, responses, key_on = groups[g]
+            prompt_end = r * t + spans[0][1]
+            for n, (ids, (start, end)) in enumerate(zip((prompt, *responses), spans, strict=True)):
+                parts.append(ids)
+                first = len(prompt) if n else 0
+                segments.append((r * t + start, end - start, first, prompt_id, PROMPT_SEGMENT + n))
+                if n:
+                    scored.append((r * t + num_scored, prompt_end - 1, slots[g][n - 1]))
+                    num_scored += end - start
+            keys += (key_on[0], *key_on[1]) if key_on else [np.ones(sum(groups[g].lengths()), bool)]
+        live = plan.live_pairs(row.spans, row_len=t, block=layout.block)
+        rows.pairs[r, : len(live)] = live
+    if not segments:
+        return
+    start, length, first, prompt_id, segment = np.array(segments, np.int32).T
+    within = _counted(length)  # of each token, its place in its segment
+    at, ids = (np.repeat(start, length) + within).astype(np.intp), np.concatenate(parts)
+    flat = Rows(*(x.reshape(-1, *x.shape[2:]) for x in rows))  # views: tokens of all rows
+    flat.tokens[at] = ids
+    flat.positions[at] = np.repeat(first, length) + within
+    flat.prompt_ids[at] = np.repeat(prompt_id, length)
+    flat.segments[at] = np.repeat(segment, length)
+    flat.key_on[at] = np.concatenate(keys)
+    is_response = segment > PROMPT_SEGMENT
+    is_scored, length = np.repeat(is_response, length), length[is_response]
+    to, before, slot = np.array(scored, np.int32).T
+    at, to = at[is_scored], (np.repeat(to, length) + _counted(length)).astype(np.intp)
+    # The query of a token is the one before it: of a response's first the prompt's last.
+    query = at - 1
+    query[np.cumsum(length) - length] = before
+    flat.logp_at[to] = query % t
+    flat.logp_token[to] = ids[is_scored]
+    flat.logp_slot[to] = np.repeat(slot, length)
 
 
-def _write_segment(
-    row: Rows[np.ndarray],
-    span: plan.Span,
-    ids: np.ndarray,
-    first_position: int,
-    prompt_id: int,
-    segment: int,
-    key_on: np.ndarray | bool,
-) -> None:
-    at = slice(*span)
-    row.tokens[at] = ids
-    row.positions[at] = first_position + np.arange(len(ids))
-    row.prompt_ids[at] = prompt_id
-    row.segments[at] = segment
-    row.key_on[at] = key_on
+def _counted(lengths: np.ndarray) -> np.ndarray:
+    """Returns 0, 1, .. for each of the lengths, one after the other."""
+    ends = np.cumsum(lengths, dtype=np.int32)
+    return np.arange(ends[-1], dtype=np.int32) - np.repeat(ends - lengths, lengths)

@@ -18,10 +18,12 @@ from nca_jax.batch import Batch
 from nca_jax.checks import UserError
 from nca_jax.data.encode import Encoder, Example
 from nca_jax.data.group import Group
-from nca_jax.data.load import ALONE, Examples, Share, load_examples, notes_of
+from nca_jax.data.load import Examples, Gather, load_examples, notes_of
 from nca_jax.data.pack import pack
 from nca_jax.data.room import check_examples, fit_examples, row_layout
 from nca_jax.data.sources import split_globs, split_named
+from nca_jax.data.store import Keep
+from nca_jax.data.table import Table, joined
 from nca_jax.data.unit import divided
 from nca_jax.protocols import DataSection
 
@@ -41,10 +43,10 @@ class HostBatch(NamedTuple):
 
 
 class Data(NamedTuple):
-    """Training examples, one list a source; held-out ones; what is to be said of the others."""
+    """Training examples, one table a source; held-out ones; what is to be said of the others."""
 
-    sources: list[list[Example]]
-    splits: dict[str, list[Example]]  # held out: of "eval", or of "eval/NAME" where a set has one
+    sources: list[Table]
+    splits: dict[str, Table]  # held out: of "eval", or of "eval/NAME" where a set has one
     counts: Counter[str]  # as in `Examples`
     score_unit: float = 1.0  # what the data's own scores have been divided by
 
@@ -55,9 +57,14 @@ class Data(NamedTuple):
         return Data(sources, splits, self.counts, unit)
 
     @property
-    def heldout(self) -> list[Example]:
+    def training(self) -> Table:
+        """All that is trained on."""
+        return joined(self.sources)
+
+    @property
+    def heldout(self) -> Table:
         """All that is held out."""
-        return [example for examples in self.splits.values() for example in examples]
+        return joined(list(self.splits.values()))
 
     def notes(self) -> list[str]:
         """Returns lines such as "3 records skipped: json"; none where all were read as they are."""
@@ -76,7 +83,7 @@ class Dataset:
     """The infinite sequence of training batches; its `len` is the number of examples.
 
     Args:
-      sources: one list of examples a glob of `config.files`.
+      sources: one table of examples a glob of `config.files`.
       config: the `data` section.
       seed: of the order and of the choice of responses.
       ref_logps: for each example of the concatenated sources, [its responses] float32 nats;
@@ -88,18 +95,19 @@ class Dataset:
 
     def __init__(
         self,
-        sources: Sequence[Sequence[Example]],
+        sources: Sequence[Table],
         config: DataSection,
         *,
         seed: int,
         ref_logps: Sequence[np.ndarray] | None = None,
         rows_here: Sequence[int] | None = None,
     ):
-        self.examples = [example for source in sources for example in source]
+        self.examples = joined(sources)
         _check_num_responses(self.examples, config.num_responses)
         check_examples(self.examples, config)
         self._config, self._ref_logps, self._rows_here = config, ref_logps, rows_here
-        self._picks = _order(sources, config, seed).random_map(self._pick)
+        sizes = [len(source) for source in sources]
+        self._picks = _order(sizes, config, seed).random_map(self._pick)
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -122,7 +130,7 @@ class Dataset:
 
 
 def eval_batches(
-    examples: Sequence[Example],
+    examples: Table,
     config: DataSection,
     *,
     ref_logps: Sequence[np.ndarray] | None = None,
@@ -145,11 +153,11 @@ def eval_batches(
     return [_make_batch(picks[i : i + config.batch_size], config, rows_here) for i in starts]
 
 
-def load_data(encoder: Encoder, *, share: Share = ALONE) -> Data:
+def load_data(encoder: Encoder, *, keep: Keep | None = None, gather: Gather | None = None) -> Data:
     """Reads the encoder's `config.files`, and what is held out from `eval_files` or out of them.
 
-    Each process reads its `share` of the records, and all get all of them. What shares a prompt
-    with `eval_files` is left out of training, and counted.
+    What shares a prompt with `eval_files` is left out of training, and counted. The arguments are
+    those of `load_examples`.
 
     Raises:
       UserError: a file, a record, or the number of weights or of responses is wrong.
@@ -157,19 +165,19 @@ def load_data(encoder: Encoder, *, share: Share = ALONE) -> Data:
     config = encoder.config
     _weights(config)  # what is wrong should not wait for the reading
     _check_k(config, encoder.least_responses)
-    sources, counts = _load_fitting(config.files, encoder, share)
+    sources, counts = _load_fitting(config.files, encoder, keep, gather)
     named = split_named(config.eval_files)
     if not named:
         train, heldout = split_heldout(sources, config.eval_fraction)
         return Data(train, {EVAL: heldout}, counts)
     splits, more = {}, Counter()
     for name, files in named.items():
-        found, said = _load_fitting(files, encoder, share)
-        splits[f"{EVAL}/{name}" if name else EVAL] = [e for source in found for e in source]
+        found, said = _load_fitting(files, encoder, keep, gather)
+        splits[f"{EVAL}/{name}" if name else EVAL] = joined(found)
         more += said
-    prompts = {example.prompt_hash for examples in splits.values() for example in examples}
-    train = [[e for e in source if e.prompt_hash not in prompts] for source in sources]
-    if not all(train):
+    prompts = np.concatenate([held.entries["prompt_hash"] for held in splits.values()])
+    train = [source.take(~np.isin(source.entries["prompt_hash"], prompts)) for source in sources]
+    if not all(map(len, train)):
         raise UserError(
             "Every prompt of a source of data.files is one of data.eval_files, and what is held "
             "out is not trained on; give other records."
@@ -179,11 +187,13 @@ def load_data(encoder: Encoder, *, share: Share = ALONE) -> Data:
     return Data(train, splits, counts)
 
 
-def _load_fitting(files: str, encoder: Encoder, share: Share) -> Examples:
+def _load_fitting(
+    files: str, encoder: Encoder, keep: Keep | None, gather: Gather | None
+) -> Examples:
     """`load_examples`, without what does not fit a row and may be left out."""
-    sources, counts = load_examples(files, encoder, share=share)
+    sources, counts = load_examples(files, encoder, keep=keep, gather=gather)
     fitting = [fit_examples(examples, encoder, counts) for examples in sources]
-    if not all(fitting):
+    if not all(map(len, fitting)):
         raise UserError(
             f"No record of a source of {files!r} fits "
             f"config.data.row_len={encoder.config.row_len}; raise it."
@@ -191,16 +201,15 @@ def _load_fitting(files: str, encoder: Encoder, share: Share) -> Examples:
     return Examples(fitting, counts)
 
 
-def split_heldout(
-    sources: Sequence[Sequence[Example]], fraction: float
-) -> tuple[list[list[Example]], list[Example]]:
+def split_heldout(sources: Sequence[Table], fraction: float) -> tuple[list[Table], Table]:
     """Returns (training sources, held-out examples), by the hash of the prompt alone."""
-    train = [[e for e in source if e.prompt_hash >= fraction] for source in sources]
-    if not all(train):
+    is_held = [source.entries["prompt_hash"] < fraction for source in sources]
+    train = [source.take(~held) for source, held in zip(sources, is_held, strict=True)]
+    if not all(map(len, train)):
         raise UserError(
             f"data.eval_fraction={fraction} leaves a source without records to train on."
         )
-    return train, [e for source in sources for e in source if e.prompt_hash < fraction]
+    return train, joined([x.take(held) for x, held in zip(sources, is_held, strict=True)])
 
 
 def choose(scores: np.ndarray, k: int, how: str, rng: np.random.Generator) -> np.ndarray:
@@ -236,8 +245,8 @@ def _check_k(config: DataSection, least: int) -> None:
         )
 
 
-def _check_num_responses(examples: Sequence[Example], k: int) -> None:
-    most = max(len(example.scores) for example in examples)
+def _check_num_responses(examples: Table, k: int) -> None:
+    most = int(examples.entries["count"].max())
     if most < k:
         raise UserError(
             f"data.num_responses is {k}, but no record has more than {most} responses; "
@@ -262,12 +271,10 @@ def _weights(config: DataSection) -> list[float]:
     )
 
 
-def _order(
-    sources: Sequence[Sequence[Example]], config: DataSection, seed: int
-) -> grain.MapDataset:
-    """Returns the infinite order of examples, as indices into the concatenated sources."""
+def _order(sizes: Sequence[int], config: DataSection, seed: int) -> grain.MapDataset:
+    """Returns the infinite order of examples, as indices into the sources of these sizes."""
     weights = _weights(config)
-    sizes = [len(source) for source in sources] if weights else [sum(map(len, sources))]
+    sizes = sizes if weights else [sum(sizes)]
     ends = np.cumsum(sizes)
     parts = []
     for i, (end, size) in enumerate(zip(ends, sizes, strict=True)):

@@ -14,6 +14,7 @@ from nca_jax.data.sources import RecordError
 from nca_jax.protocols import Tokenizer
 
 MARKER = "RESPONSE"  # of letters, which a template that trims or splits leaves alone
+ASKS_DAY = "strftime_now"
 SPACES_CHANGED = "responses whose white space the chat template changes"
 
 
@@ -48,7 +49,8 @@ def learn_turn(
     marker = MARKER
     while marker in prompt:
         marker += MARKER[-1]
-    head, found, tail = _render(messages, marker, tokenizer, date).partition(marker)
+    (whole,) = _render(messages, [marker], tokenizer, date)
+    head, found, tail = whole.partition(marker)
     if not found:
         raise RecordError("the chat template leaves the response out", reason="template")
     goes_on = head.startswith(prompt) or (
@@ -83,37 +85,47 @@ def usual_turn(tokenizer: Tokenizer | None, eos_ids: Sequence[int]) -> Turn | No
         return None
 
 
-def write_response(
-    turn: Turn, messages: list[dict], response: str, tokenizer: Tokenizer, date: str
-) -> tuple[str, tuple[str, ...]]:
-    """Returns what a response adds to the prompt's text, and notes.
+def write_responses(
+    turn: Turn, messages: list[dict], responses: Sequence[str], tokenizer: Tokenizer, date: str
+) -> tuple[list[str], tuple[str, ...]]:
+    """Returns what each response adds to the prompt's text, and notes.
 
     It is what the template renders, which must hold the response as it is, white space aside. A
     template that begins the response in the prompt, and would drop what was begun, is not asked.
 
     Raises:
-      RecordError: the template refuses the response, drops or rewrites some of it, or begins it
+      RecordError: the template refuses a response, drops or rewrites some of it, or begins it
         otherwise.
     """
     if turn.prefill:
-        if not response.startswith(turn.prefill):
+        return [_prefilled(turn, response) for response in responses], ()
+    wholes = _render(messages, responses, tokenizer, date)
+    texts, notes = [], ()
+    for response, whole in zip(responses, wholes, strict=True):
+        written = whole.removesuffix(turn.tail)
+        is_there = whole.startswith(turn.prompt) and whole.endswith(turn.tail)
+        as_it_is = written.endswith(response)
+        if not is_there or not (as_it_is or _squeezed(written).endswith(_squeezed(response))):
             raise RecordError(
-                f"the chat template begins a response with {turn.prefill!r}, and this one begins "
-                f"with {response[:40]!r}; write it with that beginning, or set data.format=plain",
+                f"the chat template does not write a response as it is ({response[:40]!r} became "
+                f"{whole.removeprefix(turn.prompt)[:80]!r}); use another template or "
+                "data.format=plain",
                 reason="template",
             )
-        return response.removeprefix(turn.prefill) + turn.closing + turn.end, ()
-    whole = _render(messages, response, tokenizer, date)
-    written = whole.removesuffix(turn.tail)
-    is_there = whole.startswith(turn.prompt) and whole.endswith(turn.tail)
-    if not is_there or not _squeezed(written).endswith(_squeezed(response)):
+        texts.append(written[len(turn.prompt) :] + turn.closing + turn.end)
+        notes += () if as_it_is else (SPACES_CHANGED,)
+    return texts, notes
+
+
+def _prefilled(turn: Turn, response: str) -> str:
+    """Returns what a response adds to a prompt that begins it. RecordError unless it begins so."""
+    if not response.startswith(turn.prefill):
         raise RecordError(
-            f"the chat template does not write a response as it is ({response[:40]!r} became "
-            f"{whole.removeprefix(turn.prompt)[:80]!r}); use another template or data.format=plain",
+            f"the chat template begins a response with {turn.prefill!r}, and this one begins "
+            f"with {response[:40]!r}; write it with that beginning, or set data.format=plain",
             reason="template",
         )
-    notes = () if written.endswith(response) else (SPACES_CHANGED,)
-    return written[len(turn.prompt) :] + turn.closing + turn.end, notes
+    return response.removeprefix(turn.prefill) + turn.closing + turn.end
 
 
 def apply_template(messages: list[dict], tokenizer: Tokenizer, *, generate: bool, date: str) -> str:
@@ -123,11 +135,18 @@ def apply_template(messages: list[dict], tokenizer: Tokenizer, *, generate: bool
       RecordError: the template refuses the messages.
       UserError: the tokenizer has no chat template.
     """
+    (text,) = _apply([messages], tokenizer, generate=generate, date=date)
+    return text
+
+
+def _apply(
+    conversations: list[list[dict]], tokenizer: Tokenizer, *, generate: bool, date: str
+) -> list[str]:
     if not tokenizer.chat_template:
         raise UserError("The tokenizer has no chat template; set data.format=plain.")
     try:
         return tokenizer.apply_chat_template(
-            messages,
+            conversations,
             chat_template=_dated(tokenizer.get_chat_template(), date),
             tokenize=False,
             add_generation_prompt=generate,
@@ -159,10 +178,19 @@ def check_names_no_end(text: str, ends: Iterable[str]) -> None:
         )
 
 
-def _render(messages: list[dict], response: str, tokenizer: Tokenizer, date: str) -> str:
-    """Returns the conversation with a response as text."""
-    turn = {"role": "assistant", "content": response}
-    return apply_template([*messages, turn], tokenizer, generate=False, date=date)
+def _render(
+    messages: list[dict], responses: Iterable[str], tokenizer: Tokenizer, date: str
+) -> list[str]:
+    """Returns the conversation with each of the responses as text."""
+    turns = [{"role": "assistant", "content": response} for response in responses]
+    return _apply([[*messages, turn] for turn in turns], tokenizer, generate=False, date=date)
+
+
+def writes_date(tokenizer: Tokenizer | None) -> bool:
+    """Whether a chat template asks for the day."""
+    if tokenizer is None or not tokenizer.chat_template:
+        return False
+    return ASKS_DAY in tokenizer.get_chat_template()
 
 
 def _dated(template: str, date: str) -> str:
@@ -171,12 +199,12 @@ def _dated(template: str, date: str) -> str:
     transformers gives a template its own clock and takes no function from its caller. So the
     template gets a macro of that name, whose line break is not written.
     """
-    if not date or "strftime_now" not in template:
+    if not date or ASKS_DAY not in template:
         return template
     day = datetime.datetime.fromisoformat(date)
     codes = sorted(set(re.findall(r"%-?[a-zA-Z]|%%", template)), reverse=True)  # "%%" is the last
     parts = "".join(f"|replace({code!r}, {day.strftime(code)!r})" for code in codes)
-    return f"{{% macro strftime_now(format) %}}{{{{ format{parts} }}}}{{% endmacro %}}\n{template}"
+    return f"{{% macro {ASKS_DAY}(format) %}}{{{{ format{parts} }}}}{{% endmacro %}}\n{template}"
 
 
 def _eos(tokenizer: Tokenizer, eos_ids: Sequence[int]) -> tuple[str, int]:

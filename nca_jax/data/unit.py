@@ -1,15 +1,14 @@
 """The unit of scores where `data.score_unit` is spread: how far they lie apart within a prompt."""
 
 import dataclasses
-from collections.abc import Sequence
 
 import numpy as np
 
 from nca_jax.checks import UserError
-from nca_jax.data.encode import Example
+from nca_jax.data.table import Table
 
 
-def spread(examples: Sequence[Example]) -> float:
+def spread(examples: Table) -> float:
     """Returns the mean over records of the standard deviation of a record's scores.
 
     It is that of the population (divided by n), over all the responses of the record, whatever K of
@@ -18,8 +17,11 @@ def spread(examples: Sequence[Example]) -> float:
     Raises:
       UserError: it is 0, or float32 does not hold the scores divided by it.
     """
-    unit = float(np.mean([np.std(example.scores, dtype=np.float64) for example in examples]))
-    largest = max(float(np.max(np.abs(example.scores))) for example in examples)
+    deviations, largest = np.zeros(len(examples)), 0.0
+    for at, _, scores in examples.by_count():
+        deviations[at] = np.std(scores, axis=1, dtype=np.float64)
+        largest = max(largest, float(np.max(np.abs(scores))))
+    unit = float(np.mean(deviations))
     if largest >= unit * float(np.finfo(np.float32).max):
         raise UserError(
             "data.score_unit=spread divides by the mean standard deviation of a record's scores, "
@@ -29,9 +31,7 @@ def spread(examples: Sequence[Example]) -> float:
     return unit
 
 
-def divided(examples: Sequence[Example], unit: float) -> list[Example]:
+def divided(examples: Table, unit: float) -> Table:
     """Returns the examples with their scores in another unit."""
-    return [
-        dataclasses.replace(e, scores=(e.scores / np.float64(unit)).astype(np.float32))
-        for e in examples
-    ]
+    scores = (examples.scores / np.float64(unit)).astype(np.float32)
+    return dataclasses.replace(examples, scores=scores)

@@ -11,8 +11,8 @@ Without them a process is alone, and is refused where SLURM or MPI says that it 
 JAX_NUM_PROCESSES=1 says that it is meant to be. Files, the work directory and the cache lie where
 all processes see them. Who reads and writes what, of n processes:
 
-    records      process p parses and encodes the records p, p + n, ..., and sends them to the
-                 others; each reads every file, to compare its digest
+    records      each encodes all of them, or maps the store that one process of its host made;
+                 the digests of the files are compared
     a step       each packs the rows that its devices hold, by one plan that all make
     model files  the slices that its devices hold; a model on gs:// or the hub is first copied whole
     cache        every process reads all of it: 4 bytes a response

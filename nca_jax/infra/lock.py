@@ -13,6 +13,7 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import jax
 
@@ -52,6 +53,24 @@ def held(folder: AnyPath) -> Iterator[CheckHeld]:
         if refused:
             raise UserError(refused)
         yield check
+
+
+@contextlib.contextmanager
+def waited_for(path: Path) -> Iterator[None]:
+    """Holds a file, made if need be, once no other process does; says so where it waits.
+
+    On a disk that locks nothing nobody waits, and two may do the same work.
+    """
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that makes {path.with_suffix('')}", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        yield
 
 
 @contextlib.contextmanager

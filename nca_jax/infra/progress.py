@@ -12,6 +12,7 @@ from tqdm import tqdm
 from nca_jax.protocols import Device
 
 GIB = 2**30
+WHOLE = 10**6  # steps of which the whole of an entry is made
 SHORT = 1.0  # seconds: a phase that takes less is not worth a second line
 
 Args = ParamSpec("Args")
@@ -77,6 +78,18 @@ def time_left(num_steps: int) -> Callable[[int], str]:
         return f"{duration(pace * (num_steps - step))} left" if step < num_steps else ""
 
     return left
+
+
+def pace_of_entries() -> Callable[[str, int, float], None]:
+    """Returns `said(entry, records, done)`: prints how far each entry is, and the time left."""
+    of_entry: dict[str, Callable[[int], str]] = {}
+
+    def said(entry: str, records: int, done: float) -> None:
+        left = of_entry.setdefault(entry, time_left(WHOLE))(round(done * WHOLE))
+        share = f" ({done:.0%})" if done else ""
+        say(f"  {records} records of {entry} are encoded{share}{', ' if left else ''}{left}")
+
+    return said
 
 
 def num_values(tree: Any) -> int:

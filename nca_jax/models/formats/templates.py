@@ -58,7 +58,7 @@ def check_template(tokenizer: "PreTrainedTokenizerBase") -> None:
         with contextlib.suppress(Exception), _time_limit(SECONDS):
             for messages in (TRIED[:1], TRIED):
                 tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=messages is not TRIED
+                    [messages], tokenize=False, add_generation_prompt=messages is not TRIED
                 )
     except _OverTimeError:
         raise UserError(
