@@ -66,7 +66,7 @@ def after_training(lines: Sequence[dict[str, Any]]) -> list[str]:
             continue
         name = split.removeprefix(EVAL).removeprefix("/")
         who = "held-out prompts" + (f" of {name}" if name else "")
-        went = (f"{x} {first[x]:.4g} to {last[x]:.4g}" for x in SHOWN if x in last)
+        went = (f"{x} {first[x]:.4g} to {last[x]:.4g}" for x in SHOWN if x in first and x in last)
         said.append(
             f"{who}, from step {first['step']} to {last['step']}: {', '.join(went)}; the least "
             f"loss was {best['loss']:.4g} at step {best['step']}"

@@ -23,13 +23,13 @@ def config_of(arg: str = "", **changes):
     return config
 
 
-def said(scores, config, steps: int = 20) -> list[str]:
+def said(scores, config, steps: int = 20, num_heldout: int = 3) -> list[str]:
     records = [
         {"prompt_ids": [1], "response_ids": [[k] for k in range(len(one))], "scores": one}
         for one in scores
     ]
     examples = table_of(encode_one(one, data_config(), least_responses=1) for one in records)
-    return advice.before_training(examples, config, steps, num_heldout=3, num_devices=8)
+    return advice.before_training(examples, config, steps, num_heldout=num_heldout, num_devices=8)
 
 
 def best_targets(scores, alpha: float) -> float:
@@ -94,10 +94,9 @@ def test_targets_that_are_one_hot_but_for_ties_are_said():
 
 
 def test_a_run_of_few_prompts_of_which_none_is_held_out_is_warned_where_some_should_be():
-    scores = [np.array(one, np.float32) for one in POINTS]
     for fraction, number in ((0.05, 1), (0.0, 0)):
         config = config_of(",alpha=1.5", **{"data.eval_fraction": fraction})
-        _, *found = advice.before_training(scores, config, 2, num_heldout=0, num_devices=1)
+        _, *found = said(POINTS, config, 2, num_heldout=0)
         assert len(found) == number
         assert all("config.data.eval_fraction=0.2 (now 0.05)" in one for one in found)
 

@@ -80,7 +80,7 @@ def test_a_step_holds_one_sum_of_gradients_and_none_of_a_micro_batch():
     data = data_config(row_len=32, rows=1, batch_size=4)
     config = ConfigDict(parse_flags(["x", "--config=configs/jsonl.py:files=x,smoke"])[0].to_dict())
     config.data, config.loss.logits_chunk = data, 32
-    examples = [encode_one(id_record(i + 1), data) for i in range(4)]
+    examples = table_of(encode_one(id_record(i + 1), data) for i in range(4))
     batch = Dataset([examples], data, seed=0).batch_at(0).batch
     sizes = dataclasses.replace(SMALL, num_layers=4, mlp_width=2**13)  # most of it is layers
     model = Model(sizes, remat="full")
