@@ -71,6 +71,19 @@ def _check_together(config: ConfigDict) -> None:
             "set config.model.name (a size, with random weights) or config.model.init_from",
         ),
         (
+            loss.get("margin") == "none" and loss.margin_weight != 0,
+            "config.loss.margin_weight is of a margin: set config.loss.margin to difference or log",
+        ),
+        (
+            loss.get("margin", "none") != "none" and loss.margin_weight == 0,
+            "config.loss.margin counts by its weight: set config.loss.margin_weight",
+        ),
+        (
+            loss.get("robust", False) and loss.label_smoothing == 0,
+            "config.loss.robust is of labels that are wrong at a rate: set "
+            "config.loss.label_smoothing",
+        ),
+        (
             model.remat not in ("auto", "none") and not model.scan_layers,
             f"config.model.remat={model.remat!r} saves memory in scanned layers only: unrolled, "
             "all are computed again at once; set config.model.scan_layers=True",

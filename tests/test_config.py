@@ -116,6 +116,19 @@ def test_a_k_that_the_loss_does_not_take_is_refused_where_it_is_given():
         assert load_config(f"configs/jsonl.py:{arg}").data.num_responses == 2
 
 
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("margin_weight=1", "set config.loss.margin to difference or log"),
+        ("margin=log", "set config.loss.margin_weight"),
+        ("robust=True", "set config.loss.label_smoothing"),
+    ],
+)
+def test_a_field_that_would_change_nothing_is_refused(flag, said):
+    with pytest.raises(UserError, match=said):
+        parse_flags(["x", f"{SMOKE},algo=dpo", f"--config.loss.{flag}"])
+
+
 def test_no_reference_is_opened_for_a_loss_that_reads_none(monkeypatch):
     monkeypatch.setitem(LOSSES, "mine", LOSSES["nca"]._replace(reads=("scores",)))
     config = default_config()

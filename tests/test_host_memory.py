@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from nca_jax import build, programs
 from nca_jax.axes import HOST_MEMORY
 from nca_jax.data.pipeline import Dataset
+from nca_jax.data.table import table_of
 from nca_jax.flags import parse_flags
 from nca_jax.infra import checkpoint
 from nca_jax.infra.mesh import put_batch
@@ -30,7 +31,7 @@ def test_moments_in_the_hosts_memory_are_saved_restored_and_give_the_same_bits(t
         config, _ = parse_flags(["x", *flags, f"--config.optim.moments={moments}"])
         run = build.build_for(config, jax.devices()[:fsdp])
         encoder = make_encoder(run.config.data)
-        examples = [encoder.record(f"f:{i}", id_record(i)) for i in range(1, 9)]
+        examples = table_of(encoder.record(f"f:{i}", id_record(i)) for i in range(1, 9))
         dataset = Dataset([examples], run.config.data, seed=0)
         optimizer = programs.build_optimizer(run.config, 2)
         abstract, shardings = programs.abstract_state(run, optimizer.tx)
