@@ -255,7 +255,8 @@ def train(
         took = progress.duration(time.perf_counter() - started)
         print(f"done: {steps} steps in {workdir}, {took} since the start")
         if distributed.is_first():
-            print(*advice.after_training(whole_lines(workdir / METRICS, is_metrics)), sep="\n")
+            for line in advice.after_training(whole_lines(workdir / METRICS, is_metrics)):
+                print(line)
         can_evaluate, can_sample = bool(len(held)), run.tokenizer is not None
         print(*what_next(workdir, can_evaluate=can_evaluate, can_sample=can_sample), sep="\n")
     return 0
