@@ -38,6 +38,7 @@ from nca_jax.data.table import Table, joined
 from nca_jax.files import out_folder, whole_lines, write_json
 from nca_jax.fit import fit
 from nca_jax.flags import parse_flags
+from nca_jax.infra.program_cache import keep_programs
 from nca_jax.infra.records import record_run
 from nca_jax.infra.writer import MetricWriter
 from nca_jax.params import start_params
@@ -79,8 +80,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--smoke", action="store_true", help="a tiny model of random weights")
     args = parser.parse_args(argv[1:])
     shutil.rmtree(args.out, ignore_errors=True)  # the demo shows a whole run, not a resumed one
-    # Compiled programs are kept, so that a second demo starts sooner.
-    jax.config.update("jax_compilation_cache_dir", str(Path("runs/compiled").absolute()))
+    keep_programs()
     began = time.perf_counter()
 
     def say(what: str) -> None:

@@ -16,7 +16,15 @@ from nca_jax.field import FRACTION, NOT_NEGATIVE, POSITIVE, Field
 from nca_jax.losses.contrastive import BETA
 from nca_jax.losses.likelihood import per_token
 from nca_jax.losses.masked import masked_mean, masked_sum, pairwise
-from nca_jax.losses.record import Fields, Floor, Loss, PerPrompt, Responses
+from nca_jax.losses.record import (
+    OF_LOGRATIOS,
+    OF_MEAN_TOKENS,
+    Fields,
+    Floor,
+    Loss,
+    PerPrompt,
+    Responses,
+)
 from nca_jax.losses.targets import implicit_rewards, scores_of
 
 
@@ -198,7 +206,7 @@ def _zero(responses: Responses, fields: Fields) -> jax.Array:
 
 def _record(
     per_prompt: PerPrompt,
-    reads: tuple[str, ...] = ("ref_logps", "scores"),
+    reads: tuple[str, ...] = OF_LOGRATIOS,
     floor: Floor | None = _zero,
     **fields: Field,
 ) -> Loss:
@@ -206,7 +214,6 @@ def _record(
 
 
 new = functools.partial(Field, since=5)
-WITHOUT_REFERENCE = ("scores", "lengths")
 
 # By the name that a config gives them, each with its own fields.
 LOSSES_OF_LISTS = {
@@ -231,6 +238,6 @@ LOSSES_OF_LISTS = {
         clip=new(0.2, FRACTION, "how far from 1 the ratio of probabilities still counts"),
         kl_weight=new(0.0, NOT_NEGATIVE, "of the estimate of the KL divergence"),
     ),
-    "rrhf": _record(rrhf, WITHOUT_REFERENCE, weight=new(1.0, NOT_NEGATIVE, "of the ranking")),
-    "pro": _record(pro, WITHOUT_REFERENCE, None),
+    "rrhf": _record(rrhf, OF_MEAN_TOKENS, weight=new(1.0, NOT_NEGATIVE, "of the ranking")),
+    "pro": _record(pro, OF_MEAN_TOKENS, None),
 }

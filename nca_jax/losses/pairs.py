@@ -18,13 +18,16 @@ from jax.nn import log_sigmoid, relu, sigmoid, softplus
 from nca_jax.field import FLAG, NOT_NEGATIVE, NUMBER, POSITIVE, Check, Field, one_of
 from nca_jax.losses.contrastive import BETA, nca_floor
 from nca_jax.losses.ordered import PAIRS, OfPair, Pair, floor_of_pairs, over_pairs
-from nca_jax.losses.record import Fields, Floor, Loss, Responses
+from nca_jax.losses.record import (
+    OF_LOGRATIOS,
+    OF_MEAN_TOKENS,
+    Fields,
+    Floor,
+    Loss,
+    Responses,
+)
 
 LEAST_LOSS = 1e-6  # nats a token: `orpo` takes no response for more certain than this
-
-# What a loss may read, see `Loss.reads`.
-OF_LOGRATIOS = ("ref_logps", "scores")
-OF_MEAN_TOKENS = ("scores", "lengths")
 ZERO = floor_of_pairs(0.0)
 
 

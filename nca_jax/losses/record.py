@@ -24,6 +24,10 @@ class Responses(NamedTuple):
     mask: jax.Array  # [B, K] bool: the response is there
 
 
+# What a loss may read, see `Loss.reads`.
+OF_LOGRATIOS = ("ref_logps", "scores")
+OF_MEAN_TOKENS = ("scores", "lengths")
+
 PerPrompt = Callable[[Responses, Fields], jax.Array]  # -> [B]
 Floor = Callable[[Responses, Fields], jax.Array | None]  # -> [B]; None: these fields have none
 
