@@ -2,7 +2,7 @@
 
 import dataclasses
 import reprlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,18 +91,8 @@ def open_hf(folder: str | Path) -> tuple[ModelConfig, dict[str, names.Param]]:
             "peft (merge_and_unload, then save_pretrained)."
         )
     config, naming = _read_config(folder)
-    tensors = _list_tensors(folder)
-    for name, tensor in tensors.items():
-        if tensor.dtype not in DTYPES:
-            raise UserError(
-                f"{name} in {folder} is {tensor.dtype}; wanted one of {', '.join(DTYPES)}."
-            )
-
-    def fetch(name: str, index: tuple[slice, ...]) -> np.ndarray:
-        # Opened for each read: a file that stays mapped counts as memory of this process.
-        with safe_open(tensors[name].file, framework="np") as handle:
-            return handle.get_slice(name)[index]
-
+    tensors = list_tensors(_weight_files(folder))
+    dtypes, fetch = stored_dtypes(tensors), fetch_from(tensors)
     embedding, head = naming["embed/table"], naming["head/kernel"]
     if config.tied_head and head in tensors:
         shape = (config.vocab_size, config.width)
@@ -117,7 +107,6 @@ def open_hf(folder: str | Path) -> tuple[ModelConfig, dict[str, names.Param]]:
             )
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     names.check_tensors(str(folder), shapes, names.tensor_shapes(config, naming))
-    dtypes = {name: DTYPES[tensor.dtype] for name, tensor in tensors.items()}
     return config, names.open_params(config, naming, fetch, dtypes)
 
 
@@ -270,10 +259,10 @@ class Tensor(NamedTuple):
     dtype: str  # as safetensors writes it
 
 
-def _list_tensors(folder: Path) -> dict[str, Tensor]:
+def list_tensors(files: Iterable[Path]) -> dict[str, Tensor]:
     """Returns the tensors of all files by name, less what RoPE recomputes."""
     tensors = {}
-    for file in _weight_files(folder):
+    for file in files:
         check_file(file)
         try:
             with safe_open(file, framework="np") as handle:
@@ -285,6 +274,27 @@ def _list_tensors(folder: Path) -> dict[str, Tensor]:
         except (OSError, SafetensorError) as error:
             raise UserError(f"Cannot read {file}: {error}") from error
     return {k: v for k, v in tensors.items() if not k.endswith("rotary_emb.inv_freq")}
+
+
+def stored_dtypes(tensors: Mapping[str, Tensor]) -> dict[str, np.dtype]:
+    """Returns {tensor name: dtype}. Raises UserError if one is not of `DTYPES`."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES:
+            raise UserError(
+                f"{name} in {tensor.file} is {tensor.dtype}; wanted one of {', '.join(DTYPES)}."
+            )
+    return {name: DTYPES[tensor.dtype] for name, tensor in tensors.items()}
+
+
+def fetch_from(tensors: Mapping[str, Tensor]) -> names.Fetch:
+    """Returns what reads a part of one of these tensors."""
+
+    def fetch(name: str, index: tuple[slice, ...]) -> np.ndarray:
+        # Opened for each read: a file that stays mapped counts as memory of this process.
+        with safe_open(tensors[name].file, framework="np") as handle:
+            return handle.get_slice(name)[index]
+
+    return fetch
 
 
 def _weight_files(folder: Path) -> list[Path]:
