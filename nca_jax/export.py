@@ -35,7 +35,7 @@ from nca_jax.model_config import ModelConfig
 from nca_jax.models.decoder import Model
 from nca_jax.models.formats.hf_export import DTYPES, write_hf
 from nca_jax.models.formats.names import Param
-from nca_jax.models.formats.pretrained import resolve, save_tokenizer
+from nca_jax.models.formats.pretrained import resolve_base, save_tokenizer
 from nca_jax.params import chosen_step
 from nca_jax.protocols import ModelSection
 
@@ -81,7 +81,7 @@ def opened(params: Params) -> dict[str, Param]:
 
 def origin(model: ModelSection) -> Path | None:
     """The Hugging Face folder that the policy was first read from; None for a .gguf or random."""
-    where = resolve(model.init_from) if model.init_from else None
+    where = resolve_base(model.init_from) if model.init_from else None
     return where if where and where.is_dir() else None
 
 

@@ -205,13 +205,6 @@ def test_a_pointer_of_git_lfs_is_named_as_such(tmp_path, name):
         hf.open_hf(tmp_path)
 
 
-def test_an_adapter_without_its_model_is_named_as_such(tmp_path):
-    (tmp_path / "adapter_config.json").write_text("{}")
-    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match="holds an adapter .* without its model; merge"):
-        hf.open_hf(tmp_path)
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [("[" * 100_000, "Cannot read .*recursion"), ("[1]", "does not hold"), ("\xff", "config.json")],

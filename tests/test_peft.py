@@ -8,11 +8,11 @@ import re
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import CONFIGS, assert_parts_equal_the_whole, read_all
+from helpers import CONFIGS, assert_parts_equal_the_whole, read_all, write_hf
 from safetensors.numpy import load_file, save_file
 
 from nca_jax.checks import UserError
-from nca_jax.models.formats import names, peft
+from nca_jax.models.formats import hf, names, peft, pretrained
 from nca_jax.models.formats.merge import merge
 from nca_jax.models.lora import Lora
 
@@ -56,7 +56,7 @@ def write(folder, model_type="mistral", lora=LORA, *, change=None, drop=(), extr
     "lora",
     [
         LORA,
-        dataclasses.replace(LORA, rank=3, alpha=0.5, targets=("v", "down"), rslora=True),
+        dataclasses.replace(LORA, rank=3, alpha=0.5, targets=("v", "o"), rslora=True),
         dataclasses.replace(LORA, targets=("o", "router"), dora=True),
     ],
     ids=["all", "rslora", "dora"],
@@ -256,3 +256,54 @@ def assert_parts_equal_the_whole_nearly(params: dict) -> None:
         for axis, size in enumerate(param.shape):
             index = tuple(slice(size // 2) if a == axis else slice(None) for a in range(whole.ndim))
             np.testing.assert_allclose(param.read(index), whole[index], 1e-5, 1e-5, err_msg=path)
+
+
+# A folder of adapters stands for its model
+
+
+def write_adapted(tmp_path, **change):
+    """Writes a model and adapters of it; returns the folder of the adapters."""
+    base, folder = tmp_path / "base", tmp_path / "adapter"
+    base.mkdir(exist_ok=True)
+    write_hf(base)
+    write(folder, change={"base_model_name_or_path": str(base), "revision": None} | change)
+    return folder
+
+
+def test_a_folder_of_adapters_is_opened_as_its_model_with_them_merged(tmp_path):
+    folder = write_adapted(tmp_path)
+    config, found = pretrained.open_pretrained(str(folder))
+    base_config, base = hf.open_hf(tmp_path / "base")
+    assert config == base_config
+    expected = merge(base, LORA, random_adapters(config, LORA))
+    for path, value in read_all(expected).items():
+        np.testing.assert_array_equal(read_all({path: found[path]})[path], value, err_msg=path)
+    assert pretrained.open_pretrained(str(folder))[1] is found
+    write_hf(tmp_path / "base")
+    assert pretrained.open_pretrained(str(folder))[1] is not found
+    assert pretrained.resolve_base(str(folder)) == tmp_path / "base"
+
+
+def test_the_tokenizer_of_adapters_is_their_own_or_their_models(tmp_path):
+    folder = write_adapted(tmp_path)
+    with pytest.raises(UserError, match="base has no tokenizer"):
+        pretrained.load_tokenizer(str(folder))
+    for place in (tmp_path / "base", folder):
+        (place / "tokenizer.json").write_text("{")
+        with pytest.raises(UserError, match=f"Cannot load the tokenizer in {place}"):
+            pretrained.load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        (None, "does not say of which model .*config.lora.init_from"),
+        ("./absent", "adapter is an adapter of './absent', which is not found: .* no folder"),
+        ("adapter", "which is an adapter too, not a model"),
+    ],
+)
+def test_adapters_whose_model_is_not_there_are_one_line(tmp_path, monkeypatch, base, message):
+    monkeypatch.chdir(tmp_path)
+    folder = write_adapted(tmp_path, base_model_name_or_path=base)
+    with pytest.raises(UserError, match=message):
+        pretrained.open_pretrained(str(folder))

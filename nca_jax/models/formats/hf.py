@@ -65,7 +65,6 @@ FIELDS: dict[str, Check] = dict.fromkeys(SIZES, SIZE) | {  # all that is read of
     "num_experts_per_tok": NUM_STACKED,
 }
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor")  # of rope_type llama3
-ADAPTER = "adapter_config.json"
 COMPARED = 1 << 24  # elements of the head and of the embedding that are in memory at once
 DTYPES = {  # by safetensors' names
     "F32": np.dtype(np.float32),
@@ -85,11 +84,6 @@ def open_hf(folder: str | Path) -> tuple[ModelConfig, dict[str, names.Param]]:
       UserError: no safetensors, tensors that do not fit the config, or what `read_config` refuses.
     """
     folder = Path(folder)
-    if (folder / ADAPTER).exists() and not any(folder.glob("model*.safetensors*")):
-        raise UserError(
-            f"{folder} holds an adapter ({ADAPTER}) without its model; merge the two once with "
-            "peft (merge_and_unload, then save_pretrained)."
-        )
     config, naming = _read_config(folder)
     tensors = list_tensors(_weight_files(folder))
     dtypes, fetch = stored_dtypes(tensors), fetch_from(tensors)

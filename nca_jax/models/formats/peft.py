@@ -27,7 +27,7 @@ from nca_jax.models.formats.hf_export import family_of
 from nca_jax.models.formats.untrusted import NUMBER, SIZE, check_field, list_of, or_null, read_json
 from nca_jax.models.lora import Lora
 
-CONFIG, WEIGHTS = hf.ADAPTER, "adapter_model.safetensors"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 PARTS = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector"}
 
@@ -89,6 +89,11 @@ class _Module(NamedTuple):
     @property
     def target(self) -> str:
         return self.path.split("/")[-1]
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a path is a folder of adapters without their model."""
+    return (path / CONFIG).exists() and not any(path.glob("model*.safetensors*"))
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -187,6 +192,8 @@ def write_peft(
 ) -> None:
     """Writes both files, which `open_peft` reads back bit for bit and torch's PEFT loads.
 
+    The rsLoRA of experts is written as the plain scale that it is.
+
     Args:
       folder: is made if it does not exist.
       config: of the model that the adapters belong to.
@@ -200,16 +207,18 @@ def write_peft(
     folder.mkdir(parents=True, exist_ok=True)
     modules = [module for module in _modules(config) if module.target in lora.targets]
     name, _, revision = base.partition("@")
-    is_whole = float(lora.alpha).is_integer()
+    # Where peft fuses experts it doubles their rank and alpha, which leaves rsLoRA's scale no more.
+    has_experts = any("E" in module.entry.stacked for module in modules)
+    alpha = lora.scale * lora.rank if has_experts else lora.alpha
     content = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": name or None,
         "revision": revision or None,
         "r": lora.rank,
-        "lora_alpha": int(lora.alpha) if is_whole else lora.alpha,
+        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
         "target_modules": sorted({_last_word(module) for module in modules}),
-        "use_rslora": lora.rslora,
+        "use_rslora": lora.rslora and not has_experts,
         "use_dora": lora.dora,
         "lora_dropout": 0.0,
         "bias": "none",
