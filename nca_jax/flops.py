@@ -59,13 +59,19 @@ def forward_flops(config: ModelConfig, prompt_len: int, response_lens: Sequence[
     )
 
 
-def needed_flops(config: ModelConfig, prompt_len: int, response_lens: Sequence[int]) -> Flops:
+def needed_flops(
+    config: ModelConfig, prompt_len: int, response_lens: Sequence[int], *, frozen: bool = False
+) -> Flops:
     """A policy's forward and backward pass, the reference being known.
 
     A backward pass is two forward passes. The head's logits are computed again in it, as nobody
     can keep them: 6 operations a trunk parameter and token, 8 a head parameter and scored token.
+    Matrices that are frozen under adapters have no gradient, nor are logits wanted again: 4 and 4.
+    The adapters' own products, some hundredths, are left out.
     """
     trunk, attention, head = forward_flops(config, prompt_len, response_lens)
+    if frozen:
+        return Flops(2 * trunk, 3 * attention, 2 * head)
     return Flops(3 * trunk, 3 * attention, 4 * head)
 
 
@@ -76,12 +82,13 @@ def mfu(
     seconds: float,
     device_kind: str,
     num_devices: int,
+    frozen: bool = False,
 ) -> float | None:
     """Model FLOPs utilization of a step: needed operations over what the devices could have done.
 
         sum over prompts of 3 * forward / (seconds * num_devices * peak)
 
-    Three forward passes are the policy's forward and backward. A prompt counts once however often
+    Three forward passes are the policy's forward and backward; of frozen matrices two. A prompt counts once however often
     it is computed; padding, anything that is computed again (layers, logits) and the reference's
     pass count nothing. The peak is that of bfloat16, whatever the run computes in.
 
@@ -89,12 +96,16 @@ def mfu(
       lengths: tokens of each prompt, then of each of its responses.
       seconds: of the step.
       device_kind: as JAX names the devices.
+      frozen: whether adapters alone are trained.
     Returns:
       A fraction, or None for a device whose peak is not known.
     """
     if device_kind not in CHIPS:
         return None
-    needed = sum(3 * forward_flops(config, prompt, rest).total for prompt, *rest in lengths)
+    needed = 0
+    for prompt, *rest in lengths:
+        trunk, attention, head = forward_flops(config, prompt, rest)
+        needed += (2 if frozen else 3) * (trunk + head) + 3 * attention
     return needed / (seconds * num_devices * CHIPS[device_kind].peak_flops)
 
 

@@ -123,8 +123,10 @@ def _plain_logps(hidden, head, tokens, num_chunks, vocab_size, chunk) -> jax.Arr
     """`head_logps` of the rows that are here.
 
     The number of chunks is known at run time only, so that no chunk of filler is computed; hence
-    the gradient by hand: d logp = onehot(token) - softmax, with the logits computed again. A head
-    that nothing differentiates has none.
+    the gradient by hand: d logp = onehot(token) - softmax. A head that is trained wants the logits
+    again, when the gradient of each logp is known. Through one that is frozen a logp has the slope
+    (onehot - softmax) head^T, which needs no more than the logits that are there: no pass but this
+    one computes any.
     """
     return _with_totals(hidden, head, tokens, num_chunks, vocab_size, chunk)[0]
 
@@ -135,9 +137,10 @@ _chunked_logps = jax.custom_vjp(_plain_logps, nondiff_argnums=(4, 5))
 def _forward(hidden, head, tokens, num_chunks, vocab_size, chunk):
     is_trained = head.perturbed
     hidden, head, tokens, num_chunks = (x.value for x in (hidden, head, tokens, num_chunks))
+    if not is_trained:
+        return _with_slopes(hidden, head, tokens, num_chunks, vocab_size, chunk)
     logps, *saved = _with_totals(hidden, head, tokens, num_chunks, vocab_size, chunk)
-    # In the structure, as it decides what is traced.
-    return logps, (hidden, tokens, num_chunks, *saved, () if is_trained else None)
+    return logps, (hidden, tokens, num_chunks, *saved)
 
 
 def _with_totals(hidden, head, tokens, num_chunks, vocab_size, chunk):
@@ -147,37 +150,48 @@ def _with_totals(hidden, head, tokens, num_chunks, vocab_size, chunk):
     def one_chunk(i, carry):
         logps, log_totals = carry
         logits = _logits(_chunk(hidden, i, chunk), weights, vocab_size)  # [R, C, V]
-        log_total = jax.nn.logsumexp(logits, axis=-1)
-        picked = jnp.sum(jnp.where(_is_token(tokens, i, chunk, logits), logits, 0.0), axis=-1)
-        return _put(logps, picked - log_total, i), _put(log_totals, log_total, i)
+        logp, log_total = _logp_and_total(logits, tokens, i, chunk)
+        return _put(logps, logp, i), _put(log_totals, log_total, i)
 
     empty = jnp.zeros(tokens.shape, jnp.float32)
     logps, log_totals = jax.lax.fori_loop(0, num_chunks, one_chunk, (empty, empty))
     return logps, log_totals, weights
 
 
+def _with_slopes(hidden, head, tokens, num_chunks, vocab_size, chunk):
+    """Returns the log-probabilities [R, T] and their gradients with respect to `hidden`."""
+    weights = _whole(head.astype(hidden.dtype))
+
+    def one_chunk(i, carry):
+        logps, slopes = carry
+        logits = _logits(_chunk(hidden, i, chunk), weights, vocab_size)
+        logp, log_total = _logp_and_total(logits, tokens, i, chunk)
+        of_logits = _slopes_of_logits(logits, log_total, tokens, i, chunk).astype(hidden.dtype)
+        slope = jnp.einsum("rcv,dv->rcd", of_logits, weights)
+        return _put(logps, logp, i), _put(slopes, slope, i)
+
+    start = jnp.zeros(tokens.shape, jnp.float32), jnp.zeros_like(hidden)
+    return jax.lax.fori_loop(0, num_chunks, one_chunk, start)
+
+
 def _backward(vocab_size, chunk, saved, grad_logps):
-    hidden, tokens, num_chunks, log_totals, weights, trained = saved
-    is_trained = trained is not None
+    if isinstance(saved, jax.Array):  # slopes
+        return saved * grad_logps[..., None].astype(saved.dtype), None, None, None
+    hidden, tokens, num_chunks, log_totals, weights = saved
 
     def one_chunk(i, carry):
         grad_hidden, grad_head = carry
         x = _chunk(hidden, i, chunk)
         logits = _logits(x, weights, vocab_size)
-        softmax = jnp.exp(logits - _chunk(log_totals, i, chunk)[..., None])
-        grad_logits = jnp.where(_is_token(tokens, i, chunk, logits), 1.0, 0.0) - softmax
+        grad_logits = _slopes_of_logits(logits, _chunk(log_totals, i, chunk), tokens, i, chunk)
         grad_logits = (grad_logits * _chunk(grad_logps, i, chunk)[..., None]).astype(x.dtype)
         grad_x = jnp.einsum("rcv,dv->rcd", grad_logits, weights)
-        if grad_head is not None:
-            grad_head += jnp.einsum(
-                "rcd,rcv->dv", x, grad_logits, preferred_element_type=jnp.float32
-            )
+        grad_head += jnp.einsum("rcd,rcv->dv", x, grad_logits, preferred_element_type=jnp.float32)
         return _put(grad_hidden, grad_x, i), grad_head
 
-    of_head = jnp.zeros(weights.shape, jnp.float32) if is_trained else None
-    start = jnp.zeros_like(hidden), of_head
+    start = jnp.zeros_like(hidden), jnp.zeros(weights.shape, jnp.float32)
     grad_hidden, grad_head = jax.lax.fori_loop(0, num_chunks, one_chunk, start)
-    return grad_hidden, _to_slices(grad_head) if is_trained else None, None, None
+    return grad_hidden, _to_slices(grad_head), None, None
 
 
 _chunked_logps.defvjp(_forward, _backward, symbolic_zeros=True)
@@ -199,6 +213,23 @@ def _logits(x: jax.Array, weights: jax.Array, vocab_size: int) -> jax.Array:
         return logits
     column = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
     return jnp.where(column < vocab_size, logits, -1e30)
+
+
+def _logp_and_total(
+    logits: jax.Array, tokens: jax.Array, i: jax.Array, chunk: int
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the log-probability of each token of a chunk, and its log-sum-exp: [R, C] each."""
+    log_total = jax.nn.logsumexp(logits, axis=-1)
+    picked = jnp.sum(jnp.where(_is_token(tokens, i, chunk, logits), logits, 0.0), axis=-1)
+    return picked - log_total, log_total
+
+
+def _slopes_of_logits(
+    logits: jax.Array, log_total: jax.Array, tokens: jax.Array, i: jax.Array, chunk: int
+) -> jax.Array:
+    """d logp / d logits = onehot(token) - softmax, [R, C, V] float32."""
+    softmax = jnp.exp(logits - log_total[..., None])
+    return jnp.where(_is_token(tokens, i, chunk, logits), 1.0, 0.0) - softmax
 
 
 def _is_token(tokens: jax.Array, i: jax.Array, chunk: int, logits: jax.Array) -> jax.Array:

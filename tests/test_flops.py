@@ -10,9 +10,11 @@ import pytest
 
 from nca_jax.chips import CHIPS
 from nca_jax.flops import forward_flops, head_params, mfu, needed_flops, trunk_params
+from nca_jax.infra.optim import merge_trained
 from nca_jax.model_config import MODELS
 from nca_jax.models.decoder import Model
 from nca_jax.models.formats import names
+from nca_jax.models.lora import Lora, split_adapters
 
 # Wide enough that norms and rotary angles, which are not counted, are few.
 WIDE = dataclasses.replace(MODELS["tiny"], width=512, num_heads=8, head_dim=64, mlp_width=1024)
@@ -37,6 +39,23 @@ def test_the_trunk_is_what_xla_counts_in_an_unrolled_model(passes, is_gradient):
     counted = compiled.cost_analysis()["flops"]
     needed = passes * forward_flops(WIDE, num_tokens, []).trunk
     assert counted == pytest.approx(needed, rel=0.03)
+
+
+def test_adapters_leave_the_trunk_two_passes_and_their_own_products():
+    lora = Lora(rank=2, alpha=2.0, targets=("q", "k", "v", "o", "gate", "up", "down"))
+    model, num_tokens = Model(WIDE, lora=lora, scan_layers=False), 256
+    adapters, base = split_adapters(model.abstract_params())
+    tokens = jax.ShapeDtypeStruct((1, num_tokens), jnp.int32)
+
+    def total(adapters, base, tokens):
+        params = merge_trained(adapters, base)
+        return model.hidden(params, tokens, jnp.zeros_like(tokens), without_products)[0].sum()
+
+    compiled = jax.jit(jax.grad(total)).lower(adapters, base, tokens).compile()
+    two_passes = needed_flops(WIDE, num_tokens, [], frozen=True).trunk
+    own = 3 * 2 * num_tokens * sum(x.size for x in jax.tree.leaves(adapters))
+    # The first layer's input has no gradient: its q, k and v are multiplied once.
+    assert compiled.cost_analysis()["flops"] == pytest.approx(two_passes + own, rel=0.05)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -144,6 +144,29 @@ def test_no_array_of_tokens_by_vocabulary_exists_forward_or_backward():
     assert {np.prod(shape) for shape in with_vocab} == {rows * CHUNK * v, v * model.config.width}
 
 
+def test_a_frozen_head_gives_the_same_gradient_by_half_the_products():
+    length, width, vocab, chunk = 24, 16, 40, 8
+    keys = jax.random.split(jax.random.key(0), 4)
+    hidden = jax.random.normal(keys[0], (2, length, width))
+    head = jax.random.normal(keys[1], (width, vocab))
+    tokens = jax.random.randint(keys[2], (2, length), 0, vocab)
+    weights = jax.random.normal(keys[3], (2, length))
+
+    def total(hidden, head):
+        logps = logprobs.head_logps(hidden, head, tokens, jnp.int32(3), vocab - 2, chunk)
+        return jnp.sum(weights * logps)
+
+    value, (of_hidden, _) = jax.value_and_grad(total, argnums=(0, 1))(hidden, head)
+    frozen_value, of_hidden_alone = jax.value_and_grad(total)(hidden, head)
+    assert frozen_value == value
+    np.testing.assert_allclose(of_hidden_alone, of_hidden, rtol=1e-4, atol=1e-5)
+    products = [
+        str(jax.make_jaxpr(jax.grad(total, argnums=which))(hidden, head)).count("dot_general")
+        for which in ((0, 1), 0)
+    ]
+    assert products == [4, 2]
+
+
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_the_head_keeps_three_chunks_of_logits_at_most_and_its_gradient(tensor):
     length, width, vocab, chunk = 512, 32, 4096, 64
