@@ -10,8 +10,8 @@ labels, and takes no alpha and no other k: the first response wins unless the se
 higher.
 
 Adapters, with the base without them as the reference, which may be quantised (base_dtype):
-lora=PEFT_FOLDER starts from its A and B, and its adapter_config.json says the rest; rank, lora_alpha
-and rslora begin new ones on all seven matrices.
+lora=PEFT_FOLDER starts from its A and B, and its adapter_config.json says rank, alpha and targets;
+rank, lora_alpha and rslora begin new ones on all seven matrices.
 
 Run:   python -m nca_jax.train --workdir=runs/parity \
            --config=configs/torch_parity.py:model=HF_DIR,rows=ROWS.jsonl,algo=nca

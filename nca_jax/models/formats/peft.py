@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 
 from nca_jax.checks import UserError
 from nca_jax.field import FLAG, TEXT, Check, one_of
-from nca_jax.model_config import ModelConfig
+from nca_jax.model_config import TARGETS, ModelConfig
 from nca_jax.models.formats import hf, names
 from nca_jax.models.formats.hf_export import family_of
 from nca_jax.models.formats.untrusted import NUMBER, SIZE, check_field, list_of, or_null, read_json
@@ -154,10 +154,11 @@ def open_peft(folder: str | Path, config: ModelConfig) -> Adapter:
     modules = [
         module for module in _modules(config) if _is_adapted(module, raw["target_modules"], tensors)
     ]
+    adapted = {module.target for module in modules}
     lora = Lora(
         raw["r"],
         float(raw["lora_alpha"]),
-        tuple(dict.fromkeys(module.target for module in modules)),
+        tuple(name for name in TARGETS if name in adapted),
         rslora=raw["use_rslora"],
         dora=raw["use_dora"],
     )
