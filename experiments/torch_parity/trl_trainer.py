@@ -69,6 +69,14 @@ def make_trainer(model_dir: Path, rows: Sequence, settings, out: Path, **args) -
       **args: more fields of DPOConfig.
     """
     policy = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    ref_model = None if args.get("precompute_ref_log_probs") else copy.deepcopy(policy)
+    if settings.adapter:  # the trainer keeps a copy of the adapters as its reference
+        import peft
+
+        policy, ref_model = (
+            peft.PeftModel.from_pretrained(policy, settings.adapter, is_trainable=True),
+            None,
+        )
     config = {
         "output_dir": str(out),
         "loss_type": [LOSS_TYPES[settings.loss]],
@@ -92,7 +100,7 @@ def make_trainer(model_dir: Path, rows: Sequence, settings, out: Path, **args) -
     }
     trainer = OnTokenIds(
         policy,
-        ref_model=None if args.get("precompute_ref_log_probs") else copy.deepcopy(policy),
+        ref_model=ref_model,
         args=DPOConfig(**config | args),
         train_dataset=dataset_of(rows),
         processing_class=ByT5Tokenizer(extra_ids=0),  # reads no text here; it names a pad id
@@ -104,7 +112,10 @@ def make_trainer(model_dir: Path, rows: Sequence, settings, out: Path, **args) -
 def pair_logps(trainer: OnTokenIds, rows: Sequence) -> list[list[float]]:
     """Returns log pi(y|x) of chosen and rejected, [B, 2], as the trainer computes them."""
     batch = trainer.data_collator(list(dataset_of(rows)))
+    # The function is the reference's: where there is no other model, it turns adapters off.
+    reference, trainer.ref_model = trainer.ref_model, trainer.model
     chosen, rejected = trainer.compute_ref_log_probs(trainer.model, batch)
+    trainer.ref_model = reference
     return torch.stack([chosen, rejected], dim=-1).tolist()
 
 
