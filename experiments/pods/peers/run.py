@@ -1,4 +1,4 @@
-r"""Compiles pairs by Tunix and by nca_jax for the same chips, then writes the table beside this file.
+r"""Compiles pairs by Tunix and by nca_jax for the same chips, then writes a table of both.
 
     python -m experiments.pods.peers.run --tunix_python=PYTHON [--only=TEXT] [--table]
 
