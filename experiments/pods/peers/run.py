@@ -1,4 +1,4 @@
-r"""Compiles pairs by Tunix and by nca_jax for the same chips, then writes a table of both.
+r"""Compiles pairs by Tunix and by nca_jax for the same chips, then writes README.md's table.
 
     python -m experiments.pods.peers.run --tunix_python=PYTHON [--only=TEXT] [--table]
 
@@ -12,6 +12,7 @@ google-tunix 0.1.7 and this JAX; both want libtpu and no TPU.
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ from nca_jax.flops import forward_flops
 from nca_jax.model_config import MODELS
 
 HERE = Path(__file__).parent
-CELLS = HERE / "cells"
+CELLS, README = HERE / "cells", HERE / "README.md"
 TOPOLOGY = "v6e:4x4"
 MODEL = "llama3_8b"
 LENGTH = 512  # tokens of a prompt, and of a response
@@ -123,6 +124,12 @@ def table() -> str:
     return "\n".join([*lines, *map(line, steps)]) + "\n"
 
 
+def with_table(readme: str) -> str:
+    """Returns a README with the table in its place: <!-- table --> ... <!-- -->."""
+    filled = f"<!-- table -->\n{table()}<!-- -->"
+    return re.sub(r"<!-- table -->.*<!-- -->", lambda _: filled, readme, flags=re.DOTALL)
+
+
 def line(step: Ours | Tunix) -> str:
     """Returns the line of a step; the reference of Tunix stays on the chip beside its step."""
     state = step.dtype if isinstance(step, Tunix) else "float32"
@@ -163,7 +170,7 @@ def main() -> None:
     args = parser.parse_args()
     if not args.table:
         compile_missing(args.only, args.tunix_python)
-    (HERE / "table.md").write_text(table())
+    README.write_text(with_table(README.read_text()))
     print(table())
 
 
