@@ -21,7 +21,7 @@ SECOND = $(shell for python in python3.13 python3.12 \
 	$$python -c "" 2>/dev/null && echo $$python && break; done)
 LOCKS := lock-3.11 lock-3.12 lock-3.13
 
-.PHONY: test test-torch test-slow test-long test-faults test-second test-chosen lint demo lock $(LOCKS) clean
+.PHONY: test test-torch test-slow test-long test-faults test-second test-chosen lint demo figures lock $(LOCKS) clean
 
 # Lint, types, and all tests but the slow ones and those beside PyTorch.
 test: lint
@@ -62,6 +62,13 @@ lint: $(VENV)/installed
 # Trains a 135M model on the CPU, by NCA and by DPO, and shows what changed.
 demo: $(VENV)/installed-demo
 	$(BIN)/python -m experiments.demo.run
+
+# Tables and figures of what was measured or compiled and is stored here; measures nothing.
+figures: $(VENV)/installed
+	$(BIN)/python experiments/speed/report.py
+	$(BIN)/python experiments/pods/run.py --table > /dev/null
+	$(BIN)/python -m experiments.pods.peers.run --table > /dev/null
+	$(BIN)/python -m experiments.claims.figures
 
 # Versions and hashes of all that setup.py asks for, for each Python.
 lock: $(LOCKS)

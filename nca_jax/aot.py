@@ -35,10 +35,7 @@ from nca_jax import auto, build, programs
 from nca_jax.axes import flatten_paths
 from nca_jax.batch import Rows
 from nca_jax.checks import UserError, run_main
-from nca_jax.chips import CHIPS
-from nca_jax.compiled.assign import assign
-from nca_jax.compiled.buffers import largest_temporaries, memory
-from nca_jax.compiled.hlo import calls, collectives, overlap
+from nca_jax.compiled.program import program_report
 from nca_jax.compiled.report import print_report
 from nca_jax.compiled.topology import topology_devices, topology_name
 from nca_jax.config import flatten
@@ -64,8 +61,6 @@ LEANER: tuple[dict[str, Value], ...] = (  # by fields that change no number, fro
     {"model.remat": "host", "optim.moments": "host"},
 )
 MAX_ROWS = 16  # a chip; --fit looks no further
-NUM_LARGEST = 8  # temporaries of a report
-GIB = 2**30
 
 
 def main(argv: list[str]) -> int:
@@ -249,35 +244,15 @@ def _answer(
 
 
 def compile_program(name: str, run: build.Run, *, with_code: bool) -> dict[str, Any]:
-    """Compiles one program; returns its memory, largest temporaries, collectives and seconds.
-
-    Memory is in GiB a chip, as `compiled.buffers` has it; the rest is in bytes.
-    """
+    """Compiles one program; returns its `program_report`, and the seconds it took."""
     jitted, arguments = PREPARE[name](run)
+    devices = list(run.mesh.devices.flat)
     start = time.perf_counter()
     with jax.set_mesh(run.mesh):
         lowered = jitted.lower(*arguments)
-    written = assign(lowered, with_code=with_code)
-    seconds = time.perf_counter() - start
-    needed = memory(written.buffers)
-    limit, total = CHIPS[run.mesh.devices.flat[0].device_kind].memory_gib, needed.total / GIB
-    temporaries = largest_temporaries(written.buffers, written.live, written.program, NUM_LARGEST)
-    sent = calls(written.program, [slice_of(device) for device in run.mesh.devices.flat])
-    report = {
-        "fits": total <= limit,
-        "memory": {
-            **{kind: num_bytes / GIB for kind, num_bytes in needed._asdict().items()},
-            "total": total,
-            "limit": limit,
-            "margin": limit - total,
-        },
-        "temporaries": [one._asdict() for one in temporaries],
-        "collectives": [one._asdict() for one in collectives(sent)],
-        "overlap": overlap(sent)._asdict(),
-        "with_code": with_code,
-        "compile_seconds": seconds,
-    }
-    return report if report["fits"] else report | {"reason": f"{total:.2f} of {limit:.2f} GiB"}
+    slices = [slice_of(device) for device in devices]
+    report = program_report(lowered, devices[0].device_kind, slices, with_code=with_code)
+    return report | {"compile_seconds": time.perf_counter() - start}
 
 
 def prompts_a_row(data: DataSection) -> int:

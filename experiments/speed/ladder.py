@@ -30,6 +30,7 @@ from nca_jax.data import plan
 from nca_jax.data.group import Group
 from nca_jax.data.pack import RowLayout, pack
 from nca_jax.data.pipeline import Dataset
+from nca_jax.infra.records import git_commit
 from nca_jax.params import start_params
 
 BLOCK = 64  # attention block, as configs/jsonl.py has it
@@ -152,7 +153,8 @@ def main() -> None:
                 lap.seconds for lap in time_steps(program, state, laid_out, args.steps)
             )
         slots = int(batch.num_micro) * int(np.prod(batch.rows.tokens.shape[1:]))
-        found[name] = {"seconds": seconds, "slots": slots, "grad_norm": grad_norm}
+        measured = {"seconds": seconds, "slots": slots, "commit": git_commit()}
+        found[name] = measured | {"grad_norm": grad_norm}
         args.ladder.write_text(json.dumps(found, indent=2) + "\n")
         print(name, found[name], flush=True)
 

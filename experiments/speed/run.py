@@ -7,8 +7,8 @@ For each cell: every side first computes one step in a process of its own, and i
 log-probabilities, loss and gradient norm must agree with those of the first side, or it is not
 timed. Then the sides are timed, one after the other, round by round, each in a fresh process. What
 is done is kept in DIR and not done again, so a run that was stopped goes on. Writes
-DIR/results.json, DIR/table.md and DIR/speed.png. Wants a machine that does nothing else; --smoke is
-for trying it out.
+DIR/cells/CELL.json, DIR/table.md and DIR/speed.png. Wants a machine that does nothing else; --smoke
+is for trying it out.
 """
 
 import argparse
@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from report import write_report
+
+from nca_jax.infra.records import git_commit
 
 ROOT = Path(__file__).parents[2]
 # MKL takes its fast road on a processor of another make only where this says that it is Intel's.
@@ -138,6 +140,8 @@ def measured(
         except subprocess.CalledProcessError as error:  # out of memory, most often
             print(f"{name} failed: {error}")
             return None
+        found = json.loads(out.read_text()) | {"commit": git_commit()}
+        out.write_text(json.dumps(found) + "\n")
     return json.loads(out.read_text())
 
 

@@ -1,0 +1,178 @@
+r"""Compiles pairs by Tunix and by nca_jax for the same chips, then writes README.md's table.
+
+    python -m experiments.pods.peers.run --tunix_python=PYTHON [--only=TEXT] [--table]
+
+Llama-3-8B on v6e:4x4, all chips in `fsdp`, prompts and responses of 512 tokens. A cell is one
+program and one file in cells/; those that are there are not compiled again. PYTHON is one that has
+google-tunix 0.1.7 and this JAX; both want libtpu and no TPU.
+
+    --only   cells whose name has this text
+    --table  compiles nothing
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from experiments.pods.run import ROOT, commit, sent_bytes
+from nca_jax.files import write_json
+from nca_jax.flops import forward_flops
+from nca_jax.model_config import MODELS
+
+HERE = Path(__file__).parent
+CELLS, README = HERE / "cells", HERE / "README.md"
+TOPOLOGY = "v6e:4x4"
+MODEL = "llama3_8b"
+LENGTH = 512  # tokens of a prompt, and of a response
+GIB = 2**30
+
+
+class Ours(NamedTuple):
+    """Records of K responses, one a row, as `nca_jax.train` has them; float32 state."""
+
+    k: int
+    rows: int  # a chip
+    reference: str
+
+    @property
+    def name(self) -> str:
+        return f"ours-k{self.k}-{self.reference}-{self.rows}"
+
+    @property
+    def pairs(self) -> int:
+        """Returns the pairs a chip: the best response with each of the others."""
+        return self.rows * (self.k - 1)
+
+    def command(self, python: str) -> list[str]:
+        of_file = ",init_from=HF_FOLDER" if self.reference == "live" else ""  # in bfloat16
+        return [
+            *(python, "-m", "nca_jax.aot"),
+            f"--config=configs/ultrafeedback.py:algo=dpo,model={MODEL}{of_file}",
+            f"--config.data.num_responses={self.k}",
+            "--config.loss.pairs=best_each",
+            f"--config.data.row_len={LENGTH * (1 + self.k)}",
+            f"--config.reference.kind={self.reference}",
+            *(["--config.reference.cache=cache"] if self.reference == "cached" else []),
+            f"--topology={TOPOLOGY}",
+            f"--rows_per_chip={self.rows}",
+            "--programs=train",
+        ]
+
+
+class Tunix(NamedTuple):
+    """One of the two programs of a step of Tunix's DPOTrainer."""
+
+    dtype: str  # of weights, gradients and moments
+    pairs: int  # a chip
+    program: str = "train"
+
+    @property
+    def name(self) -> str:
+        return f"tunix-{self.program}-{self.dtype}-{self.pairs}"
+
+    def command(self, python: str) -> list[str]:
+        return [
+            *(python, "-m", "experiments.pods.peers.tunix_step"),
+            f"--topology={TOPOLOGY}",
+            f"--dtype={self.dtype}",
+            f"--pairs={self.pairs}",
+            f"--program={self.program}",
+        ]
+
+
+REFERENCE = Tunix("bfloat16", 1, "reference")  # whatever the policy's dtype
+PROGRAMS: tuple[Ours | Tunix, ...] = (
+    *(Ours(k, 1, reference) for k in (2, 4) for reference in ("cached", "live")),
+    Tunix("float32", 1),
+    REFERENCE,
+    Tunix("bfloat16", 1),
+    *(Ours(2, rows, "live") for rows in (8, 16, 32)),  # how many fit
+    *(Ours(4, rows, "live") for rows in (8, 16)),
+    *(Tunix("float32", pairs) for pairs in (2, 3)),
+)
+
+
+def path_of(program: Ours | Tunix) -> Path:
+    return CELLS / f"{program.name}.json"
+
+
+def compile_missing(only: str, tunix_python: str) -> None:
+    CELLS.mkdir(exist_ok=True)
+    for program in PROGRAMS:
+        out = path_of(program)
+        python = sys.executable if isinstance(program, Ours) else tunix_python
+        if out.exists() or only not in program.name or not python:
+            continue
+        print(f"== {program.name}", flush=True)
+        status = subprocess.run([*program.command(python), f"--json={out}"], cwd=ROOT).returncode
+        if not out.exists():
+            raise SystemExit(f"{program.name} stopped with status {status}.")
+        write_json(out, json.loads(out.read_text()) | {"commit": commit()})
+
+
+def table() -> str:
+    """Returns the Markdown table: one line a step, "-" where a program is not compiled yet."""
+    lines = [
+        "| step | state | pairs a chip | GiB a chip | of | sent, GiB | FLOPs a pair | commit |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    steps = (program for program in PROGRAMS if program != REFERENCE)
+    return "\n".join([*lines, *map(line, steps)]) + "\n"
+
+
+def with_table(readme: str) -> str:
+    """Returns a README with the table in its place: <!-- table --> ... <!-- -->."""
+    filled = f"<!-- table -->\n{table()}<!-- -->"
+    return re.sub(r"<!-- table -->.*<!-- -->", lambda _: filled, readme, flags=re.DOTALL)
+
+
+def line(step: Ours | Tunix) -> str:
+    """Returns the line of a step; the reference of Tunix stays on the chip beside its step."""
+    state = step.dtype if isinstance(step, Tunix) else "float32"
+    start = f"| {step.name} | {state} | {step.pairs} |"
+    needed = (step,) if isinstance(step, Ours) else (step, REFERENCE)
+    if not all(path_of(program).exists() for program in needed):
+        return start + " - |" * 5
+    reports = [json.loads(path_of(program).read_text()) for program in needed]
+    programs = [report.get("programs", {"train": report})["train"] for report in reports]
+    memory = programs[0]["memory"]
+    total = memory["total"] + sum(beside["memory"]["arguments"] for beside in programs[1:])
+    verdict = "" if total <= memory["limit"] else "does not fit: "
+    sent = sum(sent_bytes(program, "ici") for program in programs) / GIB
+    return (
+        f"{start} {verdict}{total:.2f} | {memory['limit']:.2f} | {sent:.1f} "
+        f"| {flops_a_pair(step):.2e} | {reports[0]['commit']} |"
+    )
+
+
+def flops_a_pair(step: Ours | Tunix) -> float:
+    """Returns what a pair of full length costs, by `nca_jax.flops`, recomputation left out.
+
+    Three forward passes of the policy, and one of a live reference. Of Tunix a pair is two rows,
+    each with the prompt.
+    """
+    config = MODELS[MODEL]
+    if isinstance(step, Tunix):
+        return 2 * 4 * forward_flops(config, LENGTH, [LENGTH]).total
+    passes = 3 + (step.reference == "live")
+    return passes * forward_flops(config, LENGTH, [LENGTH] * step.k).total / (step.k - 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tunix_python", default="", help="a Python that has google-tunix")
+    parser.add_argument("--only", default="")
+    parser.add_argument("--table", action="store_true")
+    args = parser.parse_args()
+    if not args.table:
+        compile_missing(args.only, args.tunix_python)
+    README.write_text(with_table(README.read_text()))
+    print(table())
+
+
+if __name__ == "__main__":
+    main()
