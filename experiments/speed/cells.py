@@ -190,7 +190,9 @@ def count(config: ModelConfig, rows: list[dict], *, frozen: bool) -> dict[str, i
         "padded_tokens": sum(padded),
         "needed_flops": sum(x.total for x in needed),
         "head_flops": sum(x.head for x in needed),
-        "released_flops": sum(passes * flops.forward_flops(config, 1, [n - 1]).total for n in padded),
+        "released_flops": sum(
+            passes * flops.forward_flops(config, 1, [n - 1]).total for n in padded
+        ),
     }
 
 

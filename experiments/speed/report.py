@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 
 HERE = Path(__file__).parent
-OF_A_MACHINE = ("model", "rows", "ref_logps")  # of a job: no part of what is published
+OF_A_MACHINE = ("model", "adapter", "rows", "ref_logps")  # of a job: no part of what is published
 
 COLUMNS = {
     "seconds": ("s a step", "{:.1f}"),

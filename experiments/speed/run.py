@@ -73,6 +73,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1, help="timed in each process")
     parser.add_argument("--tunix_python", default="", help="a Python that has google-tunix")
+    parser.add_argument("--torch_python", default="", help="one that has torch, PEFT and TRL")
     parser.add_argument("--ours_flags", default="", help="more flags of nca_jax, by spaces")
     parser.add_argument("--ladder", default="real_k4", help="cells whose factors are taken apart")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes")
@@ -98,7 +99,7 @@ def run_cell(cell: str, args: argparse.Namespace) -> None:
     names = [
         name
         for name in args.sides.split(",")
-        if can_run(SIDES[name], args.tunix_python) and (job["k"] == 2 or not SIDES[name].pairs_only)
+        if can_run(SIDES[name], args) and (job["k"] == 2 or not SIDES[name].pairs_only)
     ]
     checks = {}
     for name in names:
@@ -117,10 +118,17 @@ def run_cell(cell: str, args: argparse.Namespace) -> None:
             measured(folder, name, f"{name}.{number}.json", args.steps, told, args)
 
 
-def can_run(side: Side, tunix_python: str) -> bool:
+def can_run(side: Side, args: argparse.Namespace) -> bool:
     if side.module == "tunix_side":
-        return bool(tunix_python)
-    return side.module != "trl_side" or importlib.util.find_spec("trl") is not None
+        return bool(args.tunix_python)
+    has_trl = args.torch_python or importlib.util.find_spec("trl") is not None
+    return side.module != "trl_side" or bool(has_trl)
+
+
+def python_of(side: Side, args: argparse.Namespace) -> str:
+    """Returns the Python that a side runs in: this one where no other is given."""
+    others = {"tunix_side": args.tunix_python, "torch_side": args.torch_python}
+    return others.get(side.module.replace("trl", "torch"), "") or sys.executable
 
 
 def measured(
@@ -133,10 +141,9 @@ def measured(
         told = folder / f"{name}.job.json"
         told.write_text(json.dumps(job | {"ours_flags": args.ours_flags.split()}))
         env = {"LD_PRELOAD": str(preload_library(args.out))} if side.preload else {}
-        python = args.tunix_python if side.module == "tunix_side" else sys.executable
         flags = (f"--job={told}", f"--side={name}", f"--steps={steps}", f"--out={out}")
         try:
-            start(f"experiments.speed.{side.module}", *flags, python=python, env=env)
+            start(f"experiments.speed.{side.module}", *flags, python=python_of(side, args), env=env)
         except subprocess.CalledProcessError as error:  # out of memory, most often
             print(f"{name} failed: {error}")
             return None
