@@ -7,7 +7,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from nca_jax.data import words
-from nca_jax.data.words import ids_of
+from nca_jax.data.words import ids_after, ids_of
 
 WORDS = [
     "the", "The", "cat's", "don't", "naïve", "日本", "x", "42", "3.14", "…", "(a)", "end.\n\nNext",
@@ -64,6 +64,18 @@ def test_ids_are_those_of_whole_texts_also_of_words_that_were_seen(parts, monkey
         assert ids_of(TEXTS[start : start + 7], tokenizer) == wholes[start : start + 7]
     assert ids_of(TEXTS[::-1], tokenizer) == wholes[::-1]
     assert words._cut_of(tokenizer) is not None
+
+
+@pytest.mark.parametrize("parts", [dict(pre_tokenizer=x) for x in (GPT2, METASPACE)])
+@pytest.mark.parametrize("share", [0, 0.1, 0.5, 1])
+def test_what_follows_a_start_is_what_the_whole_text_has_after_it(parts, share, monkeypatch):
+    tokenizer = trained(**parts)
+    monkeypatch.setattr(words, "COMPARED", 0)
+    for text in TEXTS[:100]:
+        start, rest = text[: (at := int(share * len(text)))], text[at:]
+        of_start, whole = tokenizer([start, text], add_special_tokens=False)["input_ids"]
+        wanted = [whole[len(of_start) :]] if whole[: len(of_start)] == of_start else None
+        assert ids_after(start, [rest], tokenizer) == wanted
 
 
 def test_a_vocabulary_whose_tokens_hold_spaces_is_not_cut():

@@ -21,7 +21,7 @@ from nca_jax.data.template import (
     special_ids,
     write_responses,
 )
-from nca_jax.data.words import ids_of
+from nca_jax.data.words import ids_after, ids_of
 from nca_jax.protocols import Tokenizer
 
 FORMATS = ("chat", "plain", "released")
@@ -46,16 +46,29 @@ def encode_prompt(
       RecordError: the prompt is not a text or messages, or the template refuses it.
       UserError: the tokenizer has no chat template, or no eos where one is written.
     """
+    text = write_prompt(prompt, tokenizer, format, date=date)
+    return ids_of_prompt(text, tokenizer, format)
+
+
+def write_prompt(
+    prompt: str | list[dict], tokenizer: Tokenizer, format: str, *, date: str = ""
+) -> str:
+    """Returns the text of a prompt, without a bos; arguments and errors of `encode_prompt`."""
     if format == "chat":
-        text = apply_template(_messages(prompt), tokenizer, generate=True, date=date)
-        return _ids(text, tokenizer)
+        return apply_template(_messages(prompt), tokenizer, generate=True, date=date)
     if format == "released":
         messages = _messages(prompt)
         if not any(message["role"] == "user" for message in messages):
             raise RecordError("released format wants a user's message", reason="prompt")
         eos, _ = _eos(tokenizer, format)
-        return _ids(released.prompt_text(messages, eos), tokenizer)
-    return _added_bos(tokenizer) + _ids(_plain_text(prompt), tokenizer)
+        return released.prompt_text(messages, eos)
+    return _plain_text(prompt)
+
+
+def ids_of_prompt(text: str, tokenizer: Tokenizer, format: str) -> list[int]:
+    """Returns the ids of what `write_prompt` wrote."""
+    (ids,) = ids_of([text], tokenizer)
+    return _added_bos(tokenizer) + ids if format == "plain" else ids
 
 
 def encode_responses(
@@ -68,6 +81,7 @@ def encode_responses(
     finished: Sequence[bool] | None = None,
     join: str = "together",
     date: str = "",
+    written: str | None = None,
 ) -> Encoded:
     """Returns the ids of each response, ended by its end-of-turn token if it ended its turn.
 
@@ -82,6 +96,7 @@ def encode_responses(
       finished: whether each response ended its turn. None: all did, and none may be empty.
       join: "together" with the prompt, as one text, where that is possible, or "apart".
       date: as in `encode_prompt`.
+      written: what `write_prompt` made of the prompt, where it is known.
     Raises:
       RecordError: a response is malformed, empty where it must not be, names a token that ends a
         turn, or the template does not write it as it is.
@@ -90,33 +105,34 @@ def encode_responses(
     contents = [_response_content(response) for response in responses]
     is_ended = [True] * len(contents) if finished is None else finished
     is_written = [yes and content != "" for yes, content in zip(is_ended, contents, strict=True)]
-    written = _write(prompt, responses, is_written, tokenizer, format, eos_ids, date)
-    ids, notes = None, written.notes
+    if written is None:
+        written = write_prompt(prompt, tokenizer, format, date=date)
+    texts = _write(prompt, written, responses, is_written, tokenizer, format, eos_ids, date)
+    ids, notes = None, texts.notes
     if format != "released":
-        ends = {written.end_id, tokenizer.eos_token_id, *eos_ids}
+        ends = {texts.end_id, tokenizer.eos_token_id, *eos_ids}
         names = [name for name, i in special_ids(tokenizer).items() if i in ends]
         for content in contents:
             check_names_no_end(content, names)
         if join == "together":
-            ids = _ids_after(written, tokenizer)
+            ids = ids_after(written, texts.added, tokenizer)
             notes += (APART,) if ids is None else ()
     if ids is None:
-        ids = ids_of(written.texts, tokenizer)
+        ids = ids_of(texts.added, tokenizer)
     for k, text_ids in enumerate(ids):
         if is_ended[k]:
-            ids[k] = text_ids + written.appended
+            ids[k] = text_ids + texts.appended
             if not is_written[k] or len(ids[k]) < 2:
                 if finished is None:
                     raise RecordError(f"response {k} is empty; leave it out", reason="response")
-                ids[k] = [written.end_id]
+                ids[k] = [texts.end_id]
     return Encoded(ids, notes)
 
 
 class _Written(NamedTuple):
-    """A prompt and its responses as a format writes them."""
+    """The responses of a prompt as a format writes them."""
 
-    prompt: str
-    texts: list[str]  # what each response adds to the prompt's text
+    added: list[str]  # what each response adds to the prompt's text
     appended: list[int]  # ids that a response which ended its turn gets beside its text's
     end_id: int
     notes: tuple[str, ...]
@@ -124,6 +140,7 @@ class _Written(NamedTuple):
 
 def _write(
     prompt: str | list[dict],
+    written: str,
     responses: Sequence[str | list[dict]],
     is_written: Sequence[bool],
     tokenizer: Tokenizer,
@@ -136,31 +153,19 @@ def _write(
     places = [k for k, yes in enumerate(is_written) if yes]
     if format == "chat":
         messages = _messages(prompt)
-        turn = learn_turn(messages, tokenizer, eos_ids, date)
+        turn = learn_turn(messages, written, tokenizer, eos_ids, date)
         asked = [texts[k] for k in places]
         if asked:
             asked, notes = write_responses(turn, messages, asked, tokenizer, date)
         for k, text in zip(places, asked, strict=True):
             texts[k] = text
-        return _Written(turn.prompt, texts, [], turn.end_id, notes)
+        return _Written(texts, [], turn.end_id, notes)
     eos, eos_id = _eos(tokenizer, format)
     if format == "plain":
-        return _Written(_plain_text(prompt), texts, [eos_id], eos_id, ())
+        return _Written(texts, [eos_id], eos_id, ())
     for k in places:
         texts[k] = released.response_text(_response_turns(responses[k]), eos)
-    return _Written("", texts, [eos_id], eos_id, ())
-
-
-def _ids_after(written: _Written, tokenizer: Tokenizer) -> list[list[int]] | None:
-    """Returns the ids of each text as it goes on from the prompt.
-
-    None where prompt and text as one do not begin with the ids of the prompt.
-    """
-    wholes = [written.prompt + text for text in written.texts]
-    of_prompt, *wholes = ids_of([written.prompt, *wholes], tokenizer)
-    if any(whole[: len(of_prompt)] != of_prompt for whole in wholes):
-        return None
-    return [whole[len(of_prompt) :] for whole in wholes]
+    return _Written(texts, [eos_id], eos_id, ())
 
 
 def _messages(prompt: str | list[dict]) -> list[dict]:
@@ -221,11 +226,6 @@ def _text(text: Any) -> str:
     except UnicodeEncodeError as error:
         raise RecordError(f"text is not Unicode ({error})", reason="text") from None
     return text
-
-
-def _ids(text: str, tokenizer: Tokenizer) -> list[int]:
-    (ids,) = ids_of([text], tokenizer)
-    return ids
 
 
 def _added_bos(tokenizer: Tokenizer) -> list[int]:

@@ -131,8 +131,10 @@ class Encoder:
             least_responses=self.least_responses,
             released=self.config.format == "released",
         )
-        prompt = self._prompt_of(parts)
-        responses, scores, notes = self._responses_of(parts)
+        # What the tokenizer is asked for once serves prompt and responses.
+        written = self._write_prompt(parts.prompt) if parts.prompt_ids is None else None
+        prompt = self._prompt_of(parts, written)
+        responses, scores, notes = self._responses_of(parts, written)
         group = self._cut(Group(prompt, responses))
         num_tokens = len(prompt) + sum(map(len, responses))
         text, record = parts.prompt, question(record)
@@ -148,13 +150,16 @@ class Encoder:
             notes=parts.notes + notes + self._notes_of(text),
         )
 
-    def _prompt_of(self, parts: Parts) -> np.ndarray:
+    def _prompt_of(self, parts: Parts, written: str | None) -> np.ndarray:
         """Returns the ids of the prompt before cutting."""
-        given = parts.prompt_ids
-        ids = self._encode_prompt(parts.prompt) if given is None else given
+        ids = parts.prompt_ids
+        if ids is None and written is not None:
+            ids = chat.ids_of_prompt(written, self._its_tokenizer(), self.config.format)
         return self._checked(ids, "the prompt")
 
-    def _responses_of(self, parts: Parts) -> tuple[list[np.ndarray], np.ndarray, tuple[str, ...]]:
+    def _responses_of(
+        self, parts: Parts, written: str | None
+    ) -> tuple[list[np.ndarray], np.ndarray, tuple[str, ...]]:
         """Returns the ids of the responses before cutting, their scores, and notes.
 
         A response that ended its turn has a token at least, its end-of-turn token. One that did not
@@ -176,6 +181,7 @@ class Encoder:
                 finished=parts.finished and [parts.finished[k] for k in encoded],
                 join=self.config.join,
                 date=self.date,
+                written=written,
             )
             for k, of_text in zip(encoded, found, strict=True):
                 ids[k] = of_text
@@ -230,6 +236,9 @@ class Encoder:
 
     def _encode_prompt(self, prompt: str | list[dict]) -> list[int]:
         return chat.encode_prompt(prompt, self._its_tokenizer(), self.config.format, date=self.date)
+
+    def _write_prompt(self, prompt: str | list[dict]) -> str:
+        return chat.write_prompt(prompt, self._its_tokenizer(), self.config.format, date=self.date)
 
     def _its_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

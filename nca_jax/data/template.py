@@ -5,6 +5,7 @@ from the eos: the turns of many base models end in another token.
 """
 
 import datetime
+import functools
 import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -31,21 +32,21 @@ class Turn(NamedTuple):
 
 
 def learn_turn(
-    messages: list[dict], tokenizer: Tokenizer, eos_ids: Sequence[int], date: str
+    messages: list[dict], prompt: str, tokenizer: Tokenizer, eos_ids: Sequence[int], date: str
 ) -> Turn:
     """Returns what the template writes around a response to these messages.
 
     What follows the end-of-turn token is no part of it, as generation stops before it.
 
     Args:
+      prompt: the messages as the template writes them, up to where the response begins.
       eos_ids: ids that end a turn; empty: the tokenizer's eos.
       date: YYYY-MM-DD, the day that a template may write; empty: today.
     Raises:
-      RecordError: the template refuses the messages, leaves the response out, or writes another
-        prompt where there is one.
+      RecordError: the template refuses a response, leaves it out, or writes another prompt where
+        there is one.
       UserError: there is no template, or no eos where one is wanted.
     """
-    prompt = apply_template(messages, tokenizer, generate=True, date=date)
     marker = MARKER
     while marker in prompt:
         marker += MARKER[-1]
@@ -79,8 +80,10 @@ def usual_turn(tokenizer: Tokenizer | None, eos_ids: Sequence[int]) -> Turn | No
     """
     if tokenizer is None or not tokenizer.chat_template:
         return None
+    messages = [{"role": "user", "content": "Why?"}]
     try:
-        return learn_turn([{"role": "user", "content": "Why?"}], tokenizer, eos_ids, "")
+        prompt = apply_template(messages, tokenizer, generate=True, date="")
+        return learn_turn(messages, prompt, tokenizer, eos_ids, "")
     except UserError:
         return None
 
@@ -156,6 +159,7 @@ def _apply(
         raise RecordError(f"the chat template refuses it ({said})", reason="template") from None
 
 
+@functools.lru_cache(maxsize=2)  # asked for of every record
 def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
     """Returns the tokens that a text can name: those added to the vocabulary, and the eos.
 

@@ -11,12 +11,14 @@ import functools
 import hashlib
 import re
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from nca_jax.protocols import Tokenizer
 
 Encode = Callable[[list[str]], list[list[int]]]
+EncodeAfter = Callable[[str, list[str]], list[list[int]]]  # (what all texts begin with, the rest)
 
 PRINTED = {chr(code) for code in range(ord("!"), ord("~") + 1)}
 SPACE_AFTER = re.compile("[!-~][ Ġ▁]")  # a space as it is, in BPE of bytes, in SentencePiece
@@ -29,7 +31,18 @@ COMPARED = 256  # texts that are encoded both ways
 
 def ids_of(texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:
     """Returns the ids of one or more texts, without special tokens around them."""
-    return _words_of(tokenizer)(texts)
+    return _words_of(tokenizer)("", texts)
+
+
+def ids_after(start: str, texts: list[str], tokenizer: Tokenizer) -> list[list[int]] | None:
+    """Returns the ids of each text as it goes on from `start`.
+
+    None where start and text as one do not begin with the ids of `start`.
+    """
+    of_start, *wholes = _words_of(tokenizer)(start, ["", *texts])
+    if any(whole[: len(of_start)] != of_start for whole in wholes):
+        return None
+    return [whole[len(of_start) :] for whole in wholes]
 
 
 def pipeline_of(tokenizer: Tokenizer | None) -> str:
@@ -40,14 +53,24 @@ def pipeline_of(tokenizer: Tokenizer | None) -> str:
 
 
 @functools.lru_cache(maxsize=2)
-def _words_of(tokenizer: Tokenizer) -> Encode:
-    """Returns `encode(texts)` of a tokenizer, whose vocabulary does not change any more."""
+def _words_of(tokenizer: Tokenizer) -> EncodeAfter:
+    """Returns `encode(start, texts)` of a tokenizer, whose vocabulary does not change any more."""
 
     def whole(texts: list[str]) -> list[list[int]]:
         return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
+    def after(start: str, texts: list[str]) -> list[list[int]]:
+        return whole([start + text for text in texts])
+
     cut = _cut_of(tokenizer)
-    return whole if cut is None else _Words(whole, cut)
+    if cut is None:
+        return after
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)  # all that are cut have one
+
+    def parts(texts: list[str]) -> list[list[int]]:
+        return [x.ids for x in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    return _Words(whole, parts, cut)
 
 
 class _Known(dict[str, bytes | bytearray]):
@@ -69,32 +92,40 @@ class _Words:
 
     Args:
       whole: encodes whole texts.
+      parts: the same, without what transformers does beside it, which takes longer than a word.
       cut: where texts are cut; the space that it finds belongs to the word after it.
     """
 
-    def __init__(self, whole: Encode, cut: re.Pattern[str]):
-        self._whole, self._cut = whole, cut
+    def __init__(self, whole: Encode, parts: Encode, cut: re.Pattern[str]):
+        self._whole, self._parts, self._cut = whole, parts, cut
         self._before = len(whole([BEFORE])[0])
         self._known = _Known()
         self._num_compared = 0
 
-    def __call__(self, texts: list[str]) -> list[list[int]]:
+    def __call__(self, start: str, texts: list[str]) -> list[list[int]]:
         if self._num_compared < 0:  # a difference was found
-            return self._whole(texts)
-        found = self._by_words(texts)
+            return self._whole([start + text for text in texts])
+        found = self._by_words(start, texts)
         if self._num_compared < COMPARED:
             self._num_compared += len(texts)
-            if found != (wholes := self._whole(texts)):
+            if found != (wholes := self._whole([start + text for text in texts])):
                 self._num_compared = -1
                 return wholes
         return found
 
-    def _by_words(self, texts: list[str]) -> list[list[int]]:
+    def _by_words(self, start: str, texts: list[str]) -> list[list[int]]:
         if len(self._known) > MOST_WORDS:
             self._known = _Known()
-        known, parts = self._known, [self._cut.split(text) for text in texts]
-        for words in parts:
-            words[0] = FIRST + words[0]
+        known = self._known
+        # A cut goes by what is next to its space, so those of `start` are those of every text.
+        *shared, last = self._cut.split(start)
+        parts = [self._cut.split(last + text) for text in texts]
+        if shared:
+            shared[0] = FIRST + shared[0]
+        else:
+            for words in parts:
+                words[0] = FIRST + words[0]
+        of_shared = list(map(known.__getitem__, shared))
         found = [list(map(known.__getitem__, words)) for words in parts]
         if known.lacking:
             lacking, known.lacking = known.lacking, {}
@@ -102,14 +133,15 @@ class _Words:
                 place += ids
                 if len(word) <= LONGEST:
                     known[word] = ids
-        return [np.frombuffer(b"".join(of_words), np.int32).tolist() for of_words in found]
+        head = b"".join(of_shared)
+        return [np.frombuffer(b"".join([head, *of]), np.int32).tolist() for of in found]
 
     def _encode(self, words: list[str]) -> list[bytes]:
         texts = [word[1:] if word[0] == FIRST else f"{BEFORE} {word}" for word in words]
         starts = [0 if word[0] == FIRST else self._before for word in words]
         return [
             np.array(ids[start:], np.int32).tobytes()
-            for start, ids in zip(starts, self._whole(texts), strict=True)
+            for start, ids in zip(starts, self._parts(texts), strict=True)
         ]
 
 
