@@ -181,6 +181,12 @@ FIELDS: dict[str, Field] = {
         since=4,
     ),
     "data.num_responses": Field(4, COUNT, "K, responses of a prompt in a step"),
+    "data.train_on": Field(
+        "last_assistant",
+        one_of("last_assistant", "all_assistant"),
+        "of a conversation: its last answer, or every one, where a record has one response",
+        since=5,
+    ),
     "data.choose": Field(
         "best_worst_random",
         one_of("all", "first", "random", "best_worst_random"),

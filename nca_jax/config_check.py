@@ -63,6 +63,12 @@ def _check_together(config: ConfigDict) -> None:
             "has an excess",
         ),
         (
+            best in ("accuracy", "accuracy_half_ties", "top1", "margin")
+            and data.num_responses == 1,
+            f"config.checkpoint.best_metric={best!r} compares responses, and there is one a prompt: "
+            "set it to loss",
+        ),
+        (
             best == "chosen_logp_drift" and kind == "none",
             "config.checkpoint.best_metric='chosen_logp_drift' wants a reference",
         ),
@@ -101,6 +107,15 @@ def _check_together(config: ConfigDict) -> None:
             "lora" in config and kind in ("live", "base") and bool(config.reference.init_from),
             "config.reference.init_from is a model of its own, beside adapters and their base: set "
             "config.reference.kind='cached', or leave it out",
+        ),
+        (
+            data.train_on != "last_assistant" and (data.format, data.num_responses) != ("chat", 1),
+            "config.data.train_on='all_assistant' is of conversations with one response: set "
+            "config.data.format='chat' and config.data.num_responses=1",
+        ),
+        (
+            loss.get("reduce", "prompts") == "tokens" and not loss.per_token,
+            "config.loss.reduce='tokens' is a mean over tokens: set config.loss.per_token=True",
         ),
         (
             data.format == "released" and (data.too_long, data.prompt_keep) != ("truncate", "end"),

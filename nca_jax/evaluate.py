@@ -252,7 +252,7 @@ def perplexities(
 
 def sampled_group(example: Example, responses: list[np.ndarray]) -> Group:
     """Returns the example's prompt with sampled responses; an eos ends them, so all keys are on."""
-    prompt, _, key_on = example.group
+    prompt, _, key_on, _ = example.group
     on = key_on and (key_on[0], [np.ones(len(ids), bool) for ids in responses])
     return Group(prompt, responses, on)
 

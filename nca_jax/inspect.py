@@ -97,13 +97,15 @@ def print_prompt(
         if segment > 1:
             k = segment - 2
             title = f"segment {segment}, response {k}: score {batch.scores[b, k]:g}"
-            title += "" if soft is None else f", target {soft[k]:.4f}"
+            title += "" if soft is None or k_all == 1 else f", target {soft[k]:.4f}"
+            num_scored = int((rows.logp_slot == b * k_all + k).sum())
+        else:
+            num_scored = 0
         place = (
             f"row {at[0]}..{at[-1]}, positions {rows.positions[at[0]]}..{rows.positions[at[-1]]}"
         )
-        print(
-            f"--- {title}; {len(at)} tokens, {place}, {'scored' if segment > 1 else 'not scored'}"
-        )
+        some = {0: "not scored", len(at): "scored"}.get(num_scored, f"{num_scored} scored")
+        print(f"--- {title}; {len(at)} tokens, {place}, {some}")
         ids = rows.tokens[at]
         print(f"ids  {_ends(ids.tolist())}")
         off = at[~rows.key_on[at]]

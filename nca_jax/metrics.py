@@ -53,6 +53,8 @@ def alignment_metrics(
       start_loss                the loss that policy = reference would have, where that is known
       target_entropy            nats, of a loss with soft labels; near 0 when alpha has made them
                                 one-hot
+      perplexity                exp of minus the log-probability a token of the best responses, all
+                                tokens together; without a reference
       accuracy                  mean over the others of [r_best > r_other]; chance is 1/2
       accuracy_half_ties        the same, where r_best = r_other is half a win: 1/2 at the reference
       top1                      argmax r = argmax score
@@ -64,7 +66,8 @@ def alignment_metrics(
       max_abs_logratio          the largest |log pi - log pi_ref|, nats
       max_abs_logratio_per_token  the same divided by the response's length, nats a token
     Without a reference r is the log-probability a token, rewards/k is called logps_per_token/k, and
-    what speaks of a reference (start_loss, logratio/k and the last three) is absent.
+    what speaks of a reference (start_loss, logratio/k and the last three) is absent. Where K = 1
+    there are no others: accuracy, accuracy_half_ties, top1 and margin are absent.
     """
     mask, scores = responses.mask, responses.scores
     lengths = jnp.maximum(responses.lengths, 1)
@@ -100,12 +103,17 @@ def alignment_metrics(
         metrics["start_loss"] = mean(start, weights)
     if loss.soft_labels:
         metrics["target_entropy"] = mean(entropy(targets(responses, fields)))
-    metrics |= {
-        "accuracy": mean(beaten),
-        "accuracy_half_ties": mean(beaten + tied / 2),
-        "top1": mean(picked == 0),
-        "margin": mean(ranked[:, 0] - rest),
-    }
+    if scores.shape[1] > 1:
+        metrics |= {
+            "accuracy": mean(beaten),
+            "accuracy_half_ties": mean(beaten + tied / 2),
+            "top1": mean(picked == 0),
+            "margin": mean(ranked[:, 0] - rest),
+        }
+    if not has_reference:
+        of_best, num_best = (by_rank(x)[:, 0] for x in (responses.logps, responses.lengths))
+        total = jnp.maximum(jnp.sum(num_best, where=present), 1)
+        metrics["perplexity"] = jnp.exp(-jnp.sum(of_best, where=present) / total)
     at_ranks = {"rewards" if has_reference else "logps_per_token": ranked}
     at_ranks["logps"] = by_rank(responses.logps)
     if has_reference:

@@ -72,6 +72,7 @@ class DataSection(Protocol):
     prompt_keep: str
     too_long: str
     num_responses: int
+    train_on: str
     choose: str
     first_bonus: float
     score_unit: str

@@ -26,6 +26,7 @@ BASE = dict(
     join="together",
     num_responses=3,
     choose="first",
+    train_on="last_assistant",
     max_prompt_len=16,
     max_response_len=8,
     prompt_keep="end",

@@ -110,10 +110,7 @@ def encode_responses(
     texts = _write(prompt, written, responses, is_written, tokenizer, format, eos_ids, date)
     ids, notes = None, texts.notes
     if format != "released":
-        ends = {texts.end_id, tokenizer.eos_token_id, *eos_ids}
-        names = [name for name, i in special_ids(tokenizer).items() if i in ends]
-        for content in contents:
-            check_names_no_end(content, names)
+        _check_names(texts, contents, tokenizer, eos_ids)
         if join == "together":
             ids = ids_after(written, texts.added, tokenizer)
             notes += (APART,) if ids is None else ()
@@ -127,6 +124,75 @@ def encode_responses(
                     raise RecordError(f"response {k} is empty; leave it out", reason="response")
                 ids[k] = [texts.end_id]
     return Encoded(ids, notes)
+
+
+class Turns(NamedTuple):
+    """A conversation, of which every answer is scored: the ids before the first one, those after
+    it, which of the latter are an answer's, and notes."""
+
+    prompt: list[int]
+    rest: list[int]
+    scored: list[bool]
+    notes: tuple[str, ...]
+
+
+def encode_turns(
+    messages: list[dict],
+    tokenizer: Tokenizer,
+    eos_ids: Sequence[int],
+    *,
+    join: str = "together",
+    date: str = "",
+) -> Turns:
+    """Returns the ids of a conversation in "chat" format, up to the end of its last answer.
+
+    Each answer is what `encode_responses` makes of it, with its end-of-turn token; what the
+    template writes between two of them is not scored.
+
+    Args:
+      messages: turns, the assistant's last; its answer to nothing, at the beginning, is no answer.
+      eos_ids, join, date: as in `encode_responses`.
+    Raises:
+      RecordError: as `encode_responses`, or the template writes a turn otherwise once another
+        follows, as those do that drop what was thought.
+      UserError: as `encode_responses`.
+    """
+    pieces, notes, written = [], (), ""
+    for i, message in enumerate(messages):
+        if i == 0 or message["role"] != "assistant":
+            continue
+        before = write_prompt(messages[:i], tokenizer, "chat", date=date)
+        texts = _write(
+            messages[:i], before, [message["content"]], [True], tokenizer, "chat", eos_ids, date
+        )
+        _check_names(texts, [message["content"]], tokenizer, eos_ids)
+        if not before.startswith(written):
+            raise RecordError(
+                "the chat template writes an answer otherwise once another turn follows; set "
+                "data.train_on=last_assistant",
+                reason="template",
+            )
+        pieces += [before[len(written) :], texts.added[0]]
+        notes += texts.notes
+        written = before + texts.added[0]
+    ids = _ids_of_pieces(pieces, tokenizer) if join == "together" else None
+    if ids is None:
+        notes += (APART,) if join == "together" else ()
+        ids = ids_of(pieces, tokenizer)
+    scored = [n % 2 == 0 for n, piece in enumerate(ids[1:]) for _ in piece]
+    return Turns(ids[0], sum(ids[1:], []), scored, notes)
+
+
+def _ids_of_pieces(pieces: list[str], tokenizer: Tokenizer) -> list[list[int]] | None:
+    """Returns the ids of each piece as it goes on from those before it.
+
+    None where these and it as one do not begin with the ids of these.
+    """
+    wholes = ids_of(["".join(pieces[: n + 1]) for n in range(len(pieces))], tokenizer)
+    pairs = list(zip([[], *wholes], wholes, strict=False))
+    if any(whole[: len(start)] != start for start, whole in pairs):
+        return None
+    return [whole[len(start) :] for start, whole in pairs]
 
 
 class _Written(NamedTuple):
@@ -166,6 +232,16 @@ def _write(
     for k in places:
         texts[k] = released.response_text(_response_turns(responses[k]), eos)
     return _Written(texts, [eos_id], eos_id, ())
+
+
+def _check_names(
+    written: _Written, contents: Sequence[str], tokenizer: Tokenizer, eos_ids: Sequence[int]
+) -> None:
+    """Raises RecordError if a response names a token that ends a turn."""
+    ends = {written.end_id, tokenizer.eos_token_id, *eos_ids}
+    names = [name for name, i in special_ids(tokenizer).items() if i in ends]
+    for content in contents:
+        check_names_no_end(content, names)
 
 
 def _messages(prompt: str | list[dict]) -> list[dict]:

@@ -18,7 +18,7 @@ from nca_jax.data.sources import RecordError
 from nca_jax.protocols import DataSection, Tokenizer
 
 ENCODING = ("format", "join", "max_prompt_len", "max_response_len", "prompt_keep", "too_long")
-ENCODING += ("bad_rows", "first_bonus")  # fields of the `data` section
+ENCODING += ("bad_rows", "first_bonus", "train_on")  # fields of the `data` section
 NO_TOKEN = "responses left out: cut off before their first token"
 TOO_FEW_LEFT = "too few responses with a token"
 RENDERED = "prompts hold marks of the chat template: they seem rendered, and are rendered once more"
@@ -131,12 +131,16 @@ class Encoder:
             least_responses=self.least_responses,
             released=self.config.format == "released",
         )
-        # What the tokenizer is asked for once serves prompt and responses.
-        written = self._write_prompt(parts.prompt) if parts.prompt_ids is None else None
-        prompt = self._prompt_of(parts, written)
-        responses, scores, notes = self._responses_of(parts, written)
-        group = self._cut(Group(prompt, responses))
-        num_tokens = len(prompt) + sum(map(len, responses))
+        if self.config.train_on == "all_assistant":
+            whole, notes = self._turns_of(parts)
+            scores = parts.scores
+        else:
+            # What the tokenizer is asked for once serves prompt and responses.
+            written = self._write_prompt(parts.prompt) if parts.prompt_ids is None else None
+            prompt = self._prompt_of(parts, written)
+            responses, scores, notes = self._responses_of(parts, written)
+            whole = Group(prompt, responses)
+        group, num_tokens = self._cut(whole), sum(whole.lengths())
         text, record = parts.prompt, question(record)
         return Example(
             where=where,
@@ -156,6 +160,29 @@ class Encoder:
         if ids is None and written is not None:
             ids = chat.ids_of_prompt(written, self._its_tokenizer(), self.config.format)
         return self._checked(ids, "the prompt")
+
+    def _turns_of(self, parts: Parts) -> tuple[Group, tuple[str, ...]]:
+        """Returns a conversation before cutting, with every answer scored, and notes.
+
+        Raises:
+          RecordError: the record is of ids or has several responses, or as `chat.encode_turns`.
+        """
+        if parts.texts is None or len(parts.texts) != 1:
+            raise RecordError(
+                "data.train_on=all_assistant wants records of messages, or of a prompt and one "
+                "response",
+                reason="keys",
+            )
+        answer = {"role": "assistant", "content": parts.texts[0]}
+        turns = chat.encode_turns(
+            [*as_messages(parts.prompt), answer],
+            self._its_tokenizer(),
+            self.eos_ids,
+            join=self.config.join,
+            date=self.date,
+        )
+        prompt, rest = self._checked(turns.prompt, "the prompt"), self._checked(turns.rest, "it")
+        return Group(prompt, (rest,), scored=(np.array(turns.scored),)), turns.notes
 
     def _responses_of(
         self, parts: Parts, written: str | None
@@ -211,8 +238,9 @@ class Encoder:
         # Copies, so that what was cut off does not stay in memory.
         prompt = whole.prompt[of_prompt].copy()
         responses = tuple(ids[of_response].copy() for ids in whole.responses)
+        scored = whole.scored and tuple(flags[of_response].copy() for flags in whole.scored)
         if self.config.format != "released":
-            return Group(prompt, responses)
+            return Group(prompt, responses, scored=scored)
         off_ids = released.key_off_ids(self.tokenizer, self.eos_ids)
         keys = tuple(released.response_keys(ids, off_ids)[of_response] for ids in whole.responses)
         return Group(prompt, responses, (released.prompt_keys(prompt, off_ids), keys))

@@ -179,20 +179,24 @@ def _write(
     Args:
       members: which of the rows are written, and what each holds.
     """
-    t, parts, keys, segments, scored = layout.row_len, [], [], [], []
+    t, parts, keys, counted, segments, scored = layout.row_len, [], [], [], [], []
     for r, row in members:
         num_scored = 0
         for prompt_id, (g, spans) in enumerate(zip(row.groups, row.spans, strict=True), start=1):
-            prompt, responses, key_on = groups[g]
+            group = groups[g]
+            prompt, responses, key_on, is_counted = group
+            lengths = group.num_scored()
             prompt_end = r * t + spans[0][1]
             for n, (ids, (start, end)) in enumerate(zip((prompt, *responses), spans, strict=True)):
                 parts.append(ids)
                 first = len(prompt) if n else 0
                 segments.append((r * t + start, end - start, first, prompt_id, PROMPT_SEGMENT + n))
                 if n:
-                    scored.append((r * t + num_scored, prompt_end - 1, slots[g][n - 1]))
-                    num_scored += end - start
-            keys += (key_on[0], *key_on[1]) if key_on else [np.ones(sum(groups[g].lengths()), bool)]
+                    size = lengths[n - 1]
+                    scored.append((r * t + num_scored, prompt_end - 1, slots[g][n - 1], size))
+                    num_scored += size
+            keys += (key_on[0], *key_on[1]) if key_on else [np.ones(sum(group.lengths()), bool)]
+            counted += is_counted or [np.ones(sum(map(len, responses)), bool)]
         live = plan.live_pairs(row.spans, row_len=t, block=layout.block)
         rows.pairs[r, : len(live)] = live
     if not segments:
@@ -207,15 +211,15 @@ def _write(
     flat.segments[at] = np.repeat(segment, length)
     flat.key_on[at] = np.concatenate(keys)
     is_response = segment > PROMPT_SEGMENT
-    is_scored, length = np.repeat(is_response, length), length[is_response]
-    to, before, slot = np.array(scored, np.int32).T
-    at, to = at[is_scored], (np.repeat(to, length) + _counted(length)).astype(np.intp)
+    of_response, length = np.repeat(is_response, length), length[is_response]
+    to, before, slot, size = np.array(scored, np.int32).T
     # The query of a token is the one before it: of a response's first the prompt's last.
-    query = at - 1
+    query = at[of_response] - 1
     query[np.cumsum(length) - length] = before
-    flat.logp_at[to] = query % t
-    flat.logp_token[to] = ids[is_scored]
-    flat.logp_slot[to] = np.repeat(slot, length)
+    is_scored, to = np.concatenate(counted), (np.repeat(to, size) + _counted(size)).astype(np.intp)
+    flat.logp_at[to] = query[is_scored] % t
+    flat.logp_token[to] = ids[of_response][is_scored]
+    flat.logp_slot[to] = np.repeat(slot, size)
 
 
 def _counted(lengths: np.ndarray) -> np.ndarray:

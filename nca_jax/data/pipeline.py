@@ -297,7 +297,7 @@ def _make_batch(
         groups.append(example.group.take(chosen))
         slots.append(range(i * k, i * k + n))
         scores[i, :n], mask[i, :n] = example.scores[chosen], True
-        lengths[i, :n] = groups[-1].lengths()[1:]
+        lengths[i, :n] = groups[-1].num_scored()
         if ref is not None:
             ref_logps[i, :n] = ref[chosen]
     # A group is never more than a row, so that B rows always do: one shape for all steps.
@@ -337,6 +337,6 @@ def _stats(picks: Sequence[_Pick], groups: Sequence[Group], num_run: int) -> dic
     return {
         "truncated_frac": num_cut / sum(pick.example.num_tokens for pick in picks),
         "padding_frac": 1 - needed / num_run,
-        "scored_tokens": float(needed - sum(len(group.prompt) for group in groups)),
+        "scored_tokens": float(sum(sum(group.num_scored()) for group in groups)),
         "needed_tokens": float(needed),
     }

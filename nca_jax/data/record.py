@@ -4,8 +4,9 @@ A record has one of these forms:
     {"prompt": text or messages, "responses": [text or messages, ..], "scores": [number, ..]}
     {"prompt": text or messages, "chosen": text or messages, "rejected": text or messages}
     {"prompt_ids": [id, ..], "response_ids": [[id, ..], ..], "scores": [number, ..]}
+    {"prompt": text or messages, "response": text or messages} or {"messages": messages}
 A response that is messages is a whole conversation, which makes "prompt" unnecessary: see
-`conversation`. A number may be a text that says one. A pair has the scores 1 and 0. Ids are used as
+`conversation`. A number may be a text that says one. A pair has the scores 1 and 0, one response has 0. Ids are used as
 they are: nothing is appended.
 
 A rollout has the first form, and beside its text
@@ -30,6 +31,8 @@ FORMS = (
     ("prompt_ids", "response_ids", "scores"),
     ("prompt", "responses", "scores"),
     ("prompt", "chosen", "rejected"),
+    ("prompt", "response"),
+    ("messages",),
 )
 ANSWERS = ("responses", "scores", "chosen", "rejected")
 CHOICES = ("chosen", "rejected")
@@ -83,6 +86,8 @@ def read_parts(
     is_pair = "chosen" in form
     if is_pair:
         responses, scores = [record[key] for key in CHOICES], [1.0, 0.0]
+    elif "scores" not in form:
+        responses, scores = [record[form[-1]]], [0.0]
     else:
         responses, scores = _list_of(record, form[1]), _list_of(record, form[2])
     n = len(responses)

@@ -35,6 +35,7 @@ ENTRY = np.dtype(
         ("is_pair", bool),
         ("repeats", bool),  # two of its responses are equal, and so are their scores
         ("has_keys", bool),
+        ("has_scored", bool),
     ]
 )
 
@@ -113,15 +114,19 @@ class Table(Sequence[Example]):
             )
         ends = [0, *itertools.accumulate(self.lengths[first : first + 1 + n].tolist())]
         spans = [slice(*span) for span in itertools.pairwise(ends)]
-        at, key_on = 4 * ends[-1], None
+        at, key_on, scored = 4 * ends[-1], None, None
         ids = np.frombuffer(found, np.int32, ends[-1])
         if said["has_keys"]:
             keys = np.frombuffer(found, bool, ends[-1], at)
             at, key_on = at + ends[-1], (keys[spans[0]], tuple(keys[span] for span in spans[1:]))
+        if said["has_scored"]:
+            flags = np.frombuffer(found, bool, ends[-1] - ends[1], at)
+            at += len(flags)
+            scored = tuple(flags[x.start - ends[1] : x.stop - ends[1]] for x in spans[1:])
         where, record = json.loads(found[at:])
         return Example(
             where=where,
-            group=Group(ids[spans[0]], tuple(ids[span] for span in spans[1:]), key_on),
+            group=Group(ids[spans[0]], tuple(ids[span] for span in spans[1:]), key_on, scored),
             scores=self.scores[first + 1 : first + 1 + n],
             record=record,
             prompt_hash=said["prompt_hash"],
@@ -135,8 +140,9 @@ def table_of(examples: Iterable[Example]) -> Table:
     """Returns examples as a table in memory."""
     entries, lengths, scores, blob, start = [], [], [], [], 0
     for example in examples:
-        prompt, responses, key_on = example.group
+        prompt, responses, key_on, scored = example.group
         parts = [prompt, *responses] + ([key_on[0], *key_on[1]] if key_on else [])
+        parts += scored or ()
         text = json.dumps([example.where, example.record], ensure_ascii=False, default=str)
         content = b"".join([part.tobytes() for part in parts] + [text.encode()])
         entries.append(
@@ -154,6 +160,7 @@ def table_of(examples: Iterable[Example]) -> Table:
                 example.is_pair,
                 _repeats(example),
                 key_on is not None,
+                scored is not None,
             )
         )
         lengths += example.group.lengths()
@@ -188,10 +195,10 @@ def joined(tables: Sequence[Table]) -> Table:
 
 
 def example_key(example: Example) -> int:
-    """A digest of the example's tokens, 64 bits."""
-    digest = hashlib.blake2b(digest_size=8)
-    for ids in (example.group.prompt, *example.group.responses):
-        digest.update(np.int32(len(ids)).tobytes() + ids.tobytes())
+    """A digest of the example's tokens, and of which are scored, 64 bits."""
+    digest, group = hashlib.blake2b(digest_size=8), example.group
+    for part in (group.prompt, *group.responses, *(group.scored or ())):
+        digest.update(np.int32(len(part)).tobytes() + part.tobytes())
     return int.from_bytes(digest.digest(), "little")
 
 

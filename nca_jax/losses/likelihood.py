@@ -6,7 +6,7 @@ Axes: B prompts, K responses a prompt.
 import jax
 import jax.numpy as jnp
 
-from nca_jax.field import FLAG, NOT_NEGATIVE, Field
+from nca_jax.field import FLAG, NOT_NEGATIVE, Field, one_of
 from nca_jax.losses.masked import float32_at_least, masked_sum
 from nca_jax.losses.record import Fields, Loss, Responses
 from nca_jax.losses.targets import targets
@@ -19,12 +19,29 @@ NLL_WEIGHT = Field(
 def likelihood(responses: Responses, fields: Fields) -> jax.Array:
     """Supervised fine-tuning on each response by its share: - sum_k p_k log pi(y_k|x), [B] nats.
 
-    p = softmax(s / alpha); alpha = 0 is the best response alone (best of K), and K = 1 is SFT. Each
-    log-probability is divided by the response's length where `per_token` is set.
+    p = softmax(s / alpha); alpha = 0 is the best response alone (best of K), and K = 1 is SFT.
+    Where `per_token` is set each log-probability is divided by the response's length n_k; with
+    `reduce` = tokens it is their sum, - sum_k p_k log pi(y_k|x) / w, that is divided by the
+    prompt's tokens w = sum_k p_k n_k, its weight in the step: a mean over the tokens of the step.
     """
     p = targets(responses, fields)
+    if fields.get("reduce", "prompts") == "tokens":
+        total = -masked_sum(p * _logps(responses), responses.mask)
+        return total / jnp.maximum(num_tokens(responses, fields), 1)
     logps = per_token(responses) if fields["per_token"] else _logps(responses)
     return -masked_sum(p * logps, responses.mask)
+
+
+def num_tokens(responses: Responses, fields: Fields) -> jax.Array:
+    """sum_k p_k n_k, [B]: of K = 1 the response's length."""
+    p = targets(responses, fields)
+    return masked_sum(p * responses.lengths.astype(p.dtype), responses.mask)
+
+
+def _weight(responses: Responses, fields: Fields) -> jax.Array:
+    if fields.get("reduce", "prompts") == "tokens":
+        return num_tokens(responses, fields)
+    return jnp.any(responses.mask, axis=-1).astype(jnp.float32)
 
 
 def per_token(responses: Responses) -> jax.Array:
@@ -70,8 +87,15 @@ LIKELIHOOD = Loss(
     fields={
         "alpha": Field(0.0, NOT_NEGATIVE, "temperature of the scores, in their unit; 0: the best"),
         "per_token": Field(False, FLAG, "log-probabilities are divided by their lengths"),
+        "reduce": Field(
+            "prompts",
+            one_of("prompts", "tokens"),
+            "a step's loss is a mean over its prompts, or with per_token over its tokens",
+            since=5,
+        ),
     },
     reads=("scores", "lengths"),
     k=(1, None),
     soft_labels=True,
+    weight=_weight,
 )
