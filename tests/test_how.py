@@ -77,6 +77,8 @@ def folder(tmp_path_factory) -> Path:
     for name in ("easy", "hard"):
         text = write_records(where / f"{name}.jsonl", num_rows=3).read_text()
         (where / f"{name}.jsonl").write_text(text.replace("Say", f"Say {name}"))
+    answered = [json.dumps({"prompt": f"Say {i}", "response": "sun"}) for i in range(40)]
+    (where / "conversations.jsonl").write_text("\n".join(answered))
     (where / "answers.csv").write_text(
         "prompt,response,score\n"
         + "".join(f'"Say {i}, please",word {j},{j}\n' for i in range(30) for j in range(4))
@@ -137,6 +139,8 @@ def test_the_recipes_for_training_do_what_they_say(folder):
     assert splits == {"train", "eval/easy", "eval/hard"}
     for name in ("many", "frozen", "early", "small"):
         assert metric_lines(runs / name, "train")
+    first, *_, last = metric_lines(runs / "sft", "eval")
+    assert last["perplexity"] < first["perplexity"]
 
 
 @pytest.mark.slow
