@@ -39,6 +39,17 @@ def test_the_readme_says_of_speed_and_pods_what_is_stored():
         assert f"| {train['memory']['total']:.1f} GiB a chip |" in README
 
 
+def test_the_readme_says_of_peers_what_is_stored():
+    ours, lean = (peers.Ours(k, 1, "live") for k in (2, 4))
+    tunix = peers.Tunix("float32", 1)
+    memory = peers.memory_gib(ours) / peers.memory_gib(tunix)
+    flops = peers.flops_a_pair(lean) / peers.flops_a_pair(tunix)
+    said = f"{memory:.0%} of the memory at equal state, {flops:.0%} of the operations a pair"
+    assert said in README
+    assert said in EVIDENCE
+    assert memory < 1 and flops < 0.5
+
+
 def test_a_measured_cell_is_stored_with_its_commit_and_no_path_of_its_machine(
     tmp_path, monkeypatch
 ):

@@ -44,7 +44,7 @@ def config_of(job: dict, setting: str, *, live: bool):
         "data.batch_size": job["batch_size"],
         "data.row_len": job["row_len"],
         "loss.logits_chunk": job["logits_chunk"],
-        **{f"loss.{x}": job[x] for x in ("alpha", "beta") if x in LOSSES[job["loss"]].fields},
+        **{f"loss.{name}": job[name] for name in LOSSES[job["loss"]].fields if name in job},
         "optim.lr": job["lr"],
         "optim.schedule": "constant",
         "optim.warmup_frac": 0.0,
