@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from families import NUM_SLOTS, pieces, slots
+from families import NUM_SLOTS, greedy, pieces, slots
 from helpers import data_config, encode_one, id_record
 from jax.extend.core import jaxprs_in_params
 from ml_collections import ConfigDict
@@ -122,6 +122,17 @@ def test_adapters_compute_what_a_merged_kernel_does(case, scan_layers):
     want = logps(model.base, effective(adapters, base, model.lora))
     assert np.abs(want - logps(model.base, base)).max() > 0.1
     np.testing.assert_allclose(found, want, atol=1e-4)
+
+
+@SLOW
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_sampling_takes_adapters_as_a_merged_kernel(scan_layers):
+    model = model_of("dora", scan_layers=scan_layers)
+    adapters, base = start(model)
+    adapters = random_adapters(adapters)
+    found = greedy(model, merge_trained(adapters, base))
+    np.testing.assert_array_equal(found, greedy(model, effective(adapters, base, model.lora)))
+    assert (found != greedy(model, base)).any()
 
 
 def test_the_scale_is_alpha_over_rank_or_its_root():
