@@ -1,4 +1,4 @@
-"""Writes nf4_folder: a random model that transformers quantised by bitsandbytes, twice (absmax too).
+"""Writes nf4_folder: a random model that transformers quantised by bitsandbytes, absmax too.
 
     python tests/data/make_nf4_folder.py     (wants the torch extra)
 
