@@ -50,10 +50,8 @@ from nca_jax.flags import parse_flags
 from nca_jax.flops import forward_flops, needed_flops
 from nca_jax.infra.mesh import make_mesh, row_shards, slice_of
 from nca_jax.infra.records import git_commit
-from nca_jax.params import reference_init_from
 from nca_jax.protocols import DataSection, Device
-from nca_jax.reference import abstract_reference
-from nca_jax.train_step import Frozen
+from nca_jax.reference import abstract_frozen
 
 Program = tuple[Wrapped, tuple[Any, ...]]  # jitted, and the shapes of its arguments
 
@@ -153,18 +151,9 @@ def prepare_train(run: build.Run) -> Program:
     """Returns (the jitted train step of `nca_jax.train`, the shapes of its arguments)."""
     optimizer = programs.build_optimizer(run.config, run.config.steps or 1000)  # a constant in it
     state, _ = programs.abstract_state(run, optimizer.tx)
-    ref_params, has_ref_logps = abstract_reference(run, _reference_dtype(run.config))
-    frozen = Frozen(reference=ref_params)
+    frozen, has_ref_logps = abstract_frozen(run)
     step = programs.jit_train_step(run, optimizer, frozen)
     return step, (state, frozen, programs.abstract_batch(run, has_ref_logps=has_ref_logps))
-
-
-def _reference_dtype(config: ConfigDict) -> str:
-    """Returns the dtype of a live reference: that of published files, float32 for random weights.
-
-    A model that has a name is not opened here, so this is what its file is expected to have.
-    """
-    return "bfloat16" if reference_init_from(config) else "float32"
 
 
 def prepare_precompute(run: build.Run) -> Program:
@@ -173,7 +162,7 @@ def prepare_precompute(run: build.Run) -> Program:
     num_slots = data.batch_size * data.num_responses
     rows = programs.abstract_batch(run, has_ref_logps=False).rows
     micro = Rows(*(jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in rows))
-    return programs.jit_rows_logps(run, num_slots), (run.model.abstract_params(), micro)
+    return programs.jit_rows_logps(run, num_slots), (programs.abstract_policy(run), micro)
 
 
 def prepare_decode(run: build.Run) -> Program:
@@ -186,7 +175,7 @@ def prepare_decode(run: build.Run) -> Program:
     prompts = jax.ShapeDtypeStruct((n, width), jnp.int32)
     lengths = jax.ShapeDtypeStruct((n,), jnp.int32)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), n))
-    return programs.jit_sampler(run), (run.model.abstract_params(), prompts, lengths, keys)
+    return programs.jit_sampler(run), (programs.abstract_policy(run), prompts, lengths, keys)
 
 
 PREPARE = {"train": prepare_train, "precompute": prepare_precompute, "decode": prepare_decode}
@@ -308,7 +297,7 @@ def implied(run: build.Run) -> dict[str, Value]:
     data, mesh = run.config.data, run.mesh
     prompt, responses = data.max_prompt_len, [data.max_response_len] * data.num_responses
     a_prompt = needed_flops(run.model.config, prompt, responses).total
-    if abstract_reference(run, jnp.float32)[0] is not None:
+    if abstract_frozen(run)[0].reference is not None:
         a_prompt += forward_flops(run.model.config, prompt, responses).total
     fit = data.rows * prompts_a_row(data)
     rows_a_chip = data.rows // row_shards(mesh)

@@ -35,6 +35,23 @@ PARAM_RULES = (
     (r"moe/(gate|up)/kernel$", P(None, "expert", "fsdp", "tensor")),  # L E D F
     (r"moe/down/kernel$", P(None, "expert", "tensor", "fsdp")),  # L E F D
     (r"(q_norm|k_norm|norm)/scale$", P()),  # small: copied
+    # Adapters: as their kernel is, the rank not split.
+    (r"attn/(q|k|v)/lora/a$", P(None, WIDTH, None)),  # L D r
+    (r"attn/(q|k|v)/lora/b$", P(None, None, "tensor", None)),  # L r N H
+    (r"attn/(q|k|v)/lora/m$", P(None, "tensor", None)),  # L N H
+    (r"attn/o/lora/a$", P(None, "tensor", None, None)),  # L N H r
+    (r"mlp/(gate|up)/lora/a$", P(None, WIDTH, None)),  # L D r
+    (r"mlp/(gate|up)/lora/b$", P(None, None, "tensor")),  # L r F
+    (r"mlp/(gate|up)/lora/m$", P(None, "tensor")),  # L F
+    (r"mlp/down/lora/a$", P(None, "tensor", None)),  # L F r
+    (r"(attn/o|mlp/down)/lora/b$", P(None, None, WIDTH)),  # L r D
+    (r"(attn/o|mlp/down)/lora/m$", P(None, WIDTH)),  # L D
+    (r"moe/router/lora/a$", P(None, WIDTH, None)),  # L D r
+    (r"moe/router/lora/b$", P()),  # L r E
+    (r"moe/(gate|up)/lora/a$", P(None, "expert", "fsdp", None)),  # L E D r
+    (r"moe/(gate|up)/lora/b$", P(None, "expert", None, "tensor")),  # L E r F
+    (r"moe/down/lora/a$", P(None, "expert", "tensor", None)),  # L E F r
+    (r"moe/down/lora/b$", P(None, "expert", None, "fsdp")),  # L E r D
 )
 
 # Logical names of activation axes; an axis without a name is not split.

@@ -32,11 +32,12 @@ from nca_jax.infra.mesh import check_divides, make_mesh, row_shards
 from nca_jax.infra.optim import split_trained
 from nca_jax.infra.progress import pace_of_entries, phase
 from nca_jax.losses import LOSSES
-from nca_jax.model_config import MODELS, ModelConfig
+from nca_jax.model_config import MODELS, TARGETS, ModelConfig
 from nca_jax.models.attention import splash
 from nca_jax.models.decoder import Model
 from nca_jax.models.formats.pretrained import load_tokenizer, open_pretrained
 from nca_jax.models.formats.templates import check_template
+from nca_jax.models.lora import Lora
 from nca_jax.protocols import Device, ModelSection, Tokenizer
 
 
@@ -142,6 +143,7 @@ def _assemble(
     kernel = _attention_kernel(config, model_config, mesh)
     model = Model(
         model_config,
+        lora=_adapters(config, model_config),
         dtype=jnp.dtype(config.model.dtype),
         remat=config.model.remat,
         scan_layers=config.model.scan_layers,
@@ -152,8 +154,24 @@ def _assemble(
         interpret=platform != "tpu",
     )
     if config.optim.freeze:
-        split_trained(model.abstract_params(), config.optim.freeze)
+        split_trained(model.abstract_trained(), config.optim.freeze)
     return Run(config, mesh, model, tokenizer)
+
+
+def _adapters(config: ConfigDict, model_config: ModelConfig) -> Lora | None:
+    """Returns the adapters of a config. Raises UserError where the model cannot have them."""
+    if "lora" not in config:
+        return None
+    how, experts = config.lora, model_config.num_experts
+    targets = tuple(name for name in TARGETS if name in how.targets.split(","))
+    if "router" in targets and not experts:
+        raise UserError("config.lora.targets names router, and the model has no experts.")
+    if how.dora and experts and not {"gate", "up", "down"}.isdisjoint(targets):
+        raise UserError(
+            "config.lora.dora is not of experts: leave gate, up and down out of "
+            "config.lora.targets, or set config.lora.dora=False."
+        )
+    return Lora(how.rank, how.alpha, targets, rslora=how.rslora, dora=how.dora)
 
 
 def open_model_config(model: ModelSection) -> ModelConfig:

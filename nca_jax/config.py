@@ -33,9 +33,9 @@ from nca_jax.field import (
 )
 from nca_jax.losses import LOSSES, SHARED
 from nca_jax.metrics import IS_BETTER_HIGH
-from nca_jax.model_config import MODELS
+from nca_jax.model_config import MODELS, TARGETS
 
-OPTIONAL = ("generate",)  # sections that a config may lack
+OPTIONAL = ("lora", "generate")  # sections that a config may lack
 
 DTYPES = ("float32", "bfloat16")
 ALIGN = Check(int, lambda x: x in (0, 1, 8, 16), "0, 1, 8 or 16")
@@ -43,6 +43,11 @@ EVERY = Check(int, lambda x: x >= 1 or x == -1, "a whole number of at least 1, o
 EVERY_OR_0 = Check(int, lambda x: x >= -1, "a whole number of at least -1")
 LOSS = Check(str, lambda x: x in LOSSES, one_of(*LOSSES).wanted)  # of what is there when asked
 LR = Check(float, lambda x: x >= 0, "a number above 0 in float32, or 0")
+NAMES = Check(
+    str,
+    lambda x: x and set(x.split(",")) <= set(TARGETS),
+    f"some of {', '.join(TARGETS)}, by commas",
+)
 SHARE = Check(float, lambda x: 0 < x <= 1, "a number in (0, 1] in float32")
 
 FIELDS: dict[str, Field] = {
@@ -108,11 +113,36 @@ FIELDS: dict[str, Field] = {
     ),
     "reference.kind": Field(
         "live",
-        one_of("live", "cached", "none"),
-        "beside the policy, from a cache that precompute made, or none",
+        one_of("live", "base", "cached", "none"),
+        "beside the policy, the base without its adapters, from a cache that precompute made, or "
+        "none",
     ),
     "reference.init_from": Field("", TEXT, "as model.init_from; empty: the policy's start"),
     "reference.cache": Field("", TEXT, "folder of a cached reference"),
+    "lora.rank": Field(
+        16, COUNT, "r, of the adapters; without this section there are none", since=5
+    ),
+    "lora.alpha": Field(16.0, POSITIVE, "an adapter's product is scaled by alpha / rank", since=5),
+    "lora.targets": Field(
+        "q,k,v,o,gate,up,down",
+        NAMES,
+        "matrices of a layer that have adapters, also router; of a mixture gate, up and down are "
+        "those of the experts",
+        since=5,
+    ),
+    "lora.init_from": Field(
+        "", TEXT, "folder of a PEFT adapter that is continued; empty: they start at 0", since=5
+    ),
+    "lora.rslora": Field(False, FLAG, "scaled by alpha / sqrt(rank) instead", since=5),
+    "lora.dora": Field(
+        False, FLAG, "the norm of each output is trained apart; not of experts", since=5
+    ),
+    "lora.b_lr_ratio": Field(
+        1.0, POSITIVE, "LoRA+: learning rate of the second factor over that of the first", since=5
+    ),
+    "lora.base_dtype": Field(
+        "", one_of("", *DTYPES), "of the base in memory; empty: that of its file", since=5
+    ),
     "data.files": Field(
         "", TEXT, "globs, tfds:NAME[/SCORE]:SPLIT or hf:NAME[:CONFIG]:SPLIT, by commas or +"
     ),

@@ -55,7 +55,7 @@ def _check_together(config: ConfigDict) -> None:
         (
             kind == "none" and "ref_logps" in record.reads,
             f"config.loss.name={loss.name!r} compares with a reference: set config.reference.kind "
-            "to live or cached",
+            "to live, cached or, with adapters, base",
         ),
         (
             best == "excess" and (record.floor is None or loss.get("nll_weight", 0) > 0),
@@ -91,6 +91,16 @@ def _check_together(config: ConfigDict) -> None:
         (
             (kind == "cached") != bool(config.reference.cache),
             "config.reference.cache is the folder of kind='cached', and is read by no other kind",
+        ),
+        (
+            kind == "base" and "lora" not in config,
+            "config.reference.kind='base' is the base of adapters: set config.lora.rank, or "
+            "config.reference.kind='live'",
+        ),
+        (
+            "lora" in config and kind in ("live", "base") and bool(config.reference.init_from),
+            "config.reference.init_from is a model of its own, beside adapters and their base: set "
+            "config.reference.kind='cached', or leave it out",
         ),
         (
             data.format == "released" and (data.too_long, data.prompt_keep) != ("truncate", "end"),

@@ -89,7 +89,7 @@ def main(argv: list[str]) -> int:
         check_scorable([as_prompt(run, example) for example in heldout], scorer)
     with jax.set_mesh(run.mesh):
         policy = policy_params(run, flags.workdir, flags.step)
-        reference = reference_params(run)
+        reference = reference_params(run, policy)
         step_logps = first_call("the held-out metrics", programs.jit_step_logps(run))
         here = rows_here(run.mesh, config.data.rows)
         trained, shown, sampled, samples = {}, [], {}, {}

@@ -123,15 +123,25 @@ def _plain_logps(hidden, head, tokens, num_chunks, vocab_size, chunk) -> jax.Arr
     """`head_logps` of the rows that are here.
 
     The number of chunks is known at run time only, so that no chunk of filler is computed; hence
-    the gradient by hand: d logp = onehot(token) - softmax, with the logits computed again.
+    the gradient by hand: d logp = onehot(token) - softmax, with the logits computed again. A head
+    that nothing differentiates has none.
     """
-    return _forward(hidden, head, tokens, num_chunks, vocab_size, chunk)[0]
+    return _with_totals(hidden, head, tokens, num_chunks, vocab_size, chunk)[0]
 
 
 _chunked_logps = jax.custom_vjp(_plain_logps, nondiff_argnums=(4, 5))
 
 
 def _forward(hidden, head, tokens, num_chunks, vocab_size, chunk):
+    is_trained = head.perturbed
+    hidden, head, tokens, num_chunks = (x.value for x in (hidden, head, tokens, num_chunks))
+    logps, *saved = _with_totals(hidden, head, tokens, num_chunks, vocab_size, chunk)
+    # In the structure, as it decides what is traced.
+    return logps, (hidden, tokens, num_chunks, *saved, () if is_trained else None)
+
+
+def _with_totals(hidden, head, tokens, num_chunks, vocab_size, chunk):
+    """Returns the log-probabilities [R, T], log-sum-exps [R, T] and the head as it was used."""
     weights = _whole(head.astype(hidden.dtype))  # once, outside the chunk loop
 
     def one_chunk(i, carry):
@@ -143,11 +153,12 @@ def _forward(hidden, head, tokens, num_chunks, vocab_size, chunk):
 
     empty = jnp.zeros(tokens.shape, jnp.float32)
     logps, log_totals = jax.lax.fori_loop(0, num_chunks, one_chunk, (empty, empty))
-    return logps, (hidden, weights, tokens, num_chunks, log_totals)
+    return logps, log_totals, weights
 
 
 def _backward(vocab_size, chunk, saved, grad_logps):
-    hidden, weights, tokens, num_chunks, log_totals = saved
+    hidden, tokens, num_chunks, log_totals, weights, trained = saved
+    is_trained = trained is not None
 
     def one_chunk(i, carry):
         grad_hidden, grad_head = carry
@@ -157,15 +168,19 @@ def _backward(vocab_size, chunk, saved, grad_logps):
         grad_logits = jnp.where(_is_token(tokens, i, chunk, logits), 1.0, 0.0) - softmax
         grad_logits = (grad_logits * _chunk(grad_logps, i, chunk)[..., None]).astype(x.dtype)
         grad_x = jnp.einsum("rcv,dv->rcd", grad_logits, weights)
-        grad_head += jnp.einsum("rcd,rcv->dv", x, grad_logits, preferred_element_type=jnp.float32)
+        if grad_head is not None:
+            grad_head += jnp.einsum(
+                "rcd,rcv->dv", x, grad_logits, preferred_element_type=jnp.float32
+            )
         return _put(grad_hidden, grad_x, i), grad_head
 
-    start = jnp.zeros_like(hidden), jnp.zeros(weights.shape, jnp.float32)
+    of_head = jnp.zeros(weights.shape, jnp.float32) if is_trained else None
+    start = jnp.zeros_like(hidden), of_head
     grad_hidden, grad_head = jax.lax.fori_loop(0, num_chunks, one_chunk, start)
-    return grad_hidden, _to_slices(grad_head), None, None
+    return grad_hidden, _to_slices(grad_head) if is_trained else None, None, None
 
 
-_chunked_logps.defvjp(_forward, _backward)
+_chunked_logps.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _chunk(x: jax.Array, i: jax.Array, chunk: int) -> jax.Array:

@@ -55,8 +55,9 @@ def main(argv: list[str]) -> int:
     }
     distributed.check_same(records=made_from["records"])
     with jax.set_mesh(run.mesh):
-        models = {"logps": policy_params(run, flags.workdir)}
-        if (reference := reference_params(run)) is not None:
+        policy = policy_params(run, flags.workdir)
+        models = {"logps": policy}
+        if (reference := reference_params(run, policy)) is not None:
             models["ref_logps"] = reference
         made_from |= {name: params_fingerprint(params) for name, params in models.items()}
         logps = programs.make_group_logps(run, PIECE * int(examples.entries["count"].max()))

@@ -7,6 +7,8 @@ Axes: V vocabulary, D width, N query heads, G kv heads, H head width, F MLP widt
 import dataclasses
 
 VOCAB_MULTIPLE = 128  # padded so that V splits over any tensor axis and fills TPU lanes
+# Matrices of a layer that may have an adapter; of a mixture gate, up and down are those of experts.
+TARGETS = ("q", "k", "v", "o", "gate", "up", "down", "router")
 
 
 @dataclasses.dataclass(frozen=True)

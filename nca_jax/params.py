@@ -11,39 +11,47 @@ from nca_jax.build import Run
 from nca_jax.checks import UserError
 from nca_jax.files import AnyPath, as_path
 from nca_jax.infra.checkpoint import restore_params
+from nca_jax.infra.fingerprint import params_fingerprint
 from nca_jax.infra.finite import not_finite
 from nca_jax.infra.mesh import param_shardings, place
+from nca_jax.infra.optim import merge_trained
 from nca_jax.infra.progress import phase
+from nca_jax.infra.records import check_known
 from nca_jax.infra.steps import best_step, saved_step, saved_steps
 from nca_jax.metrics import IS_BETTER_HIGH
 from nca_jax.models.formats.pretrained import open_pretrained
 
 
-def start_params(run: Run, init_from: str, *, keep_dtype: bool = False) -> Params:
-    """Returns sharded parameters: of `init_from`, or random float32 ones from the seed for "".
+def start_params(run: Run, init_from: str, *, dtype: str = "float32") -> Params:
+    """Returns sharded parameters: of `init_from`, or random ones from the seed for "".
+
+    They are a model's own: adapters are not among them.
 
     Args:
       run: the model and the mesh.
       init_from: as `open_pretrained` takes it.
-      keep_dtype: each parameter in the dtype that it has in its file, for what is frozen: half the
-        memory of a bfloat16 model, and the same numbers, as kernels are cast where they are used.
-        Else float32, for what is trained.
+      dtype: float32, for what is trained; for what is frozen also bfloat16, or "": each parameter
+        in the dtype that it has in its file. That is half the memory of a bfloat16 model, and the
+        same numbers, as kernels are cast where they are used. Random ones are float32 for "".
     Raises:
       UserError: there is no such model, or one of another architecture, or it is not finite.
     """
-    abstract = run.model.abstract_params()
+    model = run.model.base
+    abstract = model.abstract_params()
     shardings = param_shardings(run.mesh, abstract)
     if not init_from:
-        init = jax.jit(run.model.init, out_shardings=shardings)
+        init = jax.jit(
+            lambda key: _cast(model.init(key), dtype or "float32"), out_shardings=shardings
+        )
         with phase("drawing random weights"):
             return init(jax.random.key(run.config.seed))
     found, weights = open_pretrained(init_from)
-    ours = run.model.config  # an exported policy may end its turns by more ids than its start does
+    ours = model.config  # an exported policy may end its turns by more ids than its start does
     if dataclasses.replace(found, bos_id=ours.bos_id, eos_ids=ours.eos_ids) != ours:
         raise UserError(
             f"{init_from!r} is not of the policy's architecture: {found} there, {ours} here."
         )
-    read = {path: w.read_stored if keep_dtype else w.read for path, w in weights.items()}
+    read = {path: w.reader(dtype) for path, w in weights.items()}
     with phase(f"loading the weights of {init_from}"):
         params = place(abstract, shardings, read)
         bad = not_finite(params)
@@ -58,26 +66,78 @@ def copy_to_train(frozen: Params) -> Params:
     They equal those that `start_params` would read from the same place.
     """
     with phase("copying the reference's weights to the policy"):
-        return jax.block_until_ready(jax.jit(_to_float32)(frozen))
+        return jax.block_until_ready(jax.jit(lambda params: _cast(params, "float32"))(frozen))
 
 
-def _to_float32(params: Params) -> Params:
-    return jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
+def _cast(params: Params, dtype: str) -> Params:
+    return jax.tree.map(lambda x: jnp.array(x, dtype), params)
+
+
+def open_base(run: Run) -> Params | None:
+    """Returns what the run's adapters sit on, sharded; None: it has none.
+
+    Raises:
+      UserError: as `start_params`.
+    """
+    if run.model.lora is None:
+        return None
+    return start_params(run, run.config.model.init_from, dtype=run.config.lora.base_dtype)
+
+
+def abstract_base(run: Run) -> Params | None:
+    """Returns the shapes of `open_base`, without opening a file: its dtype is the usual one."""
+    if run.model.lora is None:
+        return None
+    dtype = run.config.lora.base_dtype or usual_dtype(run.config.model.init_from)
+    return with_dtype(run.model.base.abstract_params(), dtype)
+
+
+def usual_dtype(init_from: str) -> str:
+    """Returns the dtype that a model's file is expected to have; of random weights their own."""
+    return "bfloat16" if init_from else "float32"
+
+
+def with_dtype(abstract: Params, dtype: str) -> Params:
+    """Returns the same shapes in another dtype."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), abstract)
+
+
+def start_trained(run: Run, base: Params | None) -> Params:
+    """Returns what a run trains, at its start: the adapters on `base`, or all parameters.
+
+    Raises:
+      UserError: as `start_params`.
+    """
+    if base is None:
+        return start_params(run, run.config.model.init_from)
+    if run.config.lora.init_from:
+        raise NotImplementedError("config.lora.init_from")
+    shardings = param_shardings(run.mesh, run.model.abstract_trained())
+    with phase("drawing the adapters"):
+        init = jax.jit(run.model.init_adapters, out_shardings=shardings)
+        return init(jax.random.key(run.config.seed), base)
 
 
 def policy_params(run: Run, workdir: str, step: str = "") -> Params:
-    """Returns the params of a checkpoint of a run, or of `config.model.init_from` for workdir "".
+    """Returns the params of a checkpoint of a run, or of its start for workdir "".
+
+    Of a run with adapters they are the base and the adapters.
 
     Raises:
-      UserError: as `start_params`, `chosen_step` or `restore_params`.
+      UserError: as `start_params`, `chosen_step` or `restore_params`, or the adapters are of
+        another base.
     """
+    base = open_base(run)
     if not workdir:
         if step:
             raise UserError(f"--step={step} is one of a run: give its --workdir too.")
-        return start_params(run, run.config.model.init_from)
+        return merge_trained(start_trained(run, base), base or {})
     folder = as_path(workdir)
     number = chosen_step(run.config, folder, step)
-    return restore_params(folder, run.model.abstract_params(), run.mesh, step=number)
+    if base is not None:
+        check_known(workdir, {"base": params_fingerprint(base)})
+    trained = restore_params(folder, run.model.abstract_trained(), run.mesh, step=number)
+    return merge_trained(trained, base or {})
 
 
 def chosen_step(config: ConfigDict, workdir: AnyPath, step: str) -> int:
@@ -111,5 +171,7 @@ def reference_init_from(config: ConfigDict) -> str:
 
 
 def starts_at_reference(config: ConfigDict) -> bool:
-    """Whether the untrained policy is the reference."""
+    """Whether the untrained policy is the reference; adapters that go on are not at their base."""
+    if config.reference.kind == "base":
+        return not config.lora.init_from
     return reference_init_from(config) == config.model.init_from

@@ -26,6 +26,7 @@ from nca_jax.files import AnyPath, out_folder, read_json, write_json
 from nca_jax.flags import parse_flags
 from nca_jax.infra import distributed, lock
 from nca_jax.infra.progress import duration, first_call
+from nca_jax.params import open_base
 from nca_jax.protocols import DataSection
 from nca_jax.reference import FINGERPRINT
 
@@ -50,7 +51,7 @@ def fill_cache(config: ConfigDict, folder: AnyPath, check_held: lock.CheckHeld) 
     distributed.check_same(rows=reference.examples_fingerprint(examples))
 
     with jax.set_mesh(run.mesh):
-        params = reference.open_reference(run)
+        params = reference.open_reference(run, open_base(run))
         fingerprint = reference.cache_fingerprint(run, params)
         is_known = (folder / FINGERPRINT).exists()
         size = part_size(examples, config.data)

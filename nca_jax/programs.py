@@ -31,8 +31,10 @@ from nca_jax.infra.mesh import (
     put_batch,
     row_shards,
     rows_shardings,
+    with_shardings,
 )
-from nca_jax.infra.optim import make_optimizer, make_schedule
+from nca_jax.infra.optim import make_optimizer, make_schedule, merge_trained
+from nca_jax.params import abstract_base
 from nca_jax.sampling.sampler import make_sampler
 from nca_jax.train_step import Frozen, TrainState, make_logps, make_step_logps, make_train_step
 
@@ -60,17 +62,25 @@ def build_optimizer(config: ConfigDict, steps: int, more_steps: Sequence[int] = 
         parts = [schedule, *(make_schedule(restarted, n) for n in more_steps)]
         ends = itertools.accumulate([steps, *more_steps[:-1]])
         schedule = optax.join_schedules(parts, list(ends))
-    return Optimizer(make_optimizer(config.optim, schedule), schedule)
+    ratio = config.lora.b_lr_ratio if "lora" in config else 1.0
+    return Optimizer(make_optimizer(config.optim, schedule, b_lr_ratio=ratio), schedule)
 
 
 def abstract_state(run: Run, tx: optax.GradientTransformation) -> tuple[TrainState, TrainState]:
     """Returns the shapes of a TrainState, and their shardings."""
-    shapes = jax.eval_shape(functools.partial(_new_state, tx), run.model.abstract_params())
+    shapes = jax.eval_shape(functools.partial(_new_state, tx), run.model.abstract_trained())
     shardings = param_shardings(run.mesh, shapes)
-    check_split(run.mesh, shapes, shardings, copied_over="data")
+    large = shapes if run.model.lora is None else run.model.base.abstract_params()
+    check_split(run.mesh, large, param_shardings(run.mesh, large), copied_over="data")
     if run.config.optim.moments == "host":
         shardings = shardings._replace(opt_state=in_host(shapes.opt_state, shardings.opt_state))
     return shapes, shardings
+
+
+def abstract_policy(run: Run) -> Params:
+    """Returns the shapes and shardings of what a model is given: with adapters, also their base."""
+    shapes = merge_trained(run.model.abstract_trained(), abstract_base(run) or {})
+    return with_shardings(shapes, param_shardings(run.mesh, shapes))
 
 
 def abstract_batch(run: Run, *, has_ref_logps: bool) -> Batch[jax.ShapeDtypeStruct]:
@@ -111,10 +121,7 @@ def jit_step_logps(run: Run) -> HostLogps:
     """Returns `step_logps(params, batch) -> [B, K]` of a batch on the host; see `train_step`."""
     step_logps = jax.jit(
         make_step_logps(run.model, run.config),
-        in_shardings=(
-            param_shardings(run.mesh, run.model.abstract_params()),
-            batch_shardings(run.mesh),
-        ),
+        in_shardings=(None, batch_shardings(run.mesh)),
         out_shardings=NamedSharding(run.mesh, P()),
         compiler_options=run.compiler_options,
     )
@@ -124,10 +131,9 @@ def jit_step_logps(run: Run) -> HostLogps:
 
 def jit_rows_logps(run: Run, num_slots: int) -> Wrapped:
     """Returns `logps(params, rows) -> [1, num_slots]` of one micro-batch, jitted."""
-    shardings = param_shardings(run.mesh, run.model.abstract_params())
     return jax.jit(
         make_logps(run.model, run.config, shape=(1, num_slots)),
-        in_shardings=(shardings, rows_shardings(run.mesh)),
+        in_shardings=(None, rows_shardings(run.mesh)),
         out_shardings=NamedSharding(run.mesh, P()),
         compiler_options=run.compiler_options,
     )
@@ -184,11 +190,10 @@ def jit_sampler(run: Run) -> Wrapped:
             key_off_ids(run.tokenizer, run.eos_ids) if run.config.data.format == "released" else ()
         ),
     )
-    params = param_shardings(run.mesh, run.model.abstract_params())
     rows, everywhere = NamedSharding(run.mesh, P(ROWS)), NamedSharding(run.mesh, P())
     return jax.jit(
         sampler,
-        in_shardings=(params, rows, rows, None),
+        in_shardings=(None, rows, rows, None),
         out_shardings=everywhere,
         compiler_options=run.compiler_options,
     )

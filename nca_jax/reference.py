@@ -2,6 +2,7 @@
 
 `config.reference.kind` is one of
     live     frozen parameters, sharded like the policy, which the step runs beside it
+    base     the base of adapters, without any; live is with those that the run goes on from
     cached   log-probabilities of every response of every example, made once by `precompute`
     none     for losses that read no reference
 
@@ -16,8 +17,8 @@ import hashlib
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import numpy as np
+from ml_collections import ConfigDict
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
@@ -34,7 +35,17 @@ from nca_jax.infra.fingerprint import (
     params_fingerprint,
     tokenizer_fingerprint,
 )
-from nca_jax.params import reference_init_from, start_params
+from nca_jax.infra.optim import merge_trained
+from nca_jax.models.lora import split_adapters
+from nca_jax.params import (
+    abstract_base,
+    reference_init_from,
+    start_params,
+    start_trained,
+    usual_dtype,
+    with_dtype,
+)
+from nca_jax.train_step import Frozen
 
 PART_ARRAYS = ("keys", "sizes", "logps")
 FINGERPRINT = "fingerprint.json"
@@ -49,7 +60,8 @@ class Reference(NamedTuple):
     """What a run takes as its reference.
 
     Attributes:
-      params: of a live reference, in the dtype that its file has: a part of `Frozen`.
+      params: of one that the step runs, in the dtype that its file has: a part of `Frozen`, which
+        does not hold the base of adapters again. None: the step runs none.
       lookup: of a cached one: from examples to the log-probabilities of their responses.
       fingerprint: what run.json keeps, and a resumed run must find again.
     """
@@ -63,9 +75,11 @@ class Reference(NamedTuple):
         return None if self.lookup is None else self.lookup(examples)
 
 
-def make_reference(run: Run) -> Reference:
+def make_reference(run: Run, base: Params | None = None) -> Reference:
     """Opens the reference that the config names.
 
+    Args:
+      base: of the run's adapters, from `open_base`.
     Raises:
       UserError: its parameters or its cache cannot be opened or do not fit.
     """
@@ -74,31 +88,50 @@ def make_reference(run: Run) -> Reference:
         return Reference(None, None, "none")
     if kind == "cached":
         parts = sorted(map(str, as_path(run.config.reference.cache).glob("part-*.safetensors")))
-        return Reference(None, read_cached_logps(run), files_fingerprint(parts))
-    params = open_reference(run)
-    return Reference(params, None, params_fingerprint(params))
+        return Reference(None, read_cached_logps(run, base), files_fingerprint(parts))
+    params = open_reference(run, base)
+    apart = params if base is None else split_adapters(params)[0]
+    return Reference(apart, None, params_fingerprint(params))
 
 
-def reference_params(run: Run) -> Params | None:
-    """Returns `open_reference`, or None where there is no reference."""
-    return None if run.config.reference.kind == "none" else open_reference(run)
+def reference_params(run: Run, policy: Params) -> Params | None:
+    """Returns `open_reference`, on the base of a policy; None where there is no reference."""
+    if run.config.reference.kind == "none":
+        return None
+    return open_reference(run, split_adapters(policy)[1] if run.model.lora else None)
 
 
-def open_reference(run: Run) -> Params:
+def open_reference(run: Run, base: Params | None) -> Params:
     """Returns the reference's parameters, in the dtype of their file, also of a cached one.
 
-    What makes a cache, and what is measured on samples that no cache has seen, needs them.
+    What makes a cache, and what is measured on samples that no cache has seen, needs them. Adapters
+    that start at 0 change nothing, so they are left out.
+
+    Args:
+      base: of the run's adapters, which it is a part of; None: it has none.
     """
-    return start_params(run, reference_init_from(run.config), keep_dtype=True)
+    config = run.config
+    if base is None or reference_init_from(config) != config.model.init_from:
+        return start_params(run, reference_init_from(config), dtype="")
+    if not _has_adapters(config):
+        return base
+    return merge_trained(start_trained(run, base), base)
 
 
-def abstract_reference(run: Run, dtype: jax.typing.DTypeLike) -> tuple[Params | None, bool]:
-    """Returns the shapes of a live reference's parameters, and whether batches bring ref_logps."""
-    kind = run.config.reference.kind
-    if kind != "live":
-        return None, kind == "cached"
-    shapes = run.model.abstract_params()
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes), False
+def _has_adapters(config: ConfigDict) -> bool:
+    return bool(config.lora.init_from) and config.reference.kind != "base"
+
+
+def abstract_frozen(run: Run) -> tuple[Frozen, bool]:
+    """Returns the shapes of what a step does not train, and whether batches bring ref_logps."""
+    config, base = run.config, abstract_base(run)
+    kind = config.reference.kind
+    if kind not in ("live", "base"):
+        return Frozen(base), kind == "cached"
+    if base is None:
+        dtype = usual_dtype(reference_init_from(config))
+        return Frozen(reference=with_dtype(run.model.abstract_params(), dtype)), False
+    return Frozen(base, run.model.abstract_trained() if _has_adapters(config) else {}), False
 
 
 def cache_fingerprint(run: Run, ref_params: Params) -> dict[str, str | int]:
@@ -200,7 +233,7 @@ def part_path(folder: AnyPath, part: int) -> AnyPath:
     return folder / f"part-{part:05d}.safetensors"
 
 
-def read_cached_logps(run: Run) -> Lookup:
+def read_cached_logps(run: Run, base: Params | None = None) -> Lookup:
     """Opens `config.reference.cache`; returns a function from examples to their log-probabilities.
 
     Raises:
@@ -214,7 +247,7 @@ def read_cached_logps(run: Run) -> Lookup:
             f"{folder} holds no cached reference; make it with python -m nca_jax.precompute and "
             "the same --config."
         )
-    check_fingerprint(folder, cache_fingerprint(run, open_reference(run)))
+    check_fingerprint(folder, cache_fingerprint(run, open_reference(run, base)))
     found: dict[int, np.ndarray] = {}
     for part in sorted(folder.glob("part-*.safetensors")):
         found |= read_part(part)

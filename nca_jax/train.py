@@ -16,9 +16,9 @@ since. A workdir is that of one run at a time, which holds it.
 """
 
 import contextlib
-import functools
 import shlex
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -27,14 +27,14 @@ from ml_collections import ConfigDict
 from nca_jax import advice, build
 from nca_jax.axes import Params
 from nca_jax.checks import run_main
-from nca_jax.data.pipeline import Dataset, eval_batches
+from nca_jax.data.pipeline import Dataset, HostBatch, eval_batches
 from nca_jax.data.table import Table, joined
 from nca_jax.evaluators import fill_reference, heldout_metrics
 from nca_jax.files import AnyPath, as_path, out_folder, whole_lines, write_json
 from nca_jax.fit import Evaluator, fit, stalled_since
 from nca_jax.flags import parse_flags
 from nca_jax.infra import checkpoint, distributed, lock, profile, progress
-from nca_jax.infra.fingerprint import tokenizer_fingerprint
+from nca_jax.infra.fingerprint import params_fingerprint, tokenizer_fingerprint
 from nca_jax.infra.log import LOG, logged
 from nca_jax.infra.mesh import rows_here
 from nca_jax.infra.preemption import stop_asked
@@ -49,7 +49,13 @@ from nca_jax.infra.records import (
 )
 from nca_jax.infra.steps import best_step, saved_steps
 from nca_jax.infra.writer import MetricWriter, SilentWriter
-from nca_jax.params import best_is_high, copy_to_train, start_params, starts_at_reference
+from nca_jax.params import (
+    best_is_high,
+    copy_to_train,
+    open_base,
+    start_trained,
+    starts_at_reference,
+)
 from nca_jax.programs import (
     abstract_state,
     build_optimizer,
@@ -124,9 +130,10 @@ def train(
     ):
         if distributed.is_first():
             until_saved.callback(checkpoint.remove_unfinished, workdir)
-        # ---- Reference, batches --------------------------------------------------------------
+        # ---- Base, reference, batches --------------------------------------------------------
         # It comes from where it first came, never from the workdir.
-        reference = make_reference(run)
+        base = open_base(run)
+        reference = make_reference(run, base)
         here = rows_here(run.mesh, config.data.rows)
         dataset = Dataset(
             data.sources,
@@ -161,7 +168,9 @@ def train(
             "heldout": counted(held),
             "score_unit": data.score_unit,
             "steps": base_steps,
-        } | ({"more_steps": extensions} if extensions else {})
+        }
+        now |= {"more_steps": extensions} if extensions else {}
+        now |= {} if base is None else {"base": params_fingerprint(base)}
         for note in record_run(workdir, began, now):
             print(note)
         if distributed.is_first():
@@ -179,26 +188,29 @@ def train(
         )
         restored_step = None if state is None else int(state.step)
         if state is None:
-            if reference.params is not None and starts_at_reference(config):
+            if base is None and reference.params is not None and starts_at_reference(config):
                 params = copy_to_train(reference.params)
             else:
-                params = start_params(run, config.model.init_from)
+                params = start_trained(run, base)
             with progress.phase("making the optimizer's state"):
                 state = start_state(run, optimizer, params)
         else:
             print(f"resumed after step {restored_step} from {workdir}")
-        print(said_sizes(state, reference.params))
+        frozen = Frozen(base, reference.params)
+        print(said_sizes(state, frozen))
         print(f"outputs in {workdir}: checkpoints, metrics.jsonl, {LOG} (what is said here)")
 
         # ---- Compile -------------------------------------------------------------------------
-        frozen = Frozen(reference=reference.params)
         train_step = progress.first_call("a step", jit_train_step(run, optimizer, frozen))
         step_logps = progress.first_call("held-out log-probabilities", jit_step_logps(run))
         evaluators = []
         for split, batches in heldout.items() if config.eval_every else ():
-            batches = fill_reference(step_logps, reference.params, batches)
-            measure = functools.partial(heldout_metrics, step_logps, batches=batches, config=config)
-            measure = progress.first_call("the held-out metrics", measure)
+            batches = fill_reference(step_logps, frozen.whole_reference(), batches)
+
+            def measured(trained: Params, batches: Sequence[HostBatch] = batches):
+                return heldout_metrics(step_logps, frozen.whole(trained), batches, config)
+
+            measure = progress.first_call("the held-out metrics", measured)
             evaluators.append(Evaluator(split, config.eval_every, measure))
 
         # ---- Loop ----------------------------------------------------------------------------
@@ -262,10 +274,10 @@ def train(
     return 0
 
 
-def said_sizes(state: TrainState, reference: Params | None) -> str:
+def said_sizes(state: TrainState, frozen: Frozen) -> str:
     """Returns how many parameters are trained, and what is in the memory of a device for them."""
-    held = {"parameters": state.params, "optimizer": state.opt_state, "reference": reference}
-    said = [f"{name} {progress.size_here(x)}" for name, x in held.items() if x is not None]
+    held = {"parameters": state.params, "optimizer": state.opt_state} | frozen._asdict()
+    said = [f"{name} {progress.size_here(x)}" for name, x in held.items() if x]
     return f"{progress.num_values(state.params):,} parameters; on a device {', '.join(said)}"
 
 

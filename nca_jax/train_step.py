@@ -21,7 +21,8 @@ class TrainState(NamedTuple):
     """What a checkpoint holds; the data position is `step` alone."""
 
     step: jax.Array  # [] int32: updates done
-    params: Params  # of the policy, float32; those that optim.freeze names stay as they are
+    # Of the policy, float32: all, or its adapters. Those that optim.freeze names stay as they are.
+    params: Params
     opt_state: optax.OptState
 
 
@@ -29,7 +30,17 @@ class Frozen(NamedTuple):
     """What nothing differentiates, donates or saves."""
 
     base: Params | None = None  # what adapters sit on; None: all parameters are trained
-    reference: Params | None = None  # of a live reference; None: the batch brings ref_logps or none
+    # Of a reference that the step runs, but what is in `base`; None: the batch brings ref_logps, or
+    # there are none.
+    reference: Params | None = None
+
+    def whole(self, params: Params) -> Params:
+        """Returns parameters as a model takes them: with the base."""
+        return merge_trained(params, self.base or {})
+
+    def whole_reference(self) -> Params | None:
+        """Returns `reference` so, where the step runs one."""
+        return None if self.reference is None else self.whole(self.reference)
 
 
 Logps = Callable[[Params, Rows[jax.Array]], jax.Array]  # of one micro-batch, -> [B, K] nats
@@ -107,6 +118,7 @@ def make_train_step(
         b, k = batch.scores.shape
         trained, untrained = split_trained(state.params, config.optim.freeze)
         logps_of = make_logps(model, config, shape=(b, k))
+        reference = frozen.whole_reference()
         zeros = jnp.zeros(batch.scores.shape, jnp.float32)
         weights = prompt_weights(loss, responses_of(batch, zeros, None), fields)  # [B]
         total_weight = jnp.sum(weights)
@@ -120,11 +132,11 @@ def make_train_step(
             logps, ref_logps, losses = carry
             rows = _micro(batch, m)
             here = batch.micro_of_prompt == m  # [B]
-            if frozen.reference is not None:
-                ref_logps = ref_logps + logps_of(frozen.reference, rows)
+            if reference is not None:
+                ref_logps = ref_logps + logps_of(reference, rows)
 
             def micro_loss(trained: Params) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-                params = merge_trained(trained, untrained)
+                params = frozen.whole(merge_trained(trained, untrained))
                 logps = logps_of(params, rows)  # [B, K], 0 for prompts in other micro-batches
                 responses = responses_of(batch, logps, ref_logps)
                 responses = responses._replace(mask=batch.mask & here[:, None])
@@ -138,7 +150,7 @@ def make_train_step(
 
         start = (
             zeros,
-            batch.ref_logps if frozen.reference is None else zeros,
+            batch.ref_logps if reference is None else zeros,
             jnp.zeros(batch.scores.shape[:1], jnp.float32),
         )
         logps, ref_logps, losses = jax.lax.fori_loop(0, batch.num_micro, add_micro, start)

@@ -67,7 +67,7 @@ def logps(model: Model, params: dict) -> tuple[np.ndarray, np.ndarray]:
 
 
 def assert_same_numbers(run: Run, folder: Path, dtype: np.dtype) -> None:
-    frozen = start_params(run, str(folder), keep_dtype=True)
+    frozen = start_params(run, str(folder), dtype="")
     copies = start_params(run, str(folder))
     assert set(dtypes_of(frozen).values()) == {dtype}
     assert set(dtypes_of(copies).values()) == {FLOAT32}
@@ -107,17 +107,17 @@ def test_float16_parameters_split_over_devices_do_too(tmp_path):
 def test_every_parameter_of_a_mixed_file_has_its_own_dtype(tmp_path):
     """A parameter whose layers differ is float32."""
     folder = written(tmp_path, "qwen3", BFLOAT16, only="layers.1.")
-    frozen = start_params(run_of(folder), str(folder), keep_dtype=True)
+    frozen = start_params(run_of(folder), str(folder), dtype="")
     assert set(dtypes_of(frozen).values()) == {FLOAT32}
     folder = written(tmp_path, "qwen3", FLOAT16, only="q_proj")
-    frozen = dtypes_of(start_params(run_of(folder), str(folder), keep_dtype=True))
+    frozen = dtypes_of(start_params(run_of(folder), str(folder), dtype=""))
     assert [path for path, x in frozen.items() if x == FLOAT16] == ["layers/attn/q/kernel"]
     assert frozen.pop("layers/attn/q/kernel") and set(frozen.values()) == {FLOAT32}
 
 
 def test_random_parameters_are_float32(tmp_path):
     run = run_of(write_family(tmp_path, "mixtral"), dtype=jnp.dtype(jnp.bfloat16))
-    found = jax.eval_shape(lambda: start_params(run, "", keep_dtype=True))
+    found = jax.eval_shape(lambda: start_params(run, "", dtype=""))
     assert set(dtypes_of(found).values()) == {FLOAT32}
 
 
@@ -132,7 +132,7 @@ def test_no_float32_copy_is_made_on_the_way():
     padded = stored.nbytes * param.shape[0] // shape[0]
     tracemalloc.start()
     try:
-        found = param.read_stored(whole)
+        found = param.reader("")(whole)
         assert tracemalloc.get_traced_memory()[1] < 1.01 * padded
     finally:
         tracemalloc.stop()

@@ -89,7 +89,7 @@ def test_what_is_not_quantised_keeps_its_dtype(tmp_path):
     for path, dtype in halves.items():
         param = params.pop(path)
         whole = (slice(None),) * len(param.shape)
-        stored = param.read_stored(whole)
+        stored = param.reader("")(whole)
         assert param.dtype == stored.dtype == dtype
         np.testing.assert_array_equal(stored.astype(np.float32), param.read(whole))
     assert {param.dtype for param in params.values()} == {np.dtype(np.float32)}

@@ -32,7 +32,7 @@ from nca_jax.files import AnyPath, absolute, remove
 from nca_jax.infra import distributed
 from nca_jax.infra.fingerprint import array_digests, array_kind
 from nca_jax.infra.finite import not_finite
-from nca_jax.infra.mesh import param_shardings
+from nca_jax.infra.mesh import param_shardings, with_shardings
 from nca_jax.infra.progress import phase
 from nca_jax.infra.steps import best_of, saved_step
 from nca_jax.protocols import CheckpointSection
@@ -268,7 +268,7 @@ def _read_unchecked(
         wanted = flatten_paths(abstract)
         saved = {name: x for name, x in saved.items() if name in wanted or not is_left(name)}
         _check_same_arrays(path, saved, wanted)
-        target = _with_shardings(abstract, shardings)
+        target = with_shardings(abstract, shardings)
         restore_args = ocp.checkpoint_utils.construct_restore_args(target)
         args = ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=True)
         with _reading(folder):
@@ -324,11 +324,3 @@ def _check_same_arrays(where: AnyPath, saved: dict[str, Any], wanted: dict[str, 
 
 def _kind(arrays: dict[str, Any], path: str) -> str:
     return array_kind(arrays[path]) if path in arrays else "missing"
-
-
-def _with_shardings(abstract: Tree, shardings: Tree) -> Tree:
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        abstract,
-        shardings,
-    )

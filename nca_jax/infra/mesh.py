@@ -135,6 +135,15 @@ def param_shardings(mesh: Mesh, abstract: Tree) -> Tree:
     return jax.tree.unflatten(jax.tree.structure(abstract), shardings)
 
 
+def with_shardings(abstract: Tree, shardings: Tree) -> Tree:
+    """Returns the shapes and dtypes with where each array goes."""
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        abstract,
+        shardings,
+    )
+
+
 def in_host(abstract: Tree, shardings: Tree) -> Tree:
     """Returns the shardings with the arrays in the memory of their devices' host; scalars stay."""
 

@@ -36,22 +36,36 @@ def make_schedule(optim: OptimSection, num_steps: int) -> optax.Schedule:
     return optax.join_schedules([rise, after[optim.schedule]], [warmup])
 
 
-def make_optimizer(optim: OptimSection, schedule: optax.Schedule) -> optax.GradientTransformation:
+def make_optimizer(
+    optim: OptimSection, schedule: optax.Schedule, *, b_lr_ratio: float = 1.0
+) -> optax.GradientTransformation:
     """Clip, then AdamW with the first moment in `mu_dtype`; decay spares norms and biases.
 
-    `init` takes all parameters, and `update` knows those that are trained: see `split_trained`.
+    Of adapters it is of a and b, and spares the norms m. `init` takes all parameters, and `update`
+    knows those that are trained: see `split_trained`.
+
+    Args:
+      b_lr_ratio: the learning rate of b, and so its decay, over that of all others (LoRA+).
     """
 
     def decayed(params):
-        is_matrix = ("kernel", "table")
+        is_matrix = ("kernel", "table", "a", "b")
         return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in is_matrix, params)
 
     clip = [optax.clip_by_global_norm(optim.clip_norm)] if optim.clip_norm else []
+
+    def faster(updates, params=None):
+        def one(path, x):
+            return b_lr_ratio * x if path[-1].key == "b" else x
+
+        return jax.tree_util.tree_map_with_path(one, updates)
+
     tx = optax.chain(
         *clip,
         scale_by_adam(optim.b1, optim.b2, optim.eps, mu_dtype=optim.mu_dtype),
         optax.add_decayed_weights(optim.weight_decay, decayed),
         optax.scale_by_learning_rate(schedule),
+        *([optax.stateless(faster)] if b_lr_ratio != 1 else []),
     )
     return optax.GradientTransformation(
         lambda params: tx.init(split_trained(params, optim.freeze)[0]), tx.update

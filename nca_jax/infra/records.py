@@ -31,6 +31,7 @@ RUN, METRICS = "run.json", "metrics.jsonl"
 # {key: what it is, and where a user changes it}. An older run.json has some of them, and those that
 # it lacks are not compared.
 DEPENDS = {
+    "base": "base of the adapters (config.model.init_from, config.lora.base_dtype)",
     "reference": "reference (config.reference, config.model.init_from)",
     "tokenizer": "tokenizer or its chat template (config.data.tokenizer)",
     "eos_ids": "ids that end a turn (of model and tokenizer)",
@@ -65,16 +66,7 @@ def record_run(workdir: AnyPath, began: dict[str, Any] | None, now: dict[str, An
       UserError: the run depends on something that has changed; names all, and nothing is written.
     """
     began = {x: v for x, v in (began or {}).items() if x != "early_stop"}  # it may go on now
-    differs = [
-        f"{words}: {began[name]} there, {now[name]} here"
-        for name, words in DEPENDS.items()
-        if name in began and began[name] != now[name]
-    ]
-    if differs:
-        raise UserError(
-            f"{workdir} holds a run that began with something else ({'; '.join(differs)}); restore "
-            "that, or use a new --workdir."
-        )
+    _check_same(workdir, began, now)
     versions, notes = {"commits": git_commit(), "jax": jax.__version__}, []
     history = {}
     for name, version in versions.items():
@@ -87,6 +79,24 @@ def record_run(workdir: AnyPath, began: dict[str, Any] | None, now: dict[str, An
         run = began | now | {"commit": history["commits"][0]} | history
         write_json(workdir / RUN, run)
     return notes
+
+
+def _check_same(workdir: AnyPath, began: dict[str, Any], now: dict[str, Any]) -> None:
+    differs = [
+        f"{words}: {began[name]} there, {now[name]} here"
+        for name, words in DEPENDS.items()
+        if name in began and name in now and began[name] != now[name]
+    ]
+    if differs:
+        raise UserError(
+            f"{workdir} holds a run that began with something else ({'; '.join(differs)}); restore "
+            "that, or use a new --workdir."
+        )
+
+
+def check_known(workdir: str, now: dict[str, Any]) -> None:
+    """Raises UserError where a run in a workdir depends on something else than `now` has of it."""
+    _check_same(as_path(workdir), known_run(workdir), now)
 
 
 def read_run(workdir: AnyPath) -> dict[str, Any]:

@@ -16,16 +16,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from nca_jax.axes import HOST_MEMORY, Params, constrain
+from nca_jax.axes import HOST_MEMORY, Params, constrain, flatten_paths, nest_paths
 from nca_jax.batch import Rows
 from nca_jax.model_config import ModelConfig
 from nca_jax.models import grouped
 from nca_jax.models.attention import cached, pairs, splash
 from nca_jax.models.attention.attend import ATTENDED, KEPT, Attend, Cache
 from nca_jax.models.layers import Attention, Kernel, Mlp, RMSNorm
+from nca_jax.models.lora import Lora, split_adapters
 from nca_jax.models.moe import Mix, Moe, dense
 
 INPUT = "input"  # the name of what comes into a layer
+ADAPTERS = 2**32 - 1  # folded into the key of adapters: no count of the base's numbers
 REMAT = {  # what the backward pass keeps of a layer, from fastest to leanest
     "none": None,
     # By name: JAX's own policies do not see products in a custom_vjp.
@@ -44,14 +46,14 @@ REMAT = {  # what the backward pass keeps of a layer, from fastest to leanest
 class Layer(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: ModelConfig, mix: Mix, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, lora: Lora | None, mix: Mix, rngs: nnx.Rngs):
         self.attn_norm = RMSNorm(config.width, config.norm_eps)
-        self.attn = Attention(config, rngs)
+        self.attn = Attention(config, lora, rngs)
         self.mlp_norm = RMSNorm(config.width, config.norm_eps)
         if config.num_experts:
-            self.moe = Moe(config, rngs, mix)
+            self.moe = Moe(config, lora, rngs, mix)
         else:
-            self.mlp = Mlp(config, rngs)
+            self.mlp = Mlp(config, lora, rngs)
         self.sparse = bool(config.num_experts)
 
     def __call__(
@@ -73,22 +75,26 @@ class Embed(nnx.Module):
 class Decoder(nnx.Module):
     """Tokens to final hidden states; the head is applied by whoever needs its logits."""
 
-    def __init__(self, config: ModelConfig, mix: Mix, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, lora: Lora | None, mix: Mix, rngs: nnx.Rngs):
         self.embed = Embed(config, rngs)
         split = nnx.split_rngs(splits=config.num_layers)
-        make_layers = split(nnx.vmap(functools.partial(Layer, config, mix)))
+        make_layers = split(nnx.vmap(functools.partial(Layer, config, lora, mix)))
         self.layers = make_layers(rngs)
         self.norm = RMSNorm(config.width, config.norm_eps)
         if not config.tied_head:
-            self.head = Kernel((config.width, config.padded_vocab), config.width, rngs)
+            self.head = Kernel((config.width,), (config.padded_vocab,), rngs)
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
     """The pure functions of one decoder; `params` is the first argument of each.
 
+    Of a model with adapters these are the base and the adapters in one tree; the base alone, as a
+    reference may be, is computed as without adapters.
+
     Attributes:
       config: sizes.
+      lora: its adapters; None: it has none.
       dtype: of the activations, whatever the parameters'.
       remat: a key of REMAT; other than "none" wants scanned layers.
       scan_layers: one compiled layer run L times, or L layers unrolled over the same params.
@@ -100,6 +106,7 @@ class Model:
     """
 
     config: ModelConfig
+    lora: Lora | None = None
     dtype: jnp.dtype = jnp.dtype("float32")
     remat: str = "none"
     scan_layers: bool = True
@@ -115,19 +122,56 @@ class Model:
             return functools.partial(grouped.mix, interpret=self.interpret)
         return dense
 
+    def _make(self, key: jax.Array) -> Decoder:
+        rngs = nnx.Rngs(key, lora=jax.random.fold_in(key, ADAPTERS))
+        return Decoder(self.config, self.lora, self._mix, rngs)
+
     @functools.cached_property
     def _graphdef(self) -> nnx.GraphDef:
-        return nnx.split(nnx.eval_shape(lambda: Decoder(self.config, self._mix, nnx.Rngs(0))))[0]
+        return nnx.split(nnx.eval_shape(lambda: self._make(jax.random.key(0))))[0]
+
+    @functools.cached_property
+    def base(self) -> "Model":
+        """The model without its adapters."""
+        return dataclasses.replace(self, lora=None)
+
+    def _merge(self, params: Params) -> Decoder:
+        model = self if split_adapters(params)[0] else self.base
+        return nnx.merge(model._graphdef, params)
 
     def init(self, key: jax.Array) -> Params:
-        """Random float32 parameters; a pure function of the key, whatever the sharding."""
-        return nnx.to_pure_dict(
-            nnx.state(Decoder(self.config, self._mix, nnx.Rngs(key)), nnx.Param)
-        )
+        """Random float32 parameters; a pure function of the key, whatever the sharding.
+
+        Those of the base are as without adapters. The norms m of DoRA are of the base that is
+        drawn here: see `init_adapters`.
+        """
+        return nnx.to_pure_dict(nnx.state(self._make(key), nnx.Param))
+
+    def init_adapters(self, key: jax.Array, base: Params) -> Params:
+        """Random float32 adapters, which change nothing of `base`; as pure as `init`."""
+        adapters, _ = split_adapters(self.init(key))
+        if self.lora is None or not self.lora.dora:
+            return adapters
+        decoder = self._merge(nest_paths(flatten_paths(base) | flatten_paths(adapters)))
+        graph, layers = nnx.split(decoder.layers)
+
+        def of_layer(state):  # m is the norm that there is: one layer's kernels at a time
+            layer = nnx.merge(graph, state)
+            for _, module in nnx.iter_modules(layer):
+                if isinstance(module, Kernel) and module.lora is not None:
+                    module.lora.start_norm(module.matrix)
+            return split_adapters(nnx.to_pure_dict(nnx.state(layer, nnx.Param)))[0]
+
+        return {"layers": jax.lax.map(of_layer, layers)}
 
     def abstract_params(self) -> Params:
         """The shapes and dtypes of `init`, without computing it."""
         return jax.eval_shape(self.init, jax.random.key(0))
+
+    def abstract_trained(self) -> Params:
+        """The shapes of what is trained: of all parameters, or of the adapters."""
+        params = self.abstract_params()
+        return params if self.lora is None else split_adapters(params)[0]
 
     def hidden(
         self,
@@ -138,7 +182,7 @@ class Model:
         cache: Cache | tuple[Cache, ...] | None = None,
     ) -> tuple[jax.Array, Cache | tuple[Cache, ...] | None]:
         """[R, T] int32 tokens and positions -> ([R, T, D] in `dtype`, the cache with [L, ...])."""
-        decoder = nnx.merge(self._graphdef, params)
+        decoder = self._merge(params)
         # Each device looks all tokens of its group up in its own slice of D, then gives its part of
         # other devices' rows away: the table is gathered nowhere. Cast after the look-up, so that
         # the gradient is summed in float32.

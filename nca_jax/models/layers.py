@@ -15,63 +15,66 @@ from jax.ad_checkpoint import checkpoint_name
 from nca_jax.axes import constrain
 from nca_jax.model_config import ModelConfig
 from nca_jax.models.attention.attend import KEPT, Attend, Cache
-
-
-@jax.custom_vjp
-def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """[R, T, *in], [*in, *out] -> [R, T, *out] in the dtype of x; the kernel is cast to it.
-
-    The gradient of the kernel is summed in float32, as x^T g or (g^T x)^T: whichever transposes
-    the narrower of the two, which costs a CPU a copy. Automatic differentiation takes the latter.
-    """
-    return jnp.tensordot(x, kernel.astype(x.dtype), axes=x.ndim - 2)
-
-
-def _product_forward(x, kernel):
-    return product(x, kernel), (x, kernel)
-
-
-def _product_backward(saved, grad):
-    x, kernel = saved
-    axes_out = grad.ndim - 2
-    last = [tuple(range(y.ndim - axes_out, y.ndim)) for y in (grad, kernel)]
-    grad_x = jnp.tensordot(grad, kernel.astype(grad.dtype), axes=last)
-    if x.size <= grad.size:
-        return grad_x, _outer(x, grad)
-    return grad_x, jnp.moveaxis(_outer(grad, x), range(axes_out), range(-axes_out, 0))
-
-
-def _outer(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Sums over tokens: [R, T, *a], [R, T, *b] -> [*a, *b] float32."""
-    tokens = (((0, 1), (0, 1)), ((), ()))
-    return jax.lax.dot_general(x, y, tokens, preferred_element_type=jnp.float32)
-
-
-product.defvjp(_product_forward, _product_backward)
+from nca_jax.models.lora import Adapter, Lora, adapter_of
+from nca_jax.models.product import product
 
 
 class Kernel(nnx.Module):
-    """A matrix without a product: each caller writes its own. N(0, 1/fan_in) at start."""
+    """A matrix without a product: each caller writes its own. N(0, 1/in) at start.
 
-    def __init__(self, shape: tuple[int, ...], fan_in: int, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(jax.random.normal(rngs.params(), shape) * fan_in**-0.5)
+    Args:
+      ins, outs: its axes, [*in, *out].
+      lora: of its adapter; None: it has none.
+      lead: axes before those, of matrices that are stacked.
+    """
 
-    def __call__(self, dtype: jnp.dtype) -> jax.Array:
-        return self.kernel[...].astype(dtype)
+    def __init__(
+        self,
+        ins: tuple[int, ...],
+        outs: tuple[int, ...],
+        rngs: nnx.Rngs,
+        *,
+        lora: Lora | None = None,
+        lead: tuple[int, ...] = (),
+    ):
+        normal = jax.random.normal(rngs.params(), (*lead, *ins, *outs))
+        self.kernel = nnx.Param(normal * math.prod(ins) ** -0.5)
+        self.lora = None if lora is None else Adapter(lora, lead, ins, outs, rngs)
+
+    def matrix(self, dtype: jnp.dtype) -> jax.Array:
+        """The kernel as it is kept, for the caller to cast: its gradient is summed in that dtype.
+
+        Whoever uses the kernel asks here, and says which dtype it is cast to.
+        """
+        return self.kernel[...]
+
+    def adapted(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        """Returns y, the product of x with the kernel, with what the adapter adds."""
+        return y if self.lora is None else self.lora(x, y, self.matrix)
 
 
 class Linear(Kernel):
     """`product` with a matrix, without a bias."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return checkpoint_name(product(x, self.kernel[...]), KEPT)
+        y = checkpoint_name(product(x, self.matrix(x.dtype)), KEPT)
+        return self.adapted(x, y)
 
 
 class Projection(Linear):
     """D to heads, with an optional bias per head."""
 
-    def __init__(self, width: int, heads: int, head_dim: int, bias: bool, rngs: nnx.Rngs):
-        super().__init__((width, heads, head_dim), width, rngs)
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        head_dim: int,
+        rngs: nnx.Rngs,
+        *,
+        bias: bool,
+        lora: Lora | None,
+    ):
+        super().__init__((width,), (heads, head_dim), rngs, lora=lora)
         self.bias = nnx.Param(jnp.zeros((heads, head_dim))) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -126,13 +129,19 @@ def rotate(x: jax.Array, positions: jax.Array, freqs: np.ndarray) -> jax.Array:
 class Attention(nnx.Module):
     """Grouped-query self-attention; which token sees which is the caller's `attend`."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, lora: Lora | None, rngs: nnx.Rngs):
         c = config
         self.config = config
-        self.q = Projection(c.width, c.num_heads, c.head_dim, c.qkv_bias, rngs)
-        self.k = Projection(c.width, c.num_kv_heads, c.head_dim, c.qkv_bias, rngs)
-        self.v = Projection(c.width, c.num_kv_heads, c.head_dim, c.qkv_bias, rngs)
-        self.o = Linear((c.num_heads, c.head_dim, c.width), c.num_heads * c.head_dim, rngs)
+
+        def projection(name: str, heads: int) -> Projection:
+            on = adapter_of(lora, name)
+            return Projection(c.width, heads, c.head_dim, rngs, bias=c.qkv_bias, lora=on)
+
+        self.q = projection("q", c.num_heads)
+        self.k = projection("k", c.num_kv_heads)
+        self.v = projection("v", c.num_kv_heads)
+        heads = (c.num_heads, c.head_dim)
+        self.o = Linear(heads, (c.width,), rngs, lora=adapter_of(lora, "o"))
         self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
 
@@ -152,10 +161,11 @@ class Attention(nnx.Module):
 class Mlp(nnx.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        d, f = config.width, config.mlp_width
-        self.gate, self.up = Linear((d, f), d, rngs), Linear((d, f), d, rngs)
-        self.down = Linear((f, d), f, rngs)
+    def __init__(self, config: ModelConfig, lora: Lora | None, rngs: nnx.Rngs):
+        d, f = (config.width,), (config.mlp_width,)
+        self.gate = Linear(d, f, rngs, lora=adapter_of(lora, "gate"))
+        self.up = Linear(d, f, rngs, lora=adapter_of(lora, "up"))
+        self.down = Linear(f, d, rngs, lora=adapter_of(lora, "down"))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         hidden = jax.nn.silu(self.gate(x)) * self.up(x)

@@ -14,47 +14,73 @@ from nca_jax.axes import constrain
 from nca_jax.model_config import ModelConfig
 from nca_jax.models.attention.attend import KEPT
 from nca_jax.models.layers import Kernel
+from nca_jax.models.lora import Lora, adapter_of
 
-# mix(x [R, T, D], shares [R, T, C] float32, chosen [R, T, C] int32, gate [E, D, F], up [E, D, F],
-# down [E, F, D]) -> [R, T, D]: sum over a token's chosen experts of share * expert(token).
-Mix = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+# The kernel W of all experts, [E, in, out]; with adapters also a [E, in, r] and b [E, r, out], and
+# the product with x is x W + (x a) b.
+Matrices = tuple[jax.Array, ...]
+# mix(x [R, T, D], shares [R, T, C] float32, chosen [R, T, C] int32, gate D to F, up D to F,
+# down F to D) -> [R, T, D]: sum over a token's chosen experts of share * expert(token).
+Mix = Callable[[jax.Array, jax.Array, jax.Array, Matrices, Matrices, Matrices], jax.Array]
+
+
+class Experts(Kernel):
+    """The kernel of all experts."""
+
+    def __call__(self, dtype: jnp.dtype) -> Matrices:
+        """The matrices of a `Mix`, in a dtype."""
+        adapter = () if self.lora is None else (self.lora.a[...], self.lora.scaled_b)
+        return tuple(x.astype(dtype) for x in (self.matrix(dtype), *adapter))
 
 
 class Moe(nnx.Module):
     """y = sum over the top experts e of softmax(router logits of the top)_e * MLP_e(x)."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, mix: Mix):
-        e, d, f = config.num_experts, config.width, config.mlp_width
-        self.router = Kernel((d, e), d, rngs)
-        self.gate = Kernel((e, d, f), d, rngs)
-        self.up = Kernel((e, d, f), d, rngs)
-        self.down = Kernel((e, f, d), f, rngs)
+    def __init__(self, config: ModelConfig, lora: Lora | None, rngs: nnx.Rngs, mix: Mix):
+        e, d, f = (config.num_experts,), (config.width,), (config.mlp_width,)
+        self.router = Kernel(d, e, rngs, lora=adapter_of(lora, "router"))
+        self.gate = Experts(d, f, rngs, lora=adapter_of(lora, "gate"), lead=e)
+        self.up = Experts(d, f, rngs, lora=adapter_of(lora, "up"), lead=e)
+        self.down = Experts(f, d, rngs, lora=adapter_of(lora, "down"), lead=e)
         self.experts_per_token = config.experts_per_token
         self.mix = mix
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[R, T, D] -> [R, T, D]."""
-        logits = jnp.einsum("rtd,de->rte", x, self.router(x.dtype)).astype(jnp.float32)
+        router = self.router.matrix(x.dtype).astype(x.dtype)
+        logits = self.router.adapted(x, jnp.einsum("rtd,de->rte", x, router)).astype(jnp.float32)
         top, chosen = jax.lax.top_k(logits, self.experts_per_token)  # [R, T, C]
         shares = jax.nn.softmax(top, axis=-1)
-        kernels = (kernel(x.dtype) for kernel in (self.gate, self.up, self.down))
-        return self.mix(x, shares, chosen, *kernels)
+        gate, up, down = (experts(x.dtype) for experts in (self.gate, self.up, self.down))
+        return self.mix(x, shares, chosen, gate, up, down)
 
 
 def dense(
     x: jax.Array,
     shares: jax.Array,
     chosen: jax.Array,
-    gate: jax.Array,
-    up: jax.Array,
-    down: jax.Array,
+    gate: Matrices,
+    up: Matrices,
+    down: Matrices,
 ) -> jax.Array:
     """A `Mix` of plain einsums: every expert computes every token, the shares choose."""
-    weights = jnp.einsum("rtc,rtce->rte", shares, jax.nn.one_hot(chosen, gate.shape[0]))
-    gated, hidden = (
-        checkpoint_name(jnp.einsum("rtd,edf->rtef", x, kernel), KEPT) for kernel in (gate, up)
-    )
+    num_experts = gate[0].shape[0]
+    weights = jnp.einsum("rtc,rtce->rte", shares, jax.nn.one_hot(chosen, num_experts))
+
+    def each(kernel: jax.Array, *adapter: jax.Array) -> jax.Array:  # [R, T, E, F]
+        y = jnp.einsum("rtd,edf->rtef", x, kernel)
+        if adapter:
+            a, b = adapter
+            y += jnp.einsum("rter,erf->rtef", jnp.einsum("rtd,edr->rter", x, a), b)
+        return checkpoint_name(y, KEPT)
+
+    gated, hidden = each(*gate), each(*up)
     hidden *= jax.nn.silu(gated)
     hidden = constrain(hidden, "rows", None, None, "mlp")
     hidden *= weights.astype(x.dtype)[..., None]
-    return jnp.einsum("rtef,efd->rtd", hidden, down)
+    kernel, *adapter = down
+    y = jnp.einsum("rtef,efd->rtd", hidden, kernel)
+    if adapter:
+        a, b = adapter
+        y += jnp.einsum("rter,erd->rtd", jnp.einsum("rtef,efr->rter", hidden, a), b)
+    return y

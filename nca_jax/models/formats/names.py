@@ -43,9 +43,10 @@ class Param(NamedTuple):
     dtype: np.dtype = FLOAT32
     nf4: "Nf4Param | None" = None
 
-    def read_stored(self, index: tuple[slice, ...]) -> np.ndarray:
-        """The same part in `dtype`, without a float32 copy of it in between."""
-        return self.read(index) if self.dtype == FLOAT32 else self.read(index, self.dtype)
+    def reader(self, dtype: str) -> Callable[[tuple[slice, ...]], np.ndarray]:
+        """Returns `read` in a dtype, "" for its own, without a float32 copy in between."""
+        wanted = np.dtype(dtype) if dtype else self.dtype
+        return lambda index: self.read(index) if wanted == FLOAT32 else self.read(index, wanted)
 
 
 class Nf4Param(NamedTuple):

@@ -1,0 +1,42 @@
+"""The product of activations with a matrix of parameters, and its gradient by hand."""
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import CustomVJPPrimal
+
+
+@jax.custom_vjp
+def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """[R, T, *in], [*in, *out] -> [R, T, *out] in the dtype of x; the kernel is cast to it.
+
+    The gradient of the kernel is summed in float32, as x^T g or (g^T x)^T: whichever transposes
+    the narrower of the two, which costs a CPU a copy. Automatic differentiation takes the latter.
+    Of a kernel that nothing differentiates there is none, and x is not kept for it.
+    """
+    return jnp.tensordot(x, kernel.astype(x.dtype), axes=x.ndim - 2)
+
+
+def _product_forward(x: CustomVJPPrimal, kernel: CustomVJPPrimal):
+    kept = x.value if kernel.perturbed else None
+    return product(x.value, kernel.value), (kept, kernel.value)
+
+
+def _product_backward(saved, grad):
+    x, kernel = saved
+    axes_out = grad.ndim - 2
+    last = [tuple(range(y.ndim - axes_out, y.ndim)) for y in (grad, kernel)]
+    grad_x = jnp.tensordot(grad, kernel.astype(grad.dtype), axes=last)
+    if x is None:
+        return grad_x, None
+    if x.size <= grad.size:
+        return grad_x, _outer(x, grad)
+    return grad_x, jnp.moveaxis(_outer(grad, x), range(axes_out), range(-axes_out, 0))
+
+
+def _outer(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Sums over tokens: [R, T, *a], [R, T, *b] -> [*a, *b] float32."""
+    tokens = (((0, 1), (0, 1)), ((), ()))
+    return jax.lax.dot_general(x, y, tokens, preferred_element_type=jnp.float32)
+
+
+product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
