@@ -13,12 +13,17 @@ next row; the groups of such a block have the same absmax. Outputs lie along a T
 a group is a whole tile, so that a kernel is made elementwise, and a shard of it from its shards.
 """
 
+import dataclasses
 import math
 import re
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from nca_jax.axes import Params, flatten_paths, param_spec
+from nca_jax.checks import UserError
 
 KERNEL = re.compile(r"layers/(attn|mlp|moe)/(?!router)\w+/kernel")
 BLOCK = 64
@@ -42,6 +47,38 @@ def group_size(inputs: int) -> int:
 def is_quantised(path: str) -> bool:
     """Whether nf4 takes the place of a parameter: of every matrix of a layer but the router."""
     return KERNEL.fullmatch(path) is not None
+
+
+def has_codes(params: Params) -> bool:
+    """Whether these are of a model whose kernels are nf4."""
+    return any(path.endswith("/codes") for path in flatten_paths(params))
+
+
+def check_blocks(abstract: Params, mesh: Mapping[str, int]) -> None:
+    """Raises UserError, by name, unless kernels are whole blocks, and groups on every device.
+
+    Args:
+      abstract: the shapes of parameters.
+      mesh: sizes of its axes.
+    """
+    for path, codes in flatten_paths(abstract).items():
+        if not path.endswith("/codes"):
+            continue
+        *_, groups, half, outputs = codes.shape
+        if not half or groups * 2 * half * outputs % BLOCK:
+            raise UserError(
+                f"{path}: nf4 wants matrices of whole blocks of {BLOCK} values, and of an even "
+                f"width; set config.lora.base_dtype='bfloat16'."
+            )
+        split = param_spec(path, codes.shape)[-3]
+        axes = (split,) if isinstance(split, str) else split or ()
+        parts = math.prod(mesh[axis] for axis in axes)
+        if groups % parts:
+            over = " * ".join(f"mesh.{axis}" for axis in axes)
+            raise UserError(
+                f"{path}: {groups} blocks of {2 * half} inputs over {over} = {parts} would be cut, "
+                "and nf4 wants them whole; give more devices to mesh.data."
+            )
 
 
 def block_absmax(x: np.ndarray) -> np.ndarray:
@@ -72,6 +109,38 @@ def pack(codes: np.ndarray) -> np.ndarray:
     """[out, in] codes -> [out, in / 2] uint8: bytes g / 2 apart in a group of g share one."""
     halves = codes.reshape(len(codes), -1, 2, group_size(codes.shape[1]) // 2)
     return (halves[:, :, 0] << 4 | halves[:, :, 1]).reshape(len(codes), -1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Nf4:
+    """A kernel in nf4, for whoever takes one as it is kept and casts it where it is used.
+
+    Attributes:
+      codes, absmax: as above.
+      shape: of the kernel, [*lead, *in, *out].
+    """
+
+    codes: jax.Array
+    absmax: jax.Array
+    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def astype(self, dtype: jnp.dtype) -> jax.Array:
+        return dequantise(self.codes, self.absmax, dtype).reshape(self.shape)
+
+
+def shapes(
+    lead: tuple[int, ...], inputs: int, outputs: int
+) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """Returns those of the codes and of the absmax of a kernel."""
+    group = group_size(inputs)
+    codes = (*lead, inputs // group, group // 2, outputs)
+    absmax = (*lead, inputs // group, 1, outputs)
+    return jax.ShapeDtypeStruct(codes, jnp.uint8), jax.ShapeDtypeStruct(absmax, jnp.float32)
 
 
 def dequantise(codes: jax.Array, absmax: jax.Array, dtype: jnp.dtype) -> jax.Array:

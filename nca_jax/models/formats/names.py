@@ -286,6 +286,17 @@ def _open_nf4(
     return opened(fetches[0], group // 2, UINT8), opened(fetches[1], 1, FLOAT32)
 
 
+def of_arrays(config: ModelConfig, arrays: Mapping[str, np.ndarray]) -> dict[str, Param]:
+    """Returns {path: Param} of float32 parameters that are in memory."""
+    whole = {path: Param(x.shape, x.__getitem__) for path, x in arrays.items()}
+    held = places(config, HF)
+
+    def fetch(name: str, index: tuple[slice, ...]) -> np.ndarray:
+        return read_tensor(config, whole, held[name])[index]
+
+    return open_params(config, HF, fetch, dict.fromkeys(held, FLOAT32))
+
+
 def to_tensor(entry: Entry, config: ModelConfig, value: np.ndarray) -> np.ndarray:
     """Turns one layer (and expert) of a parameter into its tensor: the inverse of reading.
 
