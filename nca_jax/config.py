@@ -35,7 +35,8 @@ from nca_jax.losses import LOSSES, SHARED
 from nca_jax.metrics import IS_BETTER_HIGH
 from nca_jax.model_config import MODELS, TARGETS
 
-OPTIONAL = ("lora", "generate")  # sections that a config may lack
+# Sections that a config may lack, and where it does.
+OPTIONAL = {"lora": "without adapters", "generate": "where nothing is sampled"}
 
 DTYPES = ("float32", "bfloat16")
 ALIGN = Check(int, lambda x: x in (0, 1, 8, 16), "0, 1, 8 or 16")
@@ -119,9 +120,7 @@ FIELDS: dict[str, Field] = {
     ),
     "reference.init_from": Field("", TEXT, "as model.init_from; empty: the policy's start"),
     "reference.cache": Field("", TEXT, "folder of a cached reference"),
-    "lora.rank": Field(
-        16, COUNT, "r, of the adapters; without this section there are none", since=5
-    ),
+    "lora.rank": Field(16, COUNT, "r, of the adapters", since=5),
     "lora.alpha": Field(16.0, POSITIVE, "an adapter's product is scaled by alpha / rank", since=5),
     "lora.targets": Field(
         "q,k,v,o,gate,up,down",

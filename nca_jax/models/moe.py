@@ -71,7 +71,7 @@ def dense(
         y = jnp.einsum("rtd,edf->rtef", x, kernel)
         if adapter:
             a, b = adapter
-            y += jnp.einsum("rter,erf->rtef", jnp.einsum("rtd,edr->rter", x, a), b)
+            y += jnp.einsum("rtek,ekf->rtef", jnp.einsum("rtd,edk->rtek", x, a), b)
         return checkpoint_name(y, KEPT)
 
     gated, hidden = each(*gate), each(*up)
@@ -82,5 +82,5 @@ def dense(
     y = jnp.einsum("rtef,efd->rtd", hidden, kernel)
     if adapter:
         a, b = adapter
-        y += jnp.einsum("rter,erd->rtd", jnp.einsum("rtef,efr->rter", hidden, a), b)
+        y += jnp.einsum("rtek,ekd->rtd", jnp.einsum("rtef,efk->rtek", hidden, a), b)
     return y
