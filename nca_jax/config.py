@@ -35,7 +35,8 @@ from nca_jax.losses import LOSSES, SHARED
 from nca_jax.metrics import IS_BETTER_HIGH
 from nca_jax.model_config import MODELS, TARGETS
 
-OPTIONAL = ("lora", "generate")  # sections that a config may lack
+# Sections that a config may lack, and where it does.
+OPTIONAL = {"lora": "without adapters", "generate": "where nothing is sampled"}
 
 DTYPES = ("float32", "bfloat16")
 ALIGN = Check(int, lambda x: x in (0, 1, 8, 16), "0, 1, 8 or 16")
@@ -119,9 +120,7 @@ FIELDS: dict[str, Field] = {
     ),
     "reference.init_from": Field("", TEXT, "as model.init_from; empty: the policy's start"),
     "reference.cache": Field("", TEXT, "folder of a cached reference"),
-    "lora.rank": Field(
-        16, COUNT, "r, of the adapters; without this section there are none", since=5
-    ),
+    "lora.rank": Field(16, COUNT, "r, of the adapters", since=5),
     "lora.alpha": Field(16.0, POSITIVE, "an adapter's product is scaled by alpha / rank", since=5),
     "lora.targets": Field(
         "q,k,v,o,gate,up,down",
@@ -141,7 +140,10 @@ FIELDS: dict[str, Field] = {
         1.0, POSITIVE, "LoRA+: learning rate of the second factor over that of the first", since=5
     ),
     "lora.base_dtype": Field(
-        "", one_of("", *DTYPES), "of the base in memory; empty: that of its file", since=5
+        "",
+        one_of("", *DTYPES, "nf4"),
+        "of the base in memory, nf4: QLoRA's 4 bits; empty: that of its file",
+        since=5,
     ),
     "data.files": Field(
         "", TEXT, "globs, tfds:NAME[/SCORE]:SPLIT or hf:NAME[:CONFIG]:SPLIT, by commas or +"

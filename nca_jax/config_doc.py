@@ -19,7 +19,7 @@ def describe() -> str:
         head, _, leaf = name.rpartition(".")
         if head != title:
             title = head
-            absent = " (absent where nothing is sampled)" if head in OPTIONAL else ""
+            absent = f" (absent {OPTIONAL[head]})" if head in OPTIONAL else ""
             lines += ["", f"## {f'config.{head}' if head else 'config'}{absent}", *_HEADER]
         lines.append(_line(leaf, field))
     for name, loss in LOSSES.items():

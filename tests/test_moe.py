@@ -16,8 +16,11 @@ MIX = functools.partial(grouped.mix, interpret=True)
 MESH = {"data": 1, "fsdp": 1, "tensor": 1, "expert": 1}
 
 
-def problem(chosen=None, rows=8, length=12):
-    """Returns (x, shares, chosen, gate, up, down); experts at random, or all tokens as given."""
+def problem(chosen=None, rows=8, length=12, rank=0):
+    """Returns (x, shares, chosen, gate, up, down); experts at random, or all tokens as given.
+
+    With a rank the kernels have adapters.
+    """
     keys = jax.random.split(jax.random.key(0), 6)
     x = jax.random.normal(keys[0], (rows, length, D))
     shares = jax.nn.softmax(jax.random.normal(keys[1], (rows, length, C)))
@@ -25,12 +28,20 @@ def problem(chosen=None, rows=8, length=12):
         chosen = jax.lax.top_k(jax.random.normal(keys[2], (rows, length, E)), C)[1]
     else:
         chosen = jnp.broadcast_to(jnp.array(chosen, jnp.int32)[None, None], shares.shape)
-    gate, up = (jax.random.normal(key, (E, D, F)) for key in keys[3:5])
-    return x, shares, chosen, gate, up, jax.random.normal(keys[5], (E, F, D))
+    sizes = zip(keys[3:], [(D, F), (D, F), (F, D)], strict=True)
+    return x, shares, chosen, *(matrices(key, *of, rank) for key, of in sizes)
+
+
+def matrices(key, size_in, size_out, rank):
+    """Returns the kernel of all experts, and with a rank the a and b of its adapter."""
+    kernel = jax.random.normal(key, (E, size_in, size_out))
+    a = jax.random.normal(jax.random.fold_in(key, 1), (E, size_in, rank))
+    b = jax.random.normal(jax.random.fold_in(key, 2), (E, rank, size_out))
+    return (kernel, a, b) if rank else (kernel,)
 
 
 def value_and_gradients(mix, arrays):
-    """Returns (y, gradients by x, shares and the three kernels) of a random linear function."""
+    """Returns (y, gradients by x, shares and all matrices) of a random linear function."""
     weights = jax.random.normal(jax.random.key(9), arrays[0].shape)
 
     def loss(x, shares, gate, up, down):
@@ -39,7 +50,7 @@ def value_and_gradients(mix, arrays):
 
     grad = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3, 4), has_aux=True))
     grads, y = grad(*arrays[:2], *arrays[3:])
-    return y, *grads
+    return y, *jax.tree.leaves(grads)
 
 
 def assert_same(got, want):
@@ -68,8 +79,8 @@ def test_grouped_products_equal_the_dense_mixture_and_drop_no_token(chosen):
     ],
     ids=["expert, fsdp", "expert, tensor, data"],
 )
-def test_experts_over_a_mesh_equal_the_dense_mixture(sizes):
-    arrays = problem()
+def test_experts_with_adapters_over_a_mesh_equal_the_dense_mixture(sizes):
+    arrays = problem(rank=3)
     want = value_and_gradients(dense, arrays)
     with jax.set_mesh(make_mesh(MESH | sizes)):
         got = value_and_gradients(MIX, arrays)

@@ -18,9 +18,10 @@ from nca_jax.config import flatten
 from nca_jax.config_check import check_config
 from nca_jax.flags import parse_flags
 from nca_jax.losses import LOSSES
-from nca_jax.model_config import MODELS
+from nca_jax.model_config import MODELS, TARGETS
 from nca_jax.models.decoder import Model
 from nca_jax.models.formats import names
+from nca_jax.models.lora import Lora
 from nca_jax.train_step import TrainState
 
 ROOT = Path(__file__).parent.parent
@@ -238,12 +239,16 @@ DECODERS = MODELS | {
     "tiny_moe with biases": dataclasses.replace(MODELS["tiny_moe"], qkv_bias=True),
     "smollm2_135m with biases": dataclasses.replace(MODELS["smollm2_135m"], qkv_bias=True),
 }
+ADAPTERS = {
+    "tiny": Lora(4, 4.0, TARGETS, dora=True),
+    "tiny_moe": Lora(4, 4.0, TARGETS),
+}
 
 
 @functools.cache
 def train_state_shapes(name: str) -> dict[str, tuple[int, ...]]:
     """Returns {path: shape} of the parameters, AdamW's moments and step of a decoder."""
-    params = Model(DECODERS[name]).abstract_params()
+    params = Model(DECODERS[name], ADAPTERS.get(name)).abstract_params()
     opt_state = jax.eval_shape(optax.adamw(1e-5).init, params)
     state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, opt_state)
     return {path: x.shape for path, x in axes.flatten_paths(state).items()}
