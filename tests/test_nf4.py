@@ -45,10 +45,11 @@ def test_codes_absmax_and_values_are_those_of_bitsandbytes_bit_for_bit(name):
     high, low = codes.reshape(-1, 2).T
     np.testing.assert_array_equal(high << 4 | low, stored[f"{name}.codes"])
     height, width = weight.shape
-    packed = nf4.pack(codes).T.reshape(width // 64, 32, height)
-    of_groups = nf4.of_groups(absmax, weight.shape).T[:, None]
-    values = nf4.dequantise(jnp.asarray(packed), jnp.asarray(of_groups), jnp.float32)
-    np.testing.assert_array_equal(values.T, stored[f"{name}.dequantised"])
+    for group in (64, 16):
+        packed = nf4.pack(codes, group).T.reshape(width // group, group // 2, height)
+        of_groups = nf4.of_groups(absmax, weight.shape, group).T[:, None]
+        values = nf4.dequantise(jnp.asarray(packed), jnp.asarray(of_groups), jnp.float32)
+        np.testing.assert_array_equal(values.T, stored[f"{name}.dequantised"])
 
 
 # Folders

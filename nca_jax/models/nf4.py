@@ -8,9 +8,9 @@ On a device a kernel of I inputs and O outputs is
     codes   uint8   [..., I / g, g / 2, O]   two in a byte: byte j of a group has input j in its
                                              high 4 bits, and input j + g / 2 in its low ones
     absmax  float32 [..., I / g, 1, O]       of each group
-where g = `group_size(I)` is 64, or less where I is no multiple of it and a block goes on in the
-next row; the groups of such a block have the same absmax. Outputs lie along a TPU's lanes and half
-a group is a whole tile, so that a kernel is made elementwise, and a shard of it from its shards.
+where g = `group_size(I)` is 64 in any large model; where a block is of several groups they repeat
+its absmax. Outputs lie along a TPU's lanes and half a group is a whole tile, so that a kernel is
+made elementwise, and a shard of it from its shards.
 """
 
 import dataclasses
@@ -27,6 +27,7 @@ from nca_jax.checks import UserError
 
 KERNEL = re.compile(r"layers/(attn|mlp|moe)/(?!router)\w+/kernel")
 BLOCK = 64
+SPLIT = 8  # devices that can split the inputs of a kernel
 # The quantiles of a normal distribution that the paper derives, as float32.
 CODE = np.array(
     [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -40,8 +41,12 @@ PIECE = 2**16  # values that are compared at a time: they stay in a processor's 
 
 
 def group_size(inputs: int) -> int:
-    """Returns g, the inputs of an output that have one absmax: 64, or what divides both."""
-    return math.gcd(BLOCK, inputs)
+    """Returns g, how many inputs of an output have one absmax.
+
+    A whole block, where 8 devices can split the inputs by blocks; else less, so that they can, and
+    where a block goes on in the next row.
+    """
+    return math.gcd(BLOCK, inputs // SPLIT if inputs % (2 * SPLIT) == 0 else inputs)
 
 
 def is_quantised(path: str) -> bool:
@@ -76,7 +81,7 @@ def check_blocks(abstract: Params, mesh: Mapping[str, int]) -> None:
         if groups % parts:
             over = " * ".join(f"mesh.{axis}" for axis in axes)
             raise UserError(
-                f"{path}: {groups} blocks of {2 * half} inputs over {over} = {parts} would be cut, "
+                f"{path}: {groups} groups of {2 * half} inputs over {over} = {parts} would be cut, "
                 "and nf4 wants them whole; give more devices to mesh.data."
             )
 
@@ -99,15 +104,14 @@ def quantise(x: np.ndarray, absmax: np.ndarray) -> np.ndarray:
     return codes.reshape(x.shape)
 
 
-def of_groups(absmax: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """[blocks] of a matrix of this shape -> [out, in / g]: the absmax of each group."""
-    group = group_size(shape[1])
+def of_groups(absmax: np.ndarray, shape: tuple[int, ...], group: int) -> np.ndarray:
+    """[blocks] of a matrix of this shape -> [out, in / g]: the absmax of each group of g."""
     return absmax[np.arange(0, math.prod(shape), group) // BLOCK].reshape(shape[0], -1)
 
 
-def pack(codes: np.ndarray) -> np.ndarray:
-    """[out, in] codes -> [out, in / 2] uint8: bytes g / 2 apart in a group of g share one."""
-    halves = codes.reshape(len(codes), -1, 2, group_size(codes.shape[1]) // 2)
+def pack(codes: np.ndarray, group: int) -> np.ndarray:
+    """[out, in] codes -> [out, in / 2] uint8: those g / 2 apart in a group of g share a byte."""
+    halves = codes.reshape(len(codes), -1, 2, group // 2)
     return (halves[:, :, 0] << 4 | halves[:, :, 1]).reshape(len(codes), -1)
 
 
@@ -146,16 +150,15 @@ def shapes(
 def dequantise(codes: jax.Array, absmax: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """[..., I / g, g / 2, O] and [..., I / g, 1, O] -> [..., I, O] in `dtype`."""
     *lead, groups, half, outputs = codes.shape
-    high_and_low = np.array([4, 0], np.uint8).reshape((1,) * (len(lead) + 1) + (2, 1, 1))
-    each = codes[..., None, :, :] >> high_and_low & np.uint8(15)
-    values = _look_up(each) * absmax[..., None, :, :]
-    return values.reshape(*lead, groups * 2 * half, outputs).astype(dtype)
+    codes = codes.astype(jnp.int32)
+    halves = [(_look_up(x) * absmax).astype(dtype) for x in (codes >> 4, codes & 15)]
+    return jnp.concatenate(halves, axis=-2).reshape(*lead, groups * 2 * half, outputs)
 
 
 def _look_up(codes: jax.Array) -> jax.Array:
     """CODE[codes] as a tree of selections: a TPU gathers single numbers slowly."""
     level = [jnp.float32(value) for value in CODE]
     for bit in range(4):
-        is_set = (codes >> np.uint8(bit) & np.uint8(1)).astype(bool)
+        is_set = (codes >> bit) & 1 == 1
         level = [jnp.where(is_set, b, a) for a, b in zip(level[::2], level[1::2], strict=True)]
     return level[0]

@@ -59,9 +59,9 @@ class Nf4Tensor(NamedTuple):
     def values(self, index: tuple[slice, ...]) -> np.ndarray:
         """Returns a part in float32."""
         rows, columns = index
-        absmax = nf4.of_groups(self.absmax(), self.shape)[rows]
-        values = nf4.CODE[self.codes(rows)]
-        values *= np.repeat(absmax, nf4.group_size(self.shape[1]), axis=1)
+        group = nf4.group_size(self.shape[1])
+        absmax = nf4.of_groups(self.absmax(), self.shape, group)[rows]
+        values = nf4.CODE[self.codes(rows)] * np.repeat(absmax, group, axis=1)
         return values[:, columns]
 
 
@@ -79,10 +79,13 @@ def nf4_fetches(fetch: Fetch, stored: Mapping[str, Nf4Tensor], inputs: int) -> t
 
     def values(name: str, rows: slice, groups: slice) -> tuple[np.ndarray, tuple[slice, slice]]:
         """Returns whole blocks, and which rows and groups of them are asked for."""
-        if inputs % nf4.BLOCK == 0:
-            columns = slice(groups.start * group, groups.stop * group)
-            return fetch(name, (rows, columns)).astype(np.float32), (ALL, ALL)
-        return fetch(name, (ALL, ALL)).astype(np.float32), (rows, groups)
+        if inputs % nf4.BLOCK:
+            return fetch(name, (ALL, ALL)).astype(np.float32), (rows, groups)
+        in_block = nf4.BLOCK // group
+        first, end = groups.start // in_block, -(-groups.stop // in_block)
+        x = fetch(name, (rows, slice(first * nf4.BLOCK, end * nf4.BLOCK)))
+        at = slice(groups.start - first * in_block, groups.stop - first * in_block)
+        return x.astype(np.float32), (ALL, at)
 
     def codes(name: str, index: tuple[slice, ...]) -> np.ndarray:
         rows, packed = index
@@ -92,14 +95,14 @@ def nf4_fetches(fetch: Fetch, stored: Mapping[str, Nf4Tensor], inputs: int) -> t
         else:
             x, at = values(name, rows, groups)
             found = nf4.quantise(x, nf4.block_absmax(x))
-        found = nf4.pack(found)
+        found = nf4.pack(found, group)
         return found.reshape(len(found), -1, group // 2)[at].reshape(-1, packed.stop - packed.start)
 
     def absmax(name: str, index: tuple[slice, ...]) -> np.ndarray:
         if name in stored:
-            return nf4.of_groups(stored[name].absmax(), stored[name].shape)[index]
+            return nf4.of_groups(stored[name].absmax(), stored[name].shape, group)[index]
         x, at = values(name, *index)
-        return nf4.of_groups(nf4.block_absmax(x), x.shape)[at]
+        return nf4.of_groups(nf4.block_absmax(x), x.shape, group)[at]
 
     return codes, absmax
 
