@@ -136,8 +136,6 @@ def test_adapters_that_go_on_are_those_of_their_folder(tmp_path, one_device):
     assert run.model.lora == LORA and found.keys() == expected.keys()
     for path, x in expected.items():
         np.testing.assert_array_equal(found[path], x, err_msg=path)
-    merged = packed_logits(*read_params(folder))  # as model.init_from opens it
-    np.testing.assert_allclose(packed_logits(run.model, params), merged, rtol=0, atol=1e-4)
     with pytest.raises(UserError, match=r"set --config.lora.rank=3 \(it is 5\), --config.lora.tar"):
         start_of([*flags, "--config.lora.rank=5", "--config.lora.targets=q"])
 
