@@ -1,6 +1,6 @@
-"""Writes nf4_folder: a random model that transformers quantised by bitsandbytes, absmax too.
+"""Writes data/nf4_folder: a random model that transformers quantised by bitsandbytes, absmax too.
 
-    python tests/data/make_nf4_folder.py     (wants the torch extra)
+    python tests/make_nf4_folder.py     (wants the torch extra)
 
 Blocks go on from one row to the next: no width is a multiple of 64. digests.json has sha256 of what
 bitsandbytes makes of each matrix, in float32.
@@ -51,7 +51,7 @@ def dequantised(model) -> dict[str, torch.Tensor]:
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         model = make(Path(folder), double=True)
-        out = Path(__file__).parent / "nf4_folder"
+        out = Path(__file__).parent / "data" / "nf4_folder"
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(Path(folder) / "quantised", out)
         digests = {
