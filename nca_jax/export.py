@@ -134,10 +134,13 @@ def chosen_merge(config: ConfigDict, asked: str, dtype: str) -> str:
 def rounding(config: ConfigDict) -> str:
     """Returns the dtype that a run's base has and its files have not; "" where they agree."""
     dtype, where = config.lora.base_dtype, config.model.init_from
-    if dtype in ("", "float32") or is_quantised(where):
-        return ""
-    kinds = {weight.dtype.name for weight in open_pretrained(where)[1].values()} if where else set()
-    return "" if kinds == {dtype} else dtype
+    weights = open_pretrained(where)[1].values() if where else ()
+    if dtype == "nf4":
+        kernels = [weight.nf4 for weight in weights if weight.nf4 is not None]
+        is_same = bool(kernels) and all(k.num_stored == k.num_tensors for k in kernels)
+    else:
+        is_same = dtype in ("", "float32") or {weight.dtype.name for weight in weights} == {dtype}
+    return "" if is_same else dtype
 
 
 def is_quantised(where: str) -> bool:
