@@ -140,7 +140,10 @@ FIELDS: dict[str, Field] = {
         1.0, POSITIVE, "LoRA+: learning rate of the second factor over that of the first", since=5
     ),
     "lora.base_dtype": Field(
-        "", one_of("", *DTYPES), "of the base in memory; empty: that of its file", since=5
+        "",
+        one_of("", *DTYPES, "nf4"),
+        "of the base in memory, nf4: QLoRA's 4 bits; empty: that of its file",
+        since=5,
     ),
     "data.files": Field(
         "", TEXT, "globs, tfds:NAME[/SCORE]:SPLIT or hf:NAME[:CONFIG]:SPLIT, by commas or +"

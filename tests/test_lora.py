@@ -54,7 +54,7 @@ def model_of(case: str, **options) -> Model:
     return Model(config, lora, **options)
 
 
-def logps(model: Model, params: dict) -> np.ndarray:
+def logps(model: Model, params: dict) -> jax.Array:
     """Returns the log-probability of every response token of two packed rows, [R, T]."""
     layout = RowLayout(row_len=32, rows=2, block=16, num_pairs=causal_bound(32, 16), align=1)
     packed, _, _ = pack(pieces(), layout, slots=slots(), num_slots=NUM_SLOTS, num_micro=1)
@@ -62,7 +62,7 @@ def logps(model: Model, params: dict) -> np.ndarray:
     compute = jax.jit(
         lambda params: token_logps(model, params, rows, num_slots=NUM_SLOTS, block=16, chunk=16)
     )
-    return np.asarray(compute(params))
+    return compute(params)
 
 
 def start(model: Model) -> tuple[dict, dict]:

@@ -2,9 +2,9 @@
 
 import dataclasses
 import reprlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -16,6 +16,7 @@ from nca_jax.model_config import ModelConfig, RopeScaling
 from nca_jax.models.families import FAMILIES
 from nca_jax.models.families.family import Family
 from nca_jax.models.formats import names
+from nca_jax.models.formats.four_bit import Tensor, check_quantisation, find_stored
 from nca_jax.models.formats.untrusted import (
     EVEN,
     IDS,
@@ -65,7 +66,6 @@ FIELDS: dict[str, Check] = dict.fromkeys(SIZES, SIZE) | {  # all that is read of
     "num_experts_per_tok": NUM_STACKED,
 }
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor")  # of rope_type llama3
-ADAPTER = "adapter_config.json"
 COMPARED = 1 << 24  # elements of the head and of the embedding that are in memory at once
 DTYPES = {  # by safetensors' names
     "F32": np.dtype(np.float32),
@@ -77,6 +77,8 @@ DTYPES = {  # by safetensors' names
 def open_hf(folder: str | Path) -> tuple[ModelConfig, dict[str, names.Param]]:
     """Opens a folder with config.json and model.safetensors, whole or sharded with an index.
 
+    Matrices may be in 4 bits, as bitsandbytes stores nf4: `read` gives their values in float32.
+
     Every name, shape and dtype is checked here; the values are read when a `Param` is. A head that
     is stored beside tie_word_embeddings is left out if it is the embedding, and is else the head,
     as in transformers: its values alone are read here.
@@ -85,40 +87,35 @@ def open_hf(folder: str | Path) -> tuple[ModelConfig, dict[str, names.Param]]:
       UserError: no safetensors, tensors that do not fit the config, or what `read_config` refuses.
     """
     folder = Path(folder)
-    if (folder / ADAPTER).exists() and not any(folder.glob("model*.safetensors*")):
-        raise UserError(
-            f"{folder} holds an adapter ({ADAPTER}) without its model; merge the two once with "
-            "peft (merge_and_unload, then save_pretrained)."
-        )
     config, naming = _read_config(folder)
-    tensors = _list_tensors(folder)
-    for name, tensor in tensors.items():
-        if tensor.dtype not in DTYPES:
-            raise UserError(
-                f"{name} in {folder} is {tensor.dtype}; wanted one of {', '.join(DTYPES)}."
-            )
+    tensors = list_tensors(_weight_files(folder))
+    fetch_stored = fetch_from(tensors)
+    try:
+        stored, parts = find_stored(tensors, fetch_stored)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
+    shapes = {name: tensor.shape for name, tensor in tensors.items() if name not in parts}
+    shapes |= {name: matrix.shape for name, matrix in stored.items()}
+    plain = {name: tensors[name] for name in shapes.keys() - stored.keys()}
+    dtypes = dict.fromkeys(stored, names.FLOAT32) | stored_dtypes(plain)
 
     def fetch(name: str, index: tuple[slice, ...]) -> np.ndarray:
-        # Opened for each read: a file that stays mapped counts as memory of this process.
-        with safe_open(tensors[name].file, framework="np") as handle:
-            return handle.get_slice(name)[index]
+        return stored[name].values(index) if name in stored else fetch_stored(name, index)
 
     embedding, head = naming["embed/table"], naming["head/kernel"]
-    if config.tied_head and head in tensors:
+    if config.tied_head and head in shapes:
         shape = (config.vocab_size, config.width)
-        have_it = [name in tensors and tensors[name].shape == shape for name in (embedding, head)]
+        have_it = [shapes.get(name) == shape for name in (embedding, head)]
         if all(have_it) and _are_equal(embedding, head, shape, fetch):
-            del tensors[head]
+            del shapes[head]
         else:
             config = dataclasses.replace(config, tied_head=False)
             print(
                 f"{folder}: config.json says tie_word_embeddings=true, but {head} is stored with "
                 f"other values than {embedding}; it is used as the head."
             )
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
     names.check_tensors(str(folder), shapes, names.tensor_shapes(config, naming))
-    dtypes = {name: DTYPES[tensor.dtype] for name, tensor in tensors.items()}
-    return config, names.open_params(config, naming, fetch, dtypes)
+    return config, names.open_params(config, naming, fetch, dtypes, stored)
 
 
 def _are_equal(one: str, other: str, shape: tuple[int, int], fetch: names.Fetch) -> bool:
@@ -212,6 +209,8 @@ def _refuse(family: Family, raw: dict[str, Any]) -> None:
             f"architectures {reprlib.repr(raw['architectures'])} is not supported; wanted "
             f"{family.architecture}."
         )
+    if raw["quantization_config"] is not None:
+        check_quantisation(raw["quantization_config"])
     for key, value in family.wanted.items():
         if raw[key] != value:
             raise UserError(f"{key} {reprlib.repr(raw[key])} is not supported; wanted {value!r}.")
@@ -262,18 +261,10 @@ def _in_vocabulary(ids: Iterable[int], raw: dict[str, Any]) -> Iterator[int]:
     return (i for i in ids if 0 <= i < raw["vocab_size"])
 
 
-class Tensor(NamedTuple):
-    """What a safetensors file says of one of its tensors."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str  # as safetensors writes it
-
-
-def _list_tensors(folder: Path) -> dict[str, Tensor]:
+def list_tensors(files: Iterable[Path]) -> dict[str, Tensor]:
     """Returns the tensors of all files by name, less what RoPE recomputes."""
     tensors = {}
-    for file in _weight_files(folder):
+    for file in files:
         check_file(file)
         try:
             with safe_open(file, framework="np") as handle:
@@ -285,6 +276,27 @@ def _list_tensors(folder: Path) -> dict[str, Tensor]:
         except (OSError, SafetensorError) as error:
             raise UserError(f"Cannot read {file}: {error}") from error
     return {k: v for k, v in tensors.items() if not k.endswith("rotary_emb.inv_freq")}
+
+
+def stored_dtypes(tensors: Mapping[str, Tensor]) -> dict[str, np.dtype]:
+    """Returns {tensor name: dtype}. Raises UserError if one is not of `DTYPES`."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES:
+            raise UserError(
+                f"{name} in {tensor.file} is {tensor.dtype}; wanted one of {', '.join(DTYPES)}."
+            )
+    return {name: DTYPES[tensor.dtype] for name, tensor in tensors.items()}
+
+
+def fetch_from(tensors: Mapping[str, Tensor]) -> names.Fetch:
+    """Returns what reads a part of one of these tensors."""
+
+    def fetch(name: str, index: tuple[slice, ...]) -> np.ndarray:
+        # Opened for each read: a file that stays mapped counts as memory of this process.
+        with safe_open(tensors[name].file, framework="np") as handle:
+            return handle.get_slice(name)[index]
+
+    return fetch
 
 
 def _weight_files(folder: Path) -> list[Path]:
