@@ -68,7 +68,12 @@ setup(
             *GGUF,
         ],
         "demo": ["vaderSentiment>=3.3.2", "matplotlib>=3.9", *GGUF],
-        "torch": ["torch==2.13.0", "peft==0.21.2"],  # parity with released code, in CPU arithmetic
+        "torch": [  # parity with the released code, in CPU arithmetic
+            "torch==2.13.0",
+            "peft==0.21.2",
+            "bitsandbytes==0.50.2",
+            "accelerate>=1",  # transformers quantises with it
+        ],
         "tpu": ["jax[tpu]"],  # of the jax above, and the libtpu that goes with it
         "gpu": ["jax[cuda13]"],
         "gcs": ["gcsfs"],  # files on gs://; of the release of fsspec that is installed

@@ -35,6 +35,11 @@ PARAM_RULES = (
     (r"moe/(gate|up)/kernel$", P(None, "expert", "fsdp", "tensor")),  # L E D F
     (r"moe/down/kernel$", P(None, "expert", "tensor", "fsdp")),  # L E F D
     (r"(q_norm|k_norm|norm)/scale$", P()),  # small: copied
+    # A kernel in nf4, and its absmax: as the kernel is, its inputs in groups.
+    (r"(attn/(q|k|v)|mlp/(gate|up))/(codes|absmax)$", P(None, WIDTH, None, "tensor")),
+    (r"(attn/o|mlp/down)/(codes|absmax)$", P(None, "tensor", None, WIDTH)),
+    (r"moe/(gate|up)/(codes|absmax)$", P(None, "expert", "fsdp", None, "tensor")),
+    (r"moe/down/(codes|absmax)$", P(None, "expert", "tensor", None, "fsdp")),
     # Adapters: as their kernel is, the rank not split.
     (r"attn/(q|k|v)/lora/a$", P(None, WIDTH, None)),  # L D r
     (r"attn/(q|k|v)/lora/b$", P(None, None, "tensor", None)),  # L r N H

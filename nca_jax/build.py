@@ -33,6 +33,7 @@ from nca_jax.infra.optim import split_trained
 from nca_jax.infra.progress import pace_of_entries, phase
 from nca_jax.losses import LOSSES
 from nca_jax.model_config import MODELS, TARGETS, ModelConfig
+from nca_jax.models import nf4
 from nca_jax.models.attention import splash
 from nca_jax.models.decoder import Model
 from nca_jax.models.formats.pretrained import load_tokenizer, open_pretrained
@@ -153,6 +154,8 @@ def _assemble(
         splash_blocks=_splash_blocks(config, kernel),
         interpret=platform != "tpu",
     )
+    if "lora" in config and config.lora.base_dtype == "nf4":
+        nf4.check_blocks(model.base.abstract_nf4(), mesh.shape)
     if config.optim.freeze:
         split_trained(model.abstract_trained(), config.optim.freeze)
     return Run(config, mesh, model, tokenizer)

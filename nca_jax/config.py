@@ -140,7 +140,10 @@ FIELDS: dict[str, Field] = {
         1.0, POSITIVE, "LoRA+: learning rate of the second factor over that of the first", since=5
     ),
     "lora.base_dtype": Field(
-        "", one_of("", *DTYPES), "of the base in memory; empty: that of its file", since=5
+        "",
+        one_of("", *DTYPES, "nf4"),
+        "of the base in memory, nf4: QLoRA's 4 bits; empty: that of its file",
+        since=5,
     ),
     "data.files": Field(
         "", TEXT, "globs, tfds:NAME[/SCORE]:SPLIT or hf:NAME[:CONFIG]:SPLIT, by commas or +"
@@ -224,7 +227,10 @@ FIELDS: dict[str, Field] = {
         128, COUNT_OR_0, "tokens whose logits exist at once; 0: 64 MiB of them", True, auto=0
     ),
     "optim.lr": Field(
-        5e-6, LR, "peak learning rate of AdamW; 0: 1e-5, from 1e9 parameters on 5e-7", auto=0.0
+        5e-6,
+        LR,
+        "peak learning rate of AdamW; 0: 1e-5, from 1e9 parameters on 5e-7; tenfold of adapters",
+        auto=0.0,
     ),
     "optim.schedule": Field(
         "cosine", one_of("constant", "linear", "cosine", "wsd"), "after the warmup"

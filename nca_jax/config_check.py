@@ -65,8 +65,8 @@ def _check_together(config: ConfigDict) -> None:
         (
             best in ("accuracy", "accuracy_half_ties", "top1", "margin")
             and data.num_responses == 1,
-            f"config.checkpoint.best_metric={best!r} compares responses, and there is one a prompt: "
-            "set it to loss",
+            f"config.checkpoint.best_metric={best!r} compares responses, and there is one a "
+            "prompt: set it to loss",
         ),
         (
             best == "chosen_logp_drift" and kind == "none",

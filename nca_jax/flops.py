@@ -60,19 +60,23 @@ def forward_flops(config: ModelConfig, prompt_len: int, response_lens: Sequence[
 
 
 def needed_flops(
-    config: ModelConfig, prompt_len: int, response_lens: Sequence[int], *, frozen: bool = False
+    config: ModelConfig, prompt_len: int, response_lens: Sequence[int], *, adapters: int = 0
 ) -> Flops:
     """A policy's forward and backward pass, the reference being known.
 
     A backward pass is two forward passes. The head's logits are computed again in it, as nobody
     can keep them: 6 operations a trunk parameter and token, 8 a head parameter and scored token.
-    Matrices that are frozen under adapters have no gradient, nor are logits wanted again: 4 and 4.
-    The adapters' own products, some hundredths, are left out.
+    Under adapters trunk and head have no gradient of their own, and through a head that is frozen
+    the gradient comes with the logits: 4 and 4.
+
+    Args:
+      adapters: parameters of theirs that a token is multiplied with; 0: all parameters are trained.
     """
     trunk, attention, head = forward_flops(config, prompt_len, response_lens)
-    if frozen:
-        return Flops(2 * trunk, 3 * attention, 2 * head)
-    return Flops(3 * trunk, 3 * attention, 4 * head)
+    if not adapters:
+        return Flops(3 * trunk, 3 * attention, 4 * head)
+    tokens = prompt_len + sum(response_lens)
+    return Flops(2 * trunk + 6 * adapters * tokens, 3 * attention, 2 * head)
 
 
 def mfu(
@@ -82,21 +86,22 @@ def mfu(
     seconds: float,
     device_kind: str,
     num_devices: int,
-    frozen: bool = False,
+    adapters: int = 0,
 ) -> float | None:
     """Model FLOPs utilization of a step: needed operations over what the devices could have done.
 
-        sum over prompts of 3 * forward / (seconds * num_devices * peak)
+        sum over prompts of needed / (seconds * num_devices * peak)
 
-    Three forward passes are the policy's forward and backward; of frozen matrices two. A prompt counts once however often
-    it is computed; padding, anything that is computed again (layers, logits) and the reference's
-    pass count nothing. The peak is that of bfloat16, whatever the run computes in.
+    Needed are the policy's forward and backward pass: `needed_flops` without computing logits
+    again. A prompt counts once however often it is computed; padding, anything that is computed
+    again (layers, logits) and the reference's pass count nothing. The peak is that of bfloat16,
+    whatever the run computes in.
 
     Args:
       lengths: tokens of each prompt, then of each of its responses.
       seconds: of the step.
       device_kind: as JAX names the devices.
-      frozen: whether adapters alone are trained.
+      adapters: as in `needed_flops`.
     Returns:
       A fraction, or None for a device whose peak is not known.
     """
@@ -104,8 +109,8 @@ def mfu(
         return None
     needed = 0
     for prompt, *rest in lengths:
-        trunk, attention, head = forward_flops(config, prompt, rest)
-        needed += (2 if frozen else 3) * (trunk + head) + 3 * attention
+        needed += needed_flops(config, prompt, rest, adapters=adapters).total
+        needed -= 0 if adapters else forward_flops(config, prompt, rest).head
     return needed / (seconds * num_devices * CHIPS[device_kind].peak_flops)
 
 

@@ -1,25 +1,28 @@
 """Where the parameters of a run come from: a checkpoint, a pretrained model, or a seed."""
 
 import dataclasses
+import json
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from nca_jax.axes import Params
+from nca_jax.axes import Params, flatten_paths, nest_paths
 from nca_jax.build import Run
 from nca_jax.checks import UserError
 from nca_jax.files import AnyPath, as_path
 from nca_jax.infra.checkpoint import restore_params
-from nca_jax.infra.fingerprint import params_fingerprint
+from nca_jax.infra.fingerprint import array_digests, text_fingerprint
 from nca_jax.infra.finite import not_finite
-from nca_jax.infra.mesh import param_shardings, place
+from nca_jax.infra.mesh import Read, host_mesh, param_shardings, place
 from nca_jax.infra.optim import merge_trained
 from nca_jax.infra.progress import phase
 from nca_jax.infra.records import check_known
 from nca_jax.infra.steps import best_step, saved_step, saved_steps
 from nca_jax.metrics import IS_BETTER_HIGH
-from nca_jax.models.formats.names import Param
+from nca_jax.models import nf4
+from nca_jax.models.formats.names import Param, of_arrays
 from nca_jax.models.formats.pretrained import open_adapter, open_pretrained
 from nca_jax.models.lora import Lora
 
@@ -35,13 +38,16 @@ def start_params(run: Run, init_from: str, *, dtype: str = "float32") -> Params:
       dtype: float32, for what is trained; for what is frozen also bfloat16, or "": each parameter
         in the dtype that it has in its file. That is half the memory of a bfloat16 model, and the
         same numbers, as kernels are cast where they are used. Random ones are float32 for "".
+        nf4: the layers' matrices in 4 bits, tensor by tensor, the others in their own dtype.
     Raises:
       UserError: there is no such model, or one of another architecture, or it is not finite.
     """
     model = run.model.base
-    abstract = model.abstract_params()
+    abstract = abstract_start(run, dtype)
+    shardings = param_shardings(run.mesh, abstract)
+    if not init_from and dtype == "nf4":
+        return place(abstract, shardings, _readers(_random_weights(run), dtype))
     if not init_from:
-        shardings = param_shardings(run.mesh, abstract)
         init = jax.jit(
             lambda key: _cast(model.init(key), dtype or "float32"), out_shardings=shardings
         )
@@ -54,6 +60,42 @@ def start_params(run: Run, init_from: str, *, dtype: str = "float32") -> Params:
             f"{init_from!r} is not of the policy's architecture: {found} there, {ours} here."
         )
     return _load(run, abstract, weights, init_from, dtype)
+
+
+def abstract_start(run: Run, dtype: str) -> Params:
+    """Returns the shapes of `start_params`; their dtypes but for nf4 are those of the file.
+
+    Raises:
+      UserError: the model, or a part of it on a device, is not whole blocks of nf4.
+    """
+    if dtype != "nf4":
+        return run.model.base.abstract_params()
+    abstract = run.model.base.abstract_nf4()
+    nf4.check_blocks(abstract, run.mesh.shape)
+    return abstract
+
+
+def _readers(weights: Mapping[str, Param], dtype: str) -> dict[str, Read]:
+    """Returns what reads each parameter in a dtype, as `start_params` has it."""
+    if dtype != "nf4":
+        return {path: weight.reader(dtype) for path, weight in weights.items()}
+    read = {}
+    for path, weight in weights.items():
+        if weight.nf4 is None:
+            read[path] = weight.reader("")
+        else:
+            folder = path.removesuffix("kernel")
+            read[f"{folder}codes"] = weight.nf4.codes.read
+            read[f"{folder}absmax"] = weight.nf4.absmax.read
+    return read
+
+
+def _random_weights(run: Run) -> dict[str, Param]:
+    """Returns random ones in the memory of this host, each of whose processes draws the same."""
+    model = run.model.base
+    here = param_shardings(host_mesh(), model.abstract_params())
+    arrays = jax.jit(model.init, out_shardings=here)(jax.random.key(run.config.seed))
+    return of_arrays(model.config, jax.device_get(flatten_paths(arrays)))
 
 
 def copy_to_train(frozen: Params) -> Params:
@@ -77,15 +119,41 @@ def open_base(run: Run) -> Params | None:
     """
     if run.model.lora is None:
         return None
-    return start_params(run, run.config.model.init_from, dtype=run.config.lora.base_dtype)
+    where = run.config.model.init_from
+    dtype = run.config.lora.base_dtype or ("nf4" if where and _is_nf4(where) else "")
+    return start_params(run, where, dtype=dtype)
+
+
+def _is_nf4(init_from: str) -> bool:
+    """Whether the layers' matrices of a model are nf4 in its file.
+
+    Raises:
+      UserError: some are, and some are not.
+    """
+    kernels = [weight.nf4 for weight in open_pretrained(init_from)[1].values() if weight.nf4]
+    stored, tensors = sum(k.num_stored for k in kernels), sum(k.num_tensors for k in kernels)
+    if 0 < stored < tensors:
+        raise UserError(
+            f"{init_from!r} has {stored} of {tensors} matrices of its layers in 4 bits: set "
+            "config.lora.base_dtype=nf4 to quantise the others too, or bfloat16 to have none so."
+        )
+    return stored > 0
+
+
+def base_fingerprint(base: Params) -> str:
+    """Returns what run.json keeps of a base: one changed value changes it."""
+    return text_fingerprint(json.dumps(array_digests(base), sort_keys=True))
 
 
 def abstract_base(run: Run) -> Params | None:
     """Returns the shapes of `open_base`, without opening a file: its dtype is the usual one."""
     if run.model.lora is None:
         return None
-    dtype = run.config.lora.base_dtype or usual_dtype(run.config.model.init_from)
-    return with_dtype(run.model.base.abstract_params(), dtype)
+    usual = usual_dtype(run.config.model.init_from)
+    dtype = run.config.lora.base_dtype or usual
+    if dtype != "nf4":
+        return with_dtype(run.model.base.abstract_params(), dtype)
+    return with_dtype(abstract_start(run, dtype), usual)
 
 
 def usual_dtype(init_from: str) -> str:
@@ -94,8 +162,12 @@ def usual_dtype(init_from: str) -> str:
 
 
 def with_dtype(abstract: Params, dtype: str) -> Params:
-    """Returns the same shapes in another dtype."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), abstract)
+    """Returns the same shapes in another dtype; what is nf4 stays so."""
+
+    def one(path: str, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return x if path.endswith(("/codes", "/absmax")) else jax.ShapeDtypeStruct(x.shape, dtype)
+
+    return nest_paths({path: one(path, x) for path, x in flatten_paths(abstract).items()})
 
 
 def start_trained(run: Run, base: Params | None) -> Params:
@@ -138,9 +210,9 @@ def _load(
     run: Run, abstract: Params, weights: dict[str, Param], init_from: str, dtype: str
 ) -> Params:
     """Returns sharded parameters out of a folder. UserError if they are not finite."""
-    read = {path: w.reader(dtype) for path, w in weights.items()}
     with phase(f"loading the weights of {init_from}"):
-        params = place(abstract, param_shardings(run.mesh, abstract), read)
+        shardings = param_shardings(run.mesh, abstract)
+        params = place(abstract, shardings, _readers(weights, dtype))
         bad = not_finite(params)
     if bad:
         raise UserError(f"{init_from!r}: {bad} hold NaN or infinity; fetch or make it again.")
@@ -164,7 +236,7 @@ def policy_params(run: Run, workdir: str, step: str = "") -> Params:
     folder = as_path(workdir)
     number = chosen_step(run.config, folder, step)
     if base is not None:
-        check_known(workdir, {"base": params_fingerprint(base)})
+        check_known(workdir, {"base": base_fingerprint(base)})
     trained = restore_params(folder, run.model.abstract_trained(), run.mesh, step=number)
     return merge_trained(trained, base or {})
 

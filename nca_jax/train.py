@@ -34,7 +34,7 @@ from nca_jax.files import AnyPath, as_path, out_folder, whole_lines, write_json
 from nca_jax.fit import Evaluator, fit, stalled_since
 from nca_jax.flags import parse_flags
 from nca_jax.infra import checkpoint, distributed, lock, profile, progress
-from nca_jax.infra.fingerprint import params_fingerprint, tokenizer_fingerprint
+from nca_jax.infra.fingerprint import tokenizer_fingerprint
 from nca_jax.infra.log import LOG, logged
 from nca_jax.infra.mesh import rows_here
 from nca_jax.infra.preemption import stop_asked
@@ -50,6 +50,7 @@ from nca_jax.infra.records import (
 from nca_jax.infra.steps import best_step, saved_steps
 from nca_jax.infra.writer import MetricWriter, SilentWriter
 from nca_jax.params import (
+    base_fingerprint,
     best_is_high,
     copy_to_train,
     open_base,
@@ -170,7 +171,7 @@ def train(
             "steps": base_steps,
         }
         now |= {"more_steps": extensions} if extensions else {}
-        now |= {} if base is None else {"base": params_fingerprint(base)}
+        now |= {} if base is None else {"base": base_fingerprint(base)}
         for note in record_run(workdir, began, now):
             print(note)
         if distributed.is_first():
@@ -270,7 +271,10 @@ def train(
             for line in advice.after_training(whole_lines(workdir / METRICS, is_metrics)):
                 print(line)
         can_evaluate, can_sample = bool(len(held)), run.tokenizer is not None
-        print(*what_next(workdir, can_evaluate=can_evaluate, can_sample=can_sample), sep="\n")
+        rounded = "lora" in config and config.lora.base_dtype not in ("", "float32")
+        export = " --merge=dequantised" if rounded else ""  # there is no default
+        can = {"can_evaluate": can_evaluate, "can_sample": can_sample}
+        print(*what_next(workdir, **can, export=export), sep="\n")
     return 0
 
 
@@ -281,13 +285,15 @@ def said_sizes(state: TrainState, frozen: Frozen) -> str:
     return f"{progress.num_values(state.params):,} parameters; on a device {', '.join(said)}"
 
 
-def what_next(workdir: AnyPath, *, can_evaluate: bool, can_sample: bool) -> list[str]:
+def what_next(
+    workdir: AnyPath, *, can_evaluate: bool, can_sample: bool, export: str = ""
+) -> list[str]:
     """Returns the commands that a run which is done can go to, a line each."""
     here = f"--workdir={shlex.quote(str(workdir))}"
     flags = {
         "evaluate": can_evaluate and here,
         "generate": can_sample and f"{here} --prompts=FILE --out=FILE",
-        "export": f"{here} --out=FOLDER",
+        "export": f"{here} --out=FOLDER{export}",
     }
     return [f"next: python -m nca_jax.{name} {x}" for name, x in flags.items() if x]
 

@@ -52,10 +52,9 @@ def test_adapters_leave_the_trunk_two_passes_and_their_own_products():
         return model.hidden(params, tokens, jnp.zeros_like(tokens), without_products)[0].sum()
 
     compiled = jax.jit(jax.grad(total)).lower(adapters, base, tokens).compile()
-    two_passes = needed_flops(WIDE, num_tokens, [], frozen=True).trunk
-    own = 3 * 2 * num_tokens * sum(x.size for x in jax.tree.leaves(adapters))
+    needed = needed_flops(WIDE, num_tokens, [], adapters=model.adapter_params).trunk
     # The first layer's input has no gradient: its q, k and v are multiplied once.
-    assert compiled.cost_analysis()["flops"] == pytest.approx(two_passes + own, rel=0.05)
+    assert compiled.cost_analysis()["flops"] == pytest.approx(needed, rel=0.05)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -114,6 +113,13 @@ def test_a_step_at_the_peak_has_an_mfu_of_one():
         assert mfu(
             WIDE, [[100, 50, 50]], seconds=needed / (4 * chip.peak_flops), **args
         ) == pytest.approx(1)
+
+
+def test_under_adapters_the_base_has_no_gradient():
+    forward, adapters = forward_flops(WIDE, 10, [4, 6]), 1000
+    needed = needed_flops(WIDE, 10, [4, 6], adapters=adapters)
+    assert needed.trunk == 2 * forward.trunk + 6 * adapters * 20
+    assert (needed.attention, needed.head) == (3 * forward.attention, 2 * forward.head)
 
 
 def test_an_unknown_device_has_no_mfu():

@@ -1,4 +1,4 @@
-"""Thirty steps of LoRA beside PEFT: the released batch maths, a base in float32, NCA.
+"""Thirty steps beside PEFT, the released batch maths: NCA, and InfoNCA on a base in 4 bits.
 
 Files in tests/data/adapters were made with torch and PEFT: a base, adapters before and after.
 """
@@ -6,7 +6,6 @@ Files in tests/data/adapters were made with torch and PEFT: a base, adapters bef
 import json
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from commands import metric_lines
@@ -18,16 +17,19 @@ from nca_jax import build, precompute, train
 from nca_jax.axes import flatten_paths, nest_paths
 from nca_jax.flags import parse_flags
 from nca_jax.infra.checkpoint import restore_params
-from nca_jax.infra.mesh import make_mesh, param_shardings, put_whole
+from nca_jax.infra.mesh import param_shardings, put_whole
 
 ADAPTERS = Path(__file__).parent / "data" / "adapters"
 FLAGS = (
     f"--config.model.init_from={ADAPTERS / 'tiny_mistral'}",
     "--config.optim.lr=1e-2",
-    "--config.lora.rank=8",
     "--config.lora.alpha=16",
     "--config.reference.kind=base",
 )
+KINDS = {
+    "lora": ("--config.lora.rank=8",),
+    "qlora": ("--config.lora.rank=16", "--config.lora.base_dtype=nf4"),
+}
 
 
 def adapters_in(folder: Path, abstract: dict) -> dict[str, np.ndarray]:
@@ -42,37 +44,27 @@ def adapters_in(folder: Path, abstract: dict) -> dict[str, np.ndarray]:
     return found
 
 
-@pytest.fixture
-def use_devices(monkeypatch):
-    """Returns a function that makes these of the 8 devices all there are, in this order."""
-
-    def use(*order: int) -> None:
-        chosen = [jax.devices()[i] for i in order]
-        monkeypatch.setattr(build, "make_mesh", lambda sizes, _: make_mesh(sizes, chosen))
-
-    return use
-
-
-@pytest.fixture
-def golden(monkeypatch) -> dict:
-    """The trajectory; runs begin with its adapters."""
+@pytest.fixture(params=KINDS)
+def golden(request, monkeypatch) -> dict:
+    """The trajectory of a kind; runs begin with its adapters."""
+    kind = request.param
 
     def start(run: build.Run, base: dict) -> dict:
         abstract = run.model.abstract_trained()
         shardings = flatten_paths(param_shardings(run.mesh, abstract))
-        arrays = adapters_in(ADAPTERS / "adapter_init_lora", abstract)
+        arrays = adapters_in(ADAPTERS / f"adapter_init_{kind}", abstract)
         return nest_paths({path: put_whole(x, shardings[path]) for path, x in arrays.items()})
 
     monkeypatch.setattr(train, "start_trained", start)
-    return json.loads((ADAPTERS / "trajectory_lora.json").read_text())
+    return json.loads((ADAPTERS / f"trajectory_{kind}.json").read_text())
 
 
-def apart(config: ConfigDict, workdir: Path) -> float:
+def apart(kind: str, config: ConfigDict, workdir: Path) -> float:
     """Returns the relative norm of what the last adapters differ in from PEFT's."""
     run = build.build(config)
     abstract = run.model.abstract_trained()
     ours = flatten_paths(restore_params(workdir, abstract, run.mesh))
-    theirs = adapters_in(ADAPTERS / "adapter_final_lora", abstract)
+    theirs = adapters_in(ADAPTERS / f"adapter_final_{kind}", abstract)
     squares = {path: np.sum((np.asarray(ours[path]) - x) ** 2) for path, x in theirs.items()}
     return float(np.sqrt(sum(squares.values()) / sum(np.sum(x**2) for x in theirs.values())))
 
@@ -98,20 +90,21 @@ CASES = {
 def test_thirty_steps_equal_peft(tmp_path, use_devices, golden, case):
     devices, flags = CASES[case]
     use_devices(*devices)
-    flags = golden_flags(tmp_path, golden, *FLAGS, *flags)
+    kind = golden["kind"]
+    flags = golden_flags(tmp_path, golden, *FLAGS, *KINDS[kind], *flags)
     train.main([*flags, f"--workdir={tmp_path / 'run'}"])
     lines = metric_lines(tmp_path / "run", "train")
     assert len(lines) == 30
     assert lines[0]["max_abs_logratio"] == 0 or len(devices) > 1
     check(largest_differences(golden, lines))
-    assert apart(parse_flags(flags)[0], tmp_path / "run") < 1e-3
+    assert apart(kind, parse_flags(flags)[0], tmp_path / "run") < 1e-3
 
 
 @pytest.mark.slow
 def test_a_cache_that_another_rank_made_leaves_the_numbers(tmp_path, use_devices, golden):
     use_devices(0)
     cached = ("--config.reference.kind=cached", f"--config.reference.cache={tmp_path / 'cache'}")
-    flags = golden_flags(tmp_path, golden, *FLAGS, *cached)
+    flags = golden_flags(tmp_path, golden, *FLAGS, *KINDS[golden["kind"]], *cached)
     precompute.main([*flags, "--config.lora.rank=2", "--config.lora.alpha=1"])
     train.main([*flags, f"--workdir={tmp_path / 'run'}"])
     check(largest_differences(golden, metric_lines(tmp_path / "run", "train")))

@@ -24,9 +24,9 @@ def is_target(path: str, lora: Lora) -> bool:
     return path.endswith("/kernel") and path.split("/")[-2] in lora.targets
 
 
-def random_adapters(config, lora: Lora, seed: int = 0) -> dict[str, names.Param]:
+def random_adapters(config, lora: Lora, size: float = 1.0) -> dict[str, names.Param]:
     """float32 values of all 24 bits, of the shapes that the interface of adapters has."""
-    rng, sizes, found = np.random.default_rng(seed), names.axis_sizes(config) | {"r": lora.rank}, {}
+    rng, sizes, found = np.random.default_rng(0), names.axis_sizes(config) | {"r": lora.rank}, {}
     for entry in names.entries(config):
         if is_target(entry.path, lora):
             outs, ins = entry.tensor_axes.split()
@@ -34,7 +34,7 @@ def random_adapters(config, lora: Lora, seed: int = 0) -> dict[str, names.Param]
             for part, letters in (
                 axes | ({"m": entry.stacked + outs} if lora.dora else {})
             ).items():
-                value = rng.normal(size=[sizes[x] for x in letters]).astype(np.float32)
+                value = rng.normal(0, size, [sizes[x] for x in letters]).astype(np.float32)
                 path = entry.path.replace("/kernel", f"/lora/{part}")
                 found[path] = names.Param(value.shape, value.__getitem__)
     return found

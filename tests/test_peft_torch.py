@@ -11,12 +11,14 @@ torch = pytest.importorskip("torch")
 theirs = pytest.importorskip("peft")
 
 from families import packed_logits, read_params  # noqa: E402  (torch may not be there)
+from helpers import read_all  # noqa: E402
 from make_families import load, torch_logits  # noqa: E402
 from test_families_torch import made_by_transformers  # noqa: E402
 from test_peft import random_adapters  # noqa: E402
 
+from nca_jax.axes import nest_paths  # noqa: E402
+from nca_jax.infra.optim import merge_trained  # noqa: E402
 from nca_jax.models.formats import hf, peft, pretrained  # noqa: E402
-from nca_jax.models.formats.names import Param  # noqa: E402
 from nca_jax.models.lora import Lora  # noqa: E402
 
 pytestmark = pytest.mark.torch
@@ -53,11 +55,14 @@ def test_adapters_that_peft_made_give_its_logits_and_come_back(tmp_path, name, t
     logits = torch_logits(adapted)
     assert_moved(logits, base)
 
-    found = packed_logits(*read_params(out))
+    merged = packed_logits(*read_params(out))
+    np.testing.assert_allclose(merged, logits, rtol=0, atol=1e-4)
+    (config, _), (model, params) = hf.open_hf(base), read_params(base)
+    adapter = pretrained.open_adapter(str(out), config)
+    params = merge_trained(nest_paths(read_all(adapter.params)), params)
+    found = packed_logits(dataclasses.replace(model, lora=adapter.lora), params)
     np.testing.assert_allclose(found, logits, rtol=0, atol=1e-4)
 
-    config, _ = hf.open_hf(base)
-    adapter = pretrained.open_adapter(str(out), config)
     peft.write_peft(tmp_path / "ours", config, adapter.lora, adapter.params, base=adapter.base)
     again = theirs.PeftModel.from_pretrained(load(base), tmp_path / "ours").eval()
     np.testing.assert_array_equal(torch_logits(again), logits)
@@ -70,10 +75,7 @@ def test_peft_reads_our_adapters_of_experts_and_of_their_router(tmp_path, rslora
     made_by_transformers("mixtral").save_pretrained(tmp_path / "base")
     config, _ = hf.open_hf(tmp_path / "base")
     lora = Lora(4, 8.0, ("k", "router", "gate", "up", "down"), rslora=rslora)
-    params = {
-        path: Param(x.shape, lambda index, x=x: 0.2 * x.read(index))
-        for path, x in random_adapters(config, lora).items()
-    }
+    params = random_adapters(config, lora, 0.2)
     out = tmp_path / "adapter"
     peft.write_peft(out, config, lora, params, base=str(tmp_path / "base"))
     adapted = theirs.PeftModel.from_pretrained(load(tmp_path / "base"), out).eval()

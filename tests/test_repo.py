@@ -275,7 +275,9 @@ def test_every_array_of_a_train_state_has_a_rule(name):
 def test_every_rule_is_used():
     used = set()
     for name in DECODERS:
-        for path, shape in train_state_shapes(name).items():
+        quantised = axes.flatten_paths(Model(DECODERS[name]).abstract_nf4())
+        quantised = {path: x.shape for path, x in quantised.items()}
+        for path, shape in (train_state_shapes(name) | quantised).items():
             if shape:
                 used.add(next(rule for rule, _ in axes.PARAM_RULES if re.search(rule, path)))
     assert used == {rule for rule, _ in axes.PARAM_RULES}

@@ -96,13 +96,18 @@ def write_model(folder: Path, config: ModelConfig) -> None:
     write_hf(folder, config, {path: Param(x.shape, x.__getitem__) for path, x in arrays.items()})
 
 
-def write_adapter(folder: Path, config: ModelConfig, rank: int) -> None:
-    """Writes a PEFT folder of adapters on every matrix of the layers, as they start."""
+def write_adapter(folder: Path, config: ModelConfig, rank: int) -> int:
+    """Writes a PEFT folder of adapters on every matrix of the layers, as they start.
+
+    Returns:
+      how many parameters they have.
+    """
     lora = Lora(rank, alpha=float(rank), targets=LINEAR)
     model = Model(config, lora=lora)
     adapters = model.init_adapters(jax.random.key(0), {})  # without DoRA no base is read
     arrays = {path: np.asarray(x) for path, x in flatten_paths(adapters).items()}
     write_peft(folder, config, lora, {p: Param(x.shape, x.__getitem__) for p, x in arrays.items()})
+    return model.adapter_params
 
 
 def random_rows(cell: Cell, vocab_size: int) -> list[dict]:
@@ -173,17 +178,17 @@ def best_row_len(rows: list[dict], at_most: int) -> int:
     return min(candidates, key=lambda row_len: (num_slots(row_len), -row_len))
 
 
-def count(config: ModelConfig, rows: list[dict], *, frozen: bool) -> dict[str, int]:
+def count(config: ModelConfig, rows: list[dict], *, adapters: int) -> dict[str, int]:
     """What a step of these rows needs, in tokens and in floating-point operations.
 
     The release's operations: every response with its prompt in a row of its own, filled up to the
     longest of the prompt; logits everywhere; a forward pass of the reference, and three of the
     policy, or two where its matrices are frozen under adapters.
     """
-    passes = 3 if frozen else 4
+    passes = 3 if adapters else 4
     lengths = [(len(r["prompt_ids"]), [len(ids) for ids in r["response_ids"]]) for r in rows]
     padded = [prompt + max(rs) for prompt, rs in lengths for _ in rs]
-    needed = [flops.needed_flops(config, *row, frozen=frozen) for row in lengths]
+    needed = [flops.needed_flops(config, *row, adapters=adapters) for row in lengths]
     return {
         "needed_tokens": sum(prompt + sum(responses) for prompt, responses in lengths),
         "scored_tokens": sum(sum(responses) for _, responses in lengths),
@@ -215,9 +220,8 @@ def main() -> None:
     else:
         rows = real_rows(cell, args.data)
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    counts = count(config, rows, frozen=cell.rank > 0)
-    if cell.rank:
-        write_adapter(folder / "adapter", config, cell.rank)
+    adapters = write_adapter(folder / "adapter", config, cell.rank) if cell.rank else 0
+    counts = count(config, rows, adapters=adapters)
     row_len = best_row_len(rows, cell.row_len)
     job = {
         "cell": args.cell,

@@ -6,8 +6,8 @@ A record has one of these forms:
     {"prompt_ids": [id, ..], "response_ids": [[id, ..], ..], "scores": [number, ..]}
     {"prompt": text or messages, "response": text or messages} or {"messages": messages}
 A response that is messages is a whole conversation, which makes "prompt" unnecessary: see
-`conversation`. A number may be a text that says one. A pair has the scores 1 and 0, one response has 0. Ids are used as
-they are: nothing is appended.
+`conversation`. A number may be a text that says one. A pair has the scores 1 and 0, a response
+without a score has 0. Ids are used as they are: nothing is appended.
 
 A rollout has the first form, and beside its text
     "prompt_ids", "response_ids"  what was sampled after what; null for a response whose text says

@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from nca_jax.axes import HOST_MEMORY, Params, constrain, flatten_paths, nest_paths
 from nca_jax.batch import Rows
 from nca_jax.model_config import ModelConfig
-from nca_jax.models import grouped
+from nca_jax.models import grouped, nf4
 from nca_jax.models.attention import cached, pairs, splash
 from nca_jax.models.attention.attend import ATTENDED, KEPT, Attend, Cache
 from nca_jax.models.layers import Attention, Kernel, Mlp, RMSNorm
@@ -90,7 +90,8 @@ class Model:
     """The pure functions of one decoder; `params` is the first argument of each.
 
     Of a model with adapters these are the base and the adapters in one tree; the base alone, as a
-    reference may be, is computed as without adapters.
+    reference may be, is computed as without adapters. Kernels of the layers may be nf4, which their
+    paths tell.
 
     Attributes:
       config: sizes.
@@ -131,13 +132,38 @@ class Model:
         return nnx.split(nnx.eval_shape(lambda: self._make(jax.random.key(0))))[0]
 
     @functools.cached_property
+    def _nf4(self) -> tuple[nnx.GraphDef, nnx.State]:
+        """The graph, and the shapes, where the layers' kernels are nf4."""
+
+        def make() -> Decoder:
+            decoder = self._make(jax.random.key(0))
+            for path, module in nnx.iter_modules(decoder.layers):
+                name = "/".join(["layers", *map(str, path), "kernel"])
+                if isinstance(module, Kernel) and nf4.is_quantised(name):
+                    module.make_nf4()
+            return decoder
+
+        return nnx.split(nnx.eval_shape(make))
+
+    @functools.cached_property
     def base(self) -> "Model":
         """The model without its adapters."""
         return dataclasses.replace(self, lora=None)
 
+    @functools.cached_property
+    def adapter_params(self) -> int:
+        """How many parameters of adapters a token is multiplied with; 0: there are none."""
+        c = self.config
+        flat = flatten_paths(split_adapters(self.abstract_params())[0])
+        are_experts = [path for path in flat if "/moe/" in path and "/router/" not in path]
+        of_experts = sum(flat[path].size for path in are_experts)
+        others = sum(x.size for x in flat.values()) - of_experts
+        return others + of_experts * c.experts_per_token // max(c.num_experts, 1)
+
     def _merge(self, params: Params) -> Decoder:
-        model = self if split_adapters(params)[0] else self.base
-        return nnx.merge(model._graphdef, params)
+        adapters, base = split_adapters(params)
+        model = self if adapters else self.base
+        return nnx.merge(model._nf4[0] if nf4.has_codes(base) else model._graphdef, params)
 
     def init(self, key: jax.Array) -> Params:
         """Random float32 parameters; a pure function of the key, whatever the sharding.
@@ -167,6 +193,10 @@ class Model:
     def abstract_params(self) -> Params:
         """The shapes and dtypes of `init`, without computing it."""
         return jax.eval_shape(self.init, jax.random.key(0))
+
+    def abstract_nf4(self) -> Params:
+        """The same where the layers' kernels are nf4."""
+        return nnx.to_pure_dict(self._nf4[1])
 
     def abstract_trained(self) -> Params:
         """The shapes of what is trained: of all parameters, or of the adapters."""

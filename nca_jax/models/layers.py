@@ -14,9 +14,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from nca_jax.axes import constrain
 from nca_jax.model_config import ModelConfig
+from nca_jax.models import nf4
 from nca_jax.models.attention.attend import KEPT, Attend, Cache
 from nca_jax.models.lora import Adapter, Lora, adapter_of
-from nca_jax.models.product import product
+from nca_jax.models.product import Matrix, product
 
 
 class Kernel(nnx.Module):
@@ -27,6 +28,9 @@ class Kernel(nnx.Module):
       lora: of its adapter; None: it has none.
       lead: axes before those, of matrices that are stacked.
     """
+
+    codes: nnx.Param  # these two in place of the kernel where `is_nf4`
+    absmax: nnx.Param
 
     def __init__(
         self,
@@ -40,12 +44,23 @@ class Kernel(nnx.Module):
         normal = jax.random.normal(rngs.params(), (*lead, *ins, *outs))
         self.kernel = nnx.Param(normal * math.prod(ins) ** -0.5)
         self.lora = None if lora is None else Adapter(lora, lead, ins, outs, rngs)
+        self.lead, self.ins, self.outs, self.is_nf4 = lead, ins, outs, False
 
-    def matrix(self, dtype: jnp.dtype) -> jax.Array:
-        """The kernel as it is kept, for the caller to cast: its gradient is summed in that dtype.
+    def make_nf4(self) -> None:
+        """Keeps codes and absmax in place of the kernel, of which this makes the shapes alone."""
+        shape = self.kernel.shape  # layers are stacked before `lead`
+        lead = shape[: len(shape) - len(self.ins) - len(self.outs)]
+        codes, absmax = nf4.shapes(lead, math.prod(self.ins), math.prod(self.outs))
+        self.codes = nnx.Param(jnp.zeros(codes.shape, codes.dtype))
+        self.absmax = nnx.Param(jnp.zeros(absmax.shape, absmax.dtype))
+        del self.kernel
+        self.is_nf4 = True
 
-        Whoever uses the kernel asks here, and says which dtype it is cast to.
-        """
+    def matrix(self) -> Matrix:
+        """The kernel as it is kept, for the caller to cast: its gradient has the dtype of that."""
+        if self.is_nf4:
+            shape = (*self.lead, *self.ins, *self.outs)
+            return nf4.Nf4(self.codes[...], self.absmax[...], shape)
         return self.kernel[...]
 
     def adapted(self, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -57,7 +72,7 @@ class Linear(Kernel):
     """`product` with a matrix, without a bias."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = checkpoint_name(product(x, self.matrix(x.dtype)), KEPT)
+        y = checkpoint_name(product(x, self.matrix()), KEPT)
         return self.adapted(x, y)
 
 

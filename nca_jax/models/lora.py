@@ -16,9 +16,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from nca_jax.axes import Params, constrain, flatten_paths, nest_paths
 from nca_jax.models.attention.attend import KEPT
-from nca_jax.models.product import product
+from nca_jax.models.product import Matrix, product
 
-Matrix = Callable[[jnp.dtype], jax.Array]  # the kernel W, [*in, *out]: see `layers.Kernel`
+GetMatrix = Callable[[], Matrix]  # the kernel W, [*in, *out]: see `layers.Kernel`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Adapter(nnx.Module):
         self.m = nnx.Param(jnp.ones((*lead, *outs))) if lora.dora else None
         self.scale, self.axes_in = lora.scale, len(ins)
 
-    def __call__(self, x: jax.Array, y: jax.Array, matrix: Matrix) -> jax.Array:
+    def __call__(self, x: jax.Array, y: jax.Array, matrix: GetMatrix) -> jax.Array:
         """Returns y = x W, [R, T, *out], with what the adapter adds; x is [R, T, *in]."""
         inner = constrain(product(x, self.a[...]), "rows", None, None)
         y += product(checkpoint_name(inner, KEPT), self.scaled_b)
@@ -79,7 +79,7 @@ class Adapter(nnx.Module):
         ratio = self.m[...] / jax.lax.stop_gradient(self.norm(matrix))
         return y * ratio.astype(y.dtype)[None, None]
 
-    def start_norm(self, matrix: Matrix) -> None:
+    def start_norm(self, matrix: GetMatrix) -> None:
         """Makes m what leaves y as it is."""
         if self.m is not None:
             self.m[...] = self.norm(matrix)
@@ -88,9 +88,9 @@ class Adapter(nnx.Module):
     def scaled_b(self) -> jax.Array:
         return self.scale * self.b[...]
 
-    def norm(self, matrix: Matrix) -> jax.Array:
+    def norm(self, matrix: GetMatrix) -> jax.Array:
         """The norm of each output's column of W + scale a b, [*out] float32."""
-        whole = matrix(jnp.dtype("float32")).astype(jnp.float32)
+        whole = matrix().astype(jnp.float32)
         whole += jnp.tensordot(self.a[...], self.scaled_b, axes=1)
         return jnp.sqrt(jnp.sum(whole**2, axis=tuple(range(self.axes_in))))
 

@@ -30,7 +30,7 @@ class Experts(Kernel):
     def __call__(self, dtype: jnp.dtype) -> Matrices:
         """The matrices of a `Mix`, in a dtype."""
         adapter = () if self.lora is None else (self.lora.a[...], self.lora.scaled_b)
-        return tuple(x.astype(dtype) for x in (self.matrix(dtype), *adapter))
+        return tuple(x.astype(dtype) for x in (self.matrix(), *adapter))
 
 
 class Moe(nnx.Module):
@@ -47,7 +47,7 @@ class Moe(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[R, T, D] -> [R, T, D]."""
-        router = self.router.matrix(x.dtype).astype(x.dtype)
+        router = self.router.matrix().astype(x.dtype)
         logits = self.router.adapted(x, jnp.einsum("rtd,de->rte", x, router)).astype(jnp.float32)
         top, chosen = jax.lax.top_k(logits, self.experts_per_token)  # [R, T, C]
         shares = jax.nn.softmax(top, axis=-1)

@@ -1,13 +1,21 @@
 """The product of activations with a matrix of parameters, and its gradient by hand."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import CustomVJPPrimal
 
+from nca_jax.models.nf4 import Nf4
+
+Matrix = jax.Array | Nf4  # what has ndim, and is cast where it is used
+
 
 @jax.custom_vjp
-def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def product(x: jax.Array, kernel: Matrix) -> jax.Array:
     """[R, T, *in], [*in, *out] -> [R, T, *out] in the dtype of x; the kernel is cast to it.
+
+    What is kept for the gradient is the kernel as it came: one in 4 bits is dequantised again.
 
     The gradient of the kernel is summed in float32, as x^T g or (g^T x)^T: whichever transposes
     the narrower of the two, which costs a CPU a copy. Automatic differentiation takes the latter.
@@ -16,9 +24,10 @@ def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return jnp.tensordot(x, kernel.astype(x.dtype), axes=x.ndim - 2)
 
 
-def _product_forward(x: CustomVJPPrimal, kernel: CustomVJPPrimal):
-    kept = x.value if kernel.perturbed else None
-    return product(x.value, kernel.value), (kept, kernel.value)
+def _product_forward(x: CustomVJPPrimal, kernel: Any):
+    is_perturbed = any(part.perturbed for part in jax.tree.leaves(kernel))
+    kernel = jax.tree.map(lambda part: part.value, kernel)
+    return product(x.value, kernel), (x.value if is_perturbed else None, kernel)
 
 
 def _product_backward(saved, grad):

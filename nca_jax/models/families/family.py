@@ -33,7 +33,6 @@ WANTED: Fields = {
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
-    "quantization_config": None,
 }
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -16,6 +16,7 @@ from nca_jax.model_config import ModelConfig, RopeScaling
 from nca_jax.models.families import FAMILIES
 from nca_jax.models.families.family import Family
 from nca_jax.models.formats import names
+from nca_jax.models.formats.four_bit import Tensor, check_quantisation, find_stored
 from nca_jax.models.formats.untrusted import (
     EVEN,
     IDS,
@@ -76,6 +77,8 @@ DTYPES = {  # by safetensors' names
 def open_hf(folder: str | Path) -> tuple[ModelConfig, dict[str, names.Param]]:
     """Opens a folder with config.json and model.safetensors, whole or sharded with an index.
 
+    Matrices may be in 4 bits, as bitsandbytes stores nf4: `read` gives their values in float32.
+
     Every name, shape and dtype is checked here; the values are read when a `Param` is. A head that
     is stored beside tie_word_embeddings is left out if it is the embedding, and is else the head,
     as in transformers: its values alone are read here.
@@ -86,22 +89,33 @@ def open_hf(folder: str | Path) -> tuple[ModelConfig, dict[str, names.Param]]:
     folder = Path(folder)
     config, naming = _read_config(folder)
     tensors = list_tensors(_weight_files(folder))
-    dtypes, fetch = stored_dtypes(tensors), fetch_from(tensors)
+    fetch_stored = fetch_from(tensors)
+    try:
+        stored, parts = find_stored(tensors, fetch_stored)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
+    shapes = {name: tensor.shape for name, tensor in tensors.items() if name not in parts}
+    shapes |= {name: matrix.shape for name, matrix in stored.items()}
+    plain = {name: tensors[name] for name in shapes.keys() - stored.keys()}
+    dtypes = dict.fromkeys(stored, names.FLOAT32) | stored_dtypes(plain)
+
+    def fetch(name: str, index: tuple[slice, ...]) -> np.ndarray:
+        return stored[name].values(index) if name in stored else fetch_stored(name, index)
+
     embedding, head = naming["embed/table"], naming["head/kernel"]
-    if config.tied_head and head in tensors:
+    if config.tied_head and head in shapes:
         shape = (config.vocab_size, config.width)
-        have_it = [name in tensors and tensors[name].shape == shape for name in (embedding, head)]
+        have_it = [shapes.get(name) == shape for name in (embedding, head)]
         if all(have_it) and _are_equal(embedding, head, shape, fetch):
-            del tensors[head]
+            del shapes[head]
         else:
             config = dataclasses.replace(config, tied_head=False)
             print(
                 f"{folder}: config.json says tie_word_embeddings=true, but {head} is stored with "
                 f"other values than {embedding}; it is used as the head."
             )
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
     names.check_tensors(str(folder), shapes, names.tensor_shapes(config, naming))
-    return config, names.open_params(config, naming, fetch, dtypes)
+    return config, names.open_params(config, naming, fetch, dtypes, stored)
 
 
 def _are_equal(one: str, other: str, shape: tuple[int, int], fetch: names.Fetch) -> bool:
@@ -195,6 +209,8 @@ def _refuse(family: Family, raw: dict[str, Any]) -> None:
             f"architectures {reprlib.repr(raw['architectures'])} is not supported; wanted "
             f"{family.architecture}."
         )
+    if raw["quantization_config"] is not None:
+        check_quantisation(raw["quantization_config"])
     for key, value in family.wanted.items():
         if raw[key] != value:
             raise UserError(f"{key} {reprlib.repr(raw[key])} is not supported; wanted {value!r}.")
@@ -243,14 +259,6 @@ def _eos_ids(raw: dict[str, Any], generation: dict[str, Any]) -> list[int]:
 def _in_vocabulary(ids: Iterable[int], raw: dict[str, Any]) -> Iterator[int]:
     """The ids that are any; some models write -1 for none, and some are cut to fewer."""
     return (i for i in ids if 0 <= i < raw["vocab_size"])
-
-
-class Tensor(NamedTuple):
-    """What a safetensors file says of one of its tensors."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str  # as safetensors writes it
 
 
 def list_tensors(files: Iterable[Path]) -> dict[str, Tensor]:

@@ -18,12 +18,12 @@ import numpy as np
 
 from nca_jax.checks import UserError
 from nca_jax.model_config import ModelConfig
+from nca_jax.models import nf4
+from nca_jax.models.formats.four_bit import Fetch, Nf4Tensor, nf4_fetches
 
-# fetch(tensor name, one slice an axis) -> that part of the tensor, any float dtype
-Fetch = Callable[[str, tuple[slice, ...]], np.ndarray]
 Naming = Mapping[str, str]  # {parameter path: tensor name, with {L} and {E} to be filled in}
 SHOWN = 5  # names of each kind that an error lists
-FLOAT32 = np.dtype(np.float32)
+FLOAT32, UINT8 = np.dtype(np.float32), np.dtype(np.uint8)
 
 
 class Param(NamedTuple):
@@ -35,16 +35,33 @@ class Param(NamedTuple):
         where `dtype` is another one, gives it in that. Touches only the tensors it needs.
       dtype: of its tensors in the file: float32, float16 or bfloat16; float32 where they are
         quantised or of several dtypes, as it holds the values of all.
+      nf4: the same quantised, of a kernel that a quantised model keeps so.
     """
 
     shape: tuple[int, ...]
     read: Callable[..., np.ndarray]
     dtype: np.dtype = FLOAT32
+    nf4: "Nf4Param | None" = None
 
     def reader(self, dtype: str) -> Callable[[tuple[slice, ...]], np.ndarray]:
         """Returns `read` in a dtype, "" for its own, without a float32 copy in between."""
         wanted = np.dtype(dtype) if dtype else self.dtype
         return lambda index: self.read(index) if wanted == FLOAT32 else self.read(index, wanted)
+
+
+class Nf4Param(NamedTuple):
+    """A kernel in 4 bits: see `models.nf4`.
+
+    Attributes:
+      codes: uint8 [*lead, I / g, g / 2, O], as stored; else quantised, tensor by tensor.
+      absmax: float32 [*lead, I / g, 1, O].
+      num_stored, num_tensors: how many of its tensors are so in the file, of how many.
+    """
+
+    codes: Param
+    absmax: Param
+    num_stored: int
+    num_tensors: int
 
 
 class Entry(NamedTuple):
@@ -208,7 +225,11 @@ def check_tensors(
 
 
 def open_params(
-    config: ModelConfig, naming: Naming, fetch: Fetch, dtypes: Mapping[str, np.dtype]
+    config: ModelConfig,
+    naming: Naming,
+    fetch: Fetch,
+    dtypes: Mapping[str, np.dtype],
+    stored: Mapping[str, Nf4Tensor] = {},
 ) -> dict[str, Param]:
     """Returns {path: Param}; nothing is fetched before a `read`.
 
@@ -217,21 +238,68 @@ def open_params(
       naming: of the checkpoint.
       fetch: reads a part of a tensor.
       dtypes: {tensor name: float32, float16 or bfloat16} of all its tensors.
+      stored: {tensor name: it} of those that are nf4 there.
     """
-    found, rows_above, stored = {}, {}, {}
+    found, rows_above, tensors = {}, {}, {}
     for name, held in places(config, naming).items():
         for place in held:
-            stored.setdefault(place.entry.path, set()).add(dtypes[name])
+            tensors.setdefault(place.entry.path, []).append(name)
     for entry in entries(config):
         name = naming[entry.path]
         above = rows_above.get(name, 0)
         rows_above[name] = above + entry.tensor_shape(config)[0]
-        read = functools.partial(_read, entry, config, naming, fetch, above)
-        kinds = stored[entry.path]
+        sizes, shape = axis_sizes(config), entry.shape(config)
+        read = functools.partial(_read, entry, shape, sizes, naming, fetch, above)
+        kinds = {dtypes[name] for name in tensors[entry.path]}
         # Of several, float32: neither half precision holds the values of the other.
         dtype = kinds.pop() if len(kinds) == 1 else FLOAT32
-        found[entry.path] = Param(entry.shape(config), read, dtype)
+        found[entry.path] = Param(shape, read, dtype)
+        if nf4.is_quantised(entry.path):
+            codes, absmax = _open_nf4(entry, config, naming, fetch, stored, above)
+            of_it = tensors[entry.path]
+            num_stored = sum(tensor in stored for tensor in of_it)
+            quantised = Nf4Param(codes, absmax, num_stored, len(of_it))
+            found[entry.path] = found[entry.path]._replace(nf4=quantised)
     return found
+
+
+def _open_nf4(
+    entry: Entry,
+    config: ModelConfig,
+    naming: Naming,
+    fetch: Fetch,
+    stored: Mapping[str, Nf4Tensor],
+    above: int,
+) -> tuple[Param, Param]:
+    """Returns the codes and absmax of a kernel."""
+    outputs, inputs = entry.tensor_shape(config)
+    group = nf4.group_size(inputs)
+    fetches = nf4_fetches(fetch, stored, inputs)
+
+    def opened(fetch: Fetch, size: int, dtype: np.dtype) -> Param:
+        sizes = axis_sizes(config) | {"C": inputs // group, "P": size, "O": outputs}
+        flat = entry._replace(axes=entry.stacked + "CPO", tensor_axes="O CP")
+        shape = tuple(sizes[a] for a in flat.axes)
+        read = functools.partial(_read, flat, shape, sizes, naming, fetch, above, dtype=dtype)
+        return Param(shape, read, dtype)
+
+    return opened(fetches[0], group // 2, UINT8), opened(fetches[1], 1, FLOAT32)
+
+
+def of_arrays(config: ModelConfig, arrays: Mapping[str, np.ndarray]) -> dict[str, Param]:
+    """Returns {path: Param} of float32 parameters that are in memory."""
+    return with_nf4(config, {path: Param(x.shape, x.__getitem__) for path, x in arrays.items()})
+
+
+def with_nf4(config: ModelConfig, params: Mapping[str, Param]) -> dict[str, Param]:
+    """Returns the same parameters, those that a quantised model keeps so in nf4 too."""
+    held = places(config, HF)
+
+    def fetch(name: str, index: tuple[slice, ...]) -> np.ndarray:
+        return read_tensor(config, params, held[name])[index]
+
+    again = open_params(config, HF, fetch, dict.fromkeys(held, FLOAT32))
+    return {path: x._replace(nf4=x.nf4 or again[path].nf4) for path, x in params.items()}
 
 
 def to_tensor(entry: Entry, config: ModelConfig, value: np.ndarray) -> np.ndarray:
@@ -265,7 +333,8 @@ def read_tensor(
 
 def _read(
     entry: Entry,
-    config: ModelConfig,
+    shape: tuple[int, ...],
+    sizes: Mapping[str, int],
     naming: Naming,
     fetch: Fetch,
     above: int,
@@ -273,12 +342,10 @@ def _read(
     dtype: np.dtype = FLOAT32,
 ) -> np.ndarray:
     """Returns `index` of the stacked parameter, tensor by tensor, each from its row `above` on."""
-    shape = entry.shape(config)
     spans = {a: range(n)[s] for a, n, s in zip(entry.axes, shape, index, strict=True)}
     out = np.zeros([len(span) for span in spans.values()], dtype)
 
     # What lies beyond the true V stays zero; a shard may be nothing but padding.
-    sizes = axis_sizes(config)
     real = {a: range(sizes[a])[span.start : span.stop] for a, span in spans.items()}
     if not all(real.values()):
         return out

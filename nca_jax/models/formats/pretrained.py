@@ -21,7 +21,7 @@ from nca_jax.files import as_path, local_copy
 from nca_jax.model_config import ModelConfig
 from nca_jax.models.formats.hf import open_hf
 from nca_jax.models.formats.merge import merge
-from nca_jax.models.formats.names import Param
+from nca_jax.models.formats.names import Param, with_nf4
 from nca_jax.models.formats.peft import Adapter, base_of, is_adapter, open_peft
 from nca_jax.models.formats.templates import choose_template
 from nca_jax.models.formats.untrusted import check_file
@@ -148,7 +148,7 @@ def _open(
     if path != base:
         config, params = _open(base, base, _versions(base))
         adapter = open_peft(path, config)
-        return config, merge(params, adapter.lora, adapter.params)
+        return config, with_nf4(config, merge(params, adapter.lora, adapter.params))
     if path.is_dir():
         return open_hf(path)
     from nca_jax.models.formats.gguf import open_gguf  # wants the gguf extra: see checks.EXTRAS
