@@ -220,6 +220,8 @@ def reference_digest(config) -> str:
     init_from = reference_init_from(config)
     parts = [init_from or config.seed, config.model.name, config.model.dtype, config.data.files]
     parts += [config.data.eval_files, config.data.tokenizer, *(config.data[x] for x in ENCODING)]
+    if "lora" in config:  # neither rank nor scale nor targets: the base, and what goes on from it
+        parts += [config.lora.base_dtype, config.lora.init_from]
     return text_fingerprint(json.dumps(parts))
 
 

@@ -296,7 +296,8 @@ def implied(run: build.Run) -> dict[str, Value]:
     """
     data, mesh = run.config.data, run.mesh
     prompt, responses = data.max_prompt_len, [data.max_response_len] * data.num_responses
-    a_prompt = needed_flops(run.model.config, prompt, responses).total
+    adapters = run.model.adapter_params
+    a_prompt = needed_flops(run.model.config, prompt, responses, adapters=adapters).total
     if abstract_frozen(run)[0].reference is not None:
         a_prompt += forward_flops(run.model.config, prompt, responses).total
     fit = data.rows * prompts_a_row(data)

@@ -23,6 +23,7 @@ CHUNK, LOGITS = 512, 2**24  # most tokens of a chunk; most logits of it, 64 MiB 
 UNROLLED = 4  # most layers that compile as fast unrolled
 LARGE = 10**9  # parameters; from there on a layer's products are not kept for the backward pass
 LR, LR_LARGE = 1e-5, 5e-7  # of all parameters
+ADAPTERS = 10  # times that of adapters
 
 
 def leave_open(config: ConfigDict) -> None:
@@ -64,7 +65,8 @@ def choose(
         of_model.scan_layers |= model.num_layers > UNROLLED
         of_layer = "full" if is_large else "dots"
         of_model.remat = of_layer if of_model.scan_layers else "none"
-    config.optim.lr = config.optim.lr or (LR_LARGE if is_large else LR)
+    times = ADAPTERS if "lora" in config else 1
+    config.optim.lr = config.optim.lr or times * (LR_LARGE if is_large else LR)
     data.align = data.align or (16 if platform == "tpu" else 1)
     data.block = data.block or math.gcd(512 if platform == "tpu" else 64, data.row_len)
     data.rows = data.rows or shards

@@ -221,7 +221,10 @@ FIELDS: dict[str, Field] = {
         128, COUNT_OR_0, "tokens whose logits exist at once; 0: 64 MiB of them", True, auto=0
     ),
     "optim.lr": Field(
-        5e-6, LR, "peak learning rate of AdamW; 0: 1e-5, from 1e9 parameters on 5e-7", auto=0.0
+        5e-6,
+        LR,
+        "peak learning rate of AdamW; 0: 1e-5, from 1e9 parameters on 5e-7; tenfold of adapters",
+        auto=0.0,
     ),
     "optim.schedule": Field(
         "cosine", one_of("constant", "linear", "cosine", "wsd"), "after the warmup"

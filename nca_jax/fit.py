@@ -211,6 +211,7 @@ def speed(run: Run, done: _Done, seconds: float) -> dict[str, float]:
         seconds=seconds,
         device_kind=run.mesh.devices.flat[0].device_kind,
         num_devices=run.mesh.size,
+        adapters=run.model.adapter_params,
     )
     return rates if mfu is None else rates | {"mfu": mfu}
 

@@ -59,14 +59,23 @@ def forward_flops(config: ModelConfig, prompt_len: int, response_lens: Sequence[
     )
 
 
-def needed_flops(config: ModelConfig, prompt_len: int, response_lens: Sequence[int]) -> Flops:
+def needed_flops(
+    config: ModelConfig, prompt_len: int, response_lens: Sequence[int], *, adapters: int = 0
+) -> Flops:
     """A policy's forward and backward pass, the reference being known.
 
     A backward pass is two forward passes. The head's logits are computed again in it, as nobody
     can keep them: 6 operations a trunk parameter and token, 8 a head parameter and scored token.
+    Under adapters trunk and head have no gradient of their own: 4 and 6.
+
+    Args:
+      adapters: parameters of theirs that a token is multiplied with; 0: all parameters are trained.
     """
     trunk, attention, head = forward_flops(config, prompt_len, response_lens)
-    return Flops(3 * trunk, 3 * attention, 4 * head)
+    if not adapters:
+        return Flops(3 * trunk, 3 * attention, 4 * head)
+    tokens = prompt_len + sum(response_lens)
+    return Flops(2 * trunk + 6 * adapters * tokens, 3 * attention, 3 * head)
 
 
 def mfu(
@@ -76,25 +85,32 @@ def mfu(
     seconds: float,
     device_kind: str,
     num_devices: int,
+    adapters: int = 0,
 ) -> float | None:
     """Model FLOPs utilization of a step: needed operations over what the devices could have done.
 
-        sum over prompts of 3 * forward / (seconds * num_devices * peak)
+        sum over prompts of needed / (seconds * num_devices * peak)
 
-    Three forward passes are the policy's forward and backward. A prompt counts once however often
-    it is computed; padding, anything that is computed again (layers, logits) and the reference's
-    pass count nothing. The peak is that of bfloat16, whatever the run computes in.
+    Needed are the policy's forward and backward pass: `needed_flops` without computing logits
+    again. A prompt counts once however often it is computed; padding, anything that is computed
+    again (layers, logits) and the reference's pass count nothing. The peak is that of bfloat16,
+    whatever the run computes in.
 
     Args:
       lengths: tokens of each prompt, then of each of its responses.
       seconds: of the step.
       device_kind: as JAX names the devices.
+      adapters: as in `needed_flops`.
     Returns:
       A fraction, or None for a device whose peak is not known.
     """
     if device_kind not in CHIPS:
         return None
-    needed = sum(3 * forward_flops(config, prompt, rest).total for prompt, *rest in lengths)
+    needed = sum(
+        needed_flops(config, prompt, rest, adapters=adapters).total
+        - forward_flops(config, prompt, rest).head
+        for prompt, *rest in lengths
+    )
     return needed / (seconds * num_devices * CHIPS[device_kind].peak_flops)
 
 

@@ -1,6 +1,7 @@
 """Where the parameters of a run come from: a checkpoint, a pretrained model, or a seed."""
 
 import dataclasses
+import json
 from collections.abc import Mapping
 
 import jax
@@ -12,7 +13,7 @@ from nca_jax.build import Run
 from nca_jax.checks import UserError
 from nca_jax.files import AnyPath, as_path
 from nca_jax.infra.checkpoint import restore_params
-from nca_jax.infra.fingerprint import params_fingerprint
+from nca_jax.infra.fingerprint import array_digests, text_fingerprint
 from nca_jax.infra.finite import not_finite
 from nca_jax.infra.mesh import Read, host_mesh, param_shardings, place
 from nca_jax.infra.optim import merge_trained
@@ -143,6 +144,11 @@ def _is_nf4(init_from: str) -> bool:
     return stored > 0
 
 
+def base_fingerprint(base: Params) -> str:
+    """Returns what run.json keeps of a base: one changed value changes it."""
+    return text_fingerprint(json.dumps(array_digests(base), sort_keys=True))
+
+
 def abstract_base(run: Run) -> Params | None:
     """Returns the shapes of `open_base`, without opening a file: its dtype is the usual one."""
     if run.model.lora is None:
@@ -201,7 +207,7 @@ def policy_params(run: Run, workdir: str, step: str = "") -> Params:
     folder = as_path(workdir)
     number = chosen_step(run.config, folder, step)
     if base is not None:
-        check_known(workdir, {"base": params_fingerprint(base)})
+        check_known(workdir, {"base": base_fingerprint(base)})
     trained = restore_params(folder, run.model.abstract_trained(), run.mesh, step=number)
     return merge_trained(trained, base or {})
 

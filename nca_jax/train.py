@@ -34,7 +34,7 @@ from nca_jax.files import AnyPath, as_path, out_folder, whole_lines, write_json
 from nca_jax.fit import Evaluator, fit, stalled_since
 from nca_jax.flags import parse_flags
 from nca_jax.infra import checkpoint, distributed, lock, profile, progress
-from nca_jax.infra.fingerprint import params_fingerprint, tokenizer_fingerprint
+from nca_jax.infra.fingerprint import tokenizer_fingerprint
 from nca_jax.infra.log import LOG, logged
 from nca_jax.infra.mesh import rows_here
 from nca_jax.infra.preemption import stop_asked
@@ -50,6 +50,7 @@ from nca_jax.infra.records import (
 from nca_jax.infra.steps import best_step, saved_steps
 from nca_jax.infra.writer import MetricWriter, SilentWriter
 from nca_jax.params import (
+    base_fingerprint,
     best_is_high,
     copy_to_train,
     open_base,
@@ -170,7 +171,7 @@ def train(
             "steps": base_steps,
         }
         now |= {"more_steps": extensions} if extensions else {}
-        now |= {} if base is None else {"base": params_fingerprint(base)}
+        now |= {} if base is None else {"base": base_fingerprint(base)}
         for note in record_run(workdir, began, now):
             print(note)
         if distributed.is_first():

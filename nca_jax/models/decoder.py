@@ -150,6 +150,16 @@ class Model:
         """The model without its adapters."""
         return dataclasses.replace(self, lora=None)
 
+    @functools.cached_property
+    def adapter_params(self) -> int:
+        """How many parameters of adapters a token is multiplied with; 0: there are none."""
+        c = self.config
+        flat = flatten_paths(split_adapters(self.abstract_params())[0])
+        are_experts = [path for path in flat if "/moe/" in path and "/router/" not in path]
+        of_experts = sum(flat[path].size for path in are_experts)
+        others = sum(x.size for x in flat.values()) - of_experts
+        return others + of_experts * c.experts_per_token // max(c.num_experts, 1)
+
     def _merge(self, params: Params) -> Decoder:
         adapters, base = split_adapters(params)
         model = self if adapters else self.base
