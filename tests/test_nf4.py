@@ -37,6 +37,11 @@ def whole(param: names.Param) -> np.ndarray:
     return param.read(tuple(slice(None) for _ in param.shape))
 
 
+def nf4_of(param: names.Param) -> names.Nf4Param:
+    assert param.nf4 is not None
+    return param.nf4
+
+
 def on_device(quantised: names.Nf4Param) -> np.ndarray:
     codes, absmax = whole(quantised.codes), whole(quantised.absmax)
     return np.asarray(jax.jit(nf4.dequantise, static_argnums=2)(codes, absmax, jnp.float32))
@@ -95,7 +100,7 @@ def test_a_folder_that_bitsandbytes_quantised_twice_has_its_values_and_stays_as_
         assert (name in digests) == (params[place.entry.path].nf4 is not None)
         if name in digests:
             assert hashlib.sha256(value.tobytes()).hexdigest() == digests[name]
-            quantised = params[place.entry.path].nf4
+            quantised = nf4_of(params[place.entry.path])
             assert quantised.num_stored == quantised.num_tensors == config.num_layers
             np.testing.assert_array_equal(on_device(quantised)[place.index].T, value)
             assert_parts_equal_the_whole({"codes": quantised.codes, "absmax": quantised.absmax})
@@ -211,7 +216,7 @@ def test_a_base_is_in_4_bits_where_it_is_asked_for_or_is_so_in_its_file(tmp_path
     _, stored = base_of(*folder)
     _, params = open_hf(FOLDER)
     gate = params["layers/mlp/gate/kernel"]
-    np.testing.assert_array_equal(stored["layers/mlp/gate/codes"], whole(gate.nf4.codes))
+    np.testing.assert_array_equal(stored["layers/mlp/gate/codes"], whole(nf4_of(gate).codes))
     _, halves = base_of(*folder, "--config.lora.base_dtype=bfloat16")
     half = whole(gate).astype(jnp.bfloat16)
     np.testing.assert_array_equal(halves["layers/mlp/gate/kernel"], half)
