@@ -70,6 +70,7 @@ setup(
         "demo": ["vaderSentiment>=3.3.2", "matplotlib>=3.9", *GGUF],
         "torch": [  # parity with the released code, in CPU arithmetic
             "torch==2.13.0",
+            "peft==0.21.2",
             "bitsandbytes==0.50.2",
             "accelerate>=1",  # transformers quantises with it
         ],

@@ -144,7 +144,7 @@ def _assemble(
     kernel = _attention_kernel(config, model_config, mesh)
     model = Model(
         model_config,
-        lora=_adapters(config, model_config),
+        lora=adapters_of(config, model_config),
         dtype=jnp.dtype(config.model.dtype),
         remat=config.model.remat,
         scan_layers=config.model.scan_layers,
@@ -161,7 +161,7 @@ def _assemble(
     return Run(config, mesh, model, tokenizer)
 
 
-def _adapters(config: ConfigDict, model_config: ModelConfig) -> Lora | None:
+def adapters_of(config: ConfigDict, model_config: ModelConfig) -> Lora | None:
     """Returns the adapters of a config. Raises UserError where the model cannot have them."""
     if "lora" not in config:
         return None

@@ -23,7 +23,8 @@ from nca_jax.infra.steps import best_step, saved_step, saved_steps
 from nca_jax.metrics import IS_BETTER_HIGH
 from nca_jax.models import nf4
 from nca_jax.models.formats.names import Param, of_arrays
-from nca_jax.models.formats.pretrained import open_pretrained
+from nca_jax.models.formats.pretrained import open_adapter, open_pretrained
+from nca_jax.models.lora import Lora
 
 
 def start_params(run: Run, init_from: str, *, dtype: str = "float32") -> Params:
@@ -58,12 +59,7 @@ def start_params(run: Run, init_from: str, *, dtype: str = "float32") -> Params:
         raise UserError(
             f"{init_from!r} is not of the policy's architecture: {found} there, {ours} here."
         )
-    with phase(f"loading the weights of {init_from}"):
-        params = place(abstract, shardings, _readers(weights, dtype))
-        bad = not_finite(params)
-    if bad:
-        raise UserError(f"{init_from!r}: {bad} hold NaN or infinity; fetch or make it again.")
-    return params
+    return _load(run, abstract, weights, init_from, dtype)
 
 
 def abstract_start(run: Run, dtype: str) -> Params:
@@ -180,14 +176,47 @@ def start_trained(run: Run, base: Params | None) -> Params:
     Raises:
       UserError: as `start_params`.
     """
-    if base is None:
+    if base is None or run.model.lora is None:
         return start_params(run, run.config.model.init_from)
     if run.config.lora.init_from:
-        raise NotImplementedError("config.lora.init_from")
+        return _continued(run, run.model.lora, run.config.lora.init_from)
     shardings = param_shardings(run.mesh, run.model.abstract_trained())
     with phase("drawing the adapters"):
         init = jax.jit(run.model.init_adapters, out_shardings=shardings)
         return init(jax.random.key(run.config.seed), base)
+
+
+def _continued(run: Run, wanted: Lora, init_from: str) -> Params:
+    """Returns the adapters of a PEFT folder, sharded; UserError where they are not the config's."""
+    found = open_adapter(init_from, run.model.config)
+    there, here = (
+        dataclasses.asdict(lora) | {"targets": ",".join(lora.targets)}
+        for lora in (found.lora, wanted)
+    )
+    differs = [
+        f"--config.lora.{name}={value} (it is {here[name]})"
+        for name, value in there.items()
+        if value != here[name]
+    ]
+    if differs:
+        raise UserError(
+            f"config.lora.init_from={init_from!r} holds other adapters than config.lora says; set "
+            f"{', '.join(differs)}."
+        )
+    return _load(run, run.model.abstract_trained(), found.params, init_from, "float32")
+
+
+def _load(
+    run: Run, abstract: Params, weights: dict[str, Param], init_from: str, dtype: str
+) -> Params:
+    """Returns sharded parameters out of a folder. UserError if they are not finite."""
+    with phase(f"loading the weights of {init_from}"):
+        shardings = param_shardings(run.mesh, abstract)
+        params = place(abstract, shardings, _readers(weights, dtype))
+        bad = not_finite(params)
+    if bad:
+        raise UserError(f"{init_from!r}: {bad} hold NaN or infinity; fetch or make it again.")
+    return params
 
 
 def policy_params(run: Run, workdir: str, step: str = "") -> Params:

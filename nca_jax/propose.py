@@ -3,19 +3,24 @@
 import math
 from collections.abc import Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from nca_jax import auto
 from nca_jax.advice import BEST, alpha_for, chosen_scores, plural, some_scores
-from nca_jax.build import Run
+from nca_jax.build import Run, adapters_of
 from nca_jax.chips import CHIPS
 from nca_jax.data.room import row_sizes
 from nca_jax.data.table import Table
+from nca_jax.infra.mesh import host_mesh
+from nca_jax.infra.progress import num_values
 from nca_jax.losses import LOSSES
 from nca_jax.model_config import ModelConfig
+from nca_jax.models.decoder import Model
 from nca_jax.models.formats.names import param_shapes
-from nca_jax.params import reference_init_from
+from nca_jax.params import abstract_base, reference_init_from, usual_dtype
 
 STEPS = 20  # of a pass over the data, at least, where a batch is proposed
 BATCHES = (4, 32)  # the least and the most prompts of a batch that is proposed
@@ -115,7 +120,7 @@ def memory_gib(config: ConfigDict, model: ModelConfig, devices: int) -> float:
 
     docs/scaling.md has the formula: state and gradients; what is gathered of parameters that are
     split, a layer and the head, and the head's gradient; activations of a device's rows; and a
-    chunk of logits with its gradient.
+    chunk of logits with its gradient. The base of adapters has no gradient and no moments.
     """
     m, data = model, config.data
     num_params = sum(math.prod(shape) for shape in param_shapes(m).values())
@@ -125,12 +130,18 @@ def memory_gib(config: ConfigDict, model: ModelConfig, devices: int) -> float:
     moment = 2 if config.optim.mu_dtype == "bfloat16" else 4
     reference = 0
     if config.reference.kind == "live":
-        reference = 2 if reference_init_from(config) else 4  # as a file has it, or random weights
+        reference = jnp.dtype(usual_dtype(reference_init_from(config))).itemsize
     moments = 0 if config.optim.moments == "host" else moment + 4
+    of_head = 4  # bytes of its gradient
     # Parameters, moments, the sum of gradients; layers cast.
-    a_param = 4 + moments + 4 + reference + (2 if size == 2 else 0)
+    state = num_params * (4 + moments + 4 + reference + (2 if size == 2 else 0))
+    run = Run(config, host_mesh(), Model(m, adapters_of(config, m)), None)
+    if (base := abstract_base(run)) is not None:
+        state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(base))
+        state += num_values(run.model.abstract_trained()) * (8 + moments)
+        of_head = 0
     a_layer = (num_params - outside) / m.num_layers
-    gathered = a_layer * size + head * (size + 4) if devices > 1 else 0
+    gathered = a_layer * size + head * (size + of_head) if devices > 1 else 0
     mlp = 2 * m.mlp_width * (m.experts_per_token or 1)
     products = 2 * m.head_dim * (m.num_heads + m.num_kv_heads) + mlp  # q, k, v, attention, MLP
     inputs = 0 if config.model.remat == "host" else m.width
@@ -138,4 +149,4 @@ def memory_gib(config: ConfigDict, model: ModelConfig, devices: int) -> float:
     rows = math.ceil(data.rows / devices)
     tokens = rows * data.row_len * size * (kept + NOW * products)
     logits = rows * config.loss.logits_chunk * m.padded_vocab * 3 * 4
-    return (num_params * a_param / devices + gathered + tokens + logits) / GIB
+    return (state / devices + gathered + tokens + logits) / GIB

@@ -271,7 +271,10 @@ def train(
             for line in advice.after_training(whole_lines(workdir / METRICS, is_metrics)):
                 print(line)
         can_evaluate, can_sample = bool(len(held)), run.tokenizer is not None
-        print(*what_next(workdir, can_evaluate=can_evaluate, can_sample=can_sample), sep="\n")
+        rounded = "lora" in config and config.lora.base_dtype not in ("", "float32")
+        export = " --merge=dequantised" if rounded else ""  # there is no default
+        can = {"can_evaluate": can_evaluate, "can_sample": can_sample}
+        print(*what_next(workdir, **can, export=export), sep="\n")
     return 0
 
 
@@ -282,13 +285,15 @@ def said_sizes(state: TrainState, frozen: Frozen) -> str:
     return f"{progress.num_values(state.params):,} parameters; on a device {', '.join(said)}"
 
 
-def what_next(workdir: AnyPath, *, can_evaluate: bool, can_sample: bool) -> list[str]:
+def what_next(
+    workdir: AnyPath, *, can_evaluate: bool, can_sample: bool, export: str = ""
+) -> list[str]:
     """Returns the commands that a run which is done can go to, a line each."""
     here = f"--workdir={shlex.quote(str(workdir))}"
     flags = {
         "evaluate": can_evaluate and here,
         "generate": can_sample and f"{here} --prompts=FILE --out=FILE",
-        "export": f"{here} --out=FOLDER",
+        "export": f"{here} --out=FOLDER{export}",
     }
     return [f"next: python -m nca_jax.{name} {x}" for name, x in flags.items() if x]
 

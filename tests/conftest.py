@@ -54,6 +54,20 @@ def fails(monkeypatch, capsys):
 
 
 @pytest.fixture
+def use_devices(monkeypatch):
+    """Returns a function that makes these of the 8 devices, in this order, all there are."""
+
+    from nca_jax import build
+    from nca_jax.infra.mesh import make_mesh
+
+    def use(*order: int) -> None:
+        chosen = [jax.devices()[i] for i in order]
+        monkeypatch.setattr(build, "make_mesh", lambda sizes, _: make_mesh(sizes, chosen))
+
+    return use
+
+
+@pytest.fixture
 def uncached():
     """Without the compile cache: of what comes from it a compiler writes nothing."""
     jax.config.update("jax_enable_compilation_cache", False)

@@ -17,7 +17,8 @@ from nca_jax.data.pack import RowLayout, pack
 from nca_jax.data.plan import causal_bound
 from nca_jax.models.decoder import Model
 from nca_jax.models.formats import names
-from nca_jax.models.formats.hf import open_hf, read_config, tensor_names
+from nca_jax.models.formats.hf import read_config, tensor_names
+from nca_jax.models.formats.pretrained import open_pretrained
 from nca_jax.sampling.sampler import make_sampler
 
 GOLDEN = Path(__file__).parent / "data" / "families.npz"
@@ -126,7 +127,7 @@ def greedy(model: Model, params: dict) -> np.ndarray:
 
 def read_params(folder: Path) -> tuple[Model, dict]:
     """Returns the decoder of a Hugging Face folder and its parameters."""
-    config, weights = open_hf(folder)
+    config, weights = open_pretrained(str(folder))
     model = Model(config)
     read = [weight.read((slice(None),) * len(weight.shape)) for weight in weights.values()]
     by_path = dict(zip(weights, read, strict=True))

@@ -197,7 +197,7 @@ def test_a_trained_policy_is_exported_bit_for_bit_with_its_card_and_tokenizer(tm
     config, found = hf.open_hf(out)
     assert config == MODELS["tiny"]
     params = restore_params(workdir, Model(config).abstract_params(), host_mesh())
-    assert_same_params(found, {path: export.opened(params)[path] for path in found}, config)
+    assert_same_params(found, {path: export.opened(config, params)[path] for path in found}, config)
 
     card = (out / "README.md").read_text()
     assert json.loads((workdir / "run.json").read_text())["commit"] in card
@@ -208,7 +208,7 @@ def test_a_trained_policy_is_exported_bit_for_bit_with_its_card_and_tokenizer(tm
     # An earlier step by its number: the rate of the first update is 0, so this is the start.
     first = tmp_path / "first"
     export.main(["export", f"--workdir={workdir}", f"--out={first}", "--step=1"])
-    start = export.opened(jax.jit(Model(config).init)(jax.random.key(0)))
+    start = export.opened(config, jax.jit(Model(config).init)(jax.random.key(0)))
     at_first, at_end = read_all(hf.open_hf(first)[1]), read_all(found)
     assert_same_params(hf.open_hf(first)[1], {path: start[path] for path in found}, config)
     assert all((at_first[path] != at_end[path]).any() for path in at_end)

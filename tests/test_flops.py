@@ -97,5 +97,12 @@ def test_a_step_at_the_peak_has_an_mfu_of_one():
         ) == pytest.approx(1)
 
 
+def test_under_adapters_the_base_has_no_gradient():
+    forward, adapters = forward_flops(WIDE, 10, [4, 6]), 1000
+    needed = needed_flops(WIDE, 10, [4, 6], adapters=adapters)
+    assert needed.trunk == 2 * forward.trunk + 6 * adapters * 20
+    assert (needed.attention, needed.head) == (3 * forward.attention, 3 * forward.head)
+
+
 def test_an_unknown_device_has_no_mfu():
     assert mfu(WIDE, [[1, 1]], seconds=1.0, device_kind="cpu", num_devices=1) is None

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from families import NUM_SLOTS, pieces, slots
+from families import NUM_SLOTS, greedy, pieces, slots
 from helpers import data_config, encode_one, id_record
 from jax.extend.core import jaxprs_in_params
 from ml_collections import ConfigDict
@@ -40,17 +40,13 @@ CASES = {
     "experts and router": (MOE, Lora(4, 8.0, TARGETS)),
     "dora beside experts": (MOE, Lora(4, 8.0, ("q", "o", "router"), dora=True)),
 }
-SOME = pytest.mark.parametrize(
-    "case",
-    [
-        "dora",
-        "experts and router",
-        *(
-            pytest.param(case, marks=pytest.mark.slow)
-            for case in ("all", "rslora", "dora beside experts")
-        ),
-    ],
-)
+SLOW = pytest.mark.slow
+
+
+def all_but(fast: str):
+    """Parametrizes a test by all cases, of which but one are slow."""
+    marked = [case if case == fast else pytest.param(case, marks=SLOW) for case in CASES]
+    return pytest.mark.parametrize("case", marked)
 
 
 def model_of(case: str, **options) -> Model:
@@ -102,7 +98,7 @@ def effective(adapters: dict, base: dict, lora: Lora) -> dict:
     return nest_paths(kernels)
 
 
-@SOME
+@all_but("experts and router")
 def test_adapters_start_at_their_base_and_leave_its_numbers_bit_for_bit(case):
     model = model_of(case)
     adapters, base = start(model)
@@ -116,10 +112,8 @@ def test_adapters_start_at_their_base_and_leave_its_numbers_bit_for_bit(case):
     np.testing.assert_array_equal(want, logps(model.base, base))
 
 
-@SOME
-@pytest.mark.parametrize(
-    "scan_layers", [True, pytest.param(False, marks=pytest.mark.slow, id="unrolled")]
-)
+@all_but("dora")
+@pytest.mark.parametrize("scan_layers", [True, pytest.param(False, marks=SLOW, id="unrolled")])
 def test_adapters_compute_what_a_merged_kernel_does(case, scan_layers):
     model = model_of(case, scan_layers=scan_layers)
     adapters, base = start(model)
@@ -130,11 +124,23 @@ def test_adapters_compute_what_a_merged_kernel_does(case, scan_layers):
     np.testing.assert_allclose(found, want, atol=1e-4)
 
 
+@SLOW
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_sampling_takes_adapters_as_a_merged_kernel(scan_layers):
+    model = model_of("dora", scan_layers=scan_layers)
+    adapters, base = start(model)
+    adapters = random_adapters(adapters)
+    found = greedy(model, merge_trained(adapters, base))
+    np.testing.assert_array_equal(found, greedy(model, effective(adapters, base, model.lora)))
+    assert (found != greedy(model, base)).any()
+
+
 def test_the_scale_is_alpha_over_rank_or_its_root():
     assert Lora(16, 8.0, ("q",)).scale == 0.5
     assert Lora(16, 8.0, ("q",), rslora=True).scale == 2.0
 
 
+@SLOW
 def test_the_first_factor_is_uniform_by_its_inputs_and_the_same_under_every_sharding():
     model = model_of("experts and router")
     key = jax.random.key(3)
@@ -187,7 +193,7 @@ def shapes_made(jaxpr) -> set[tuple]:
     return found
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", [pytest.param("none", marks=SLOW), "full"])
 def test_nothing_of_the_base_is_differentiated_or_has_a_moment(remat):
     model = Model(dataclasses.replace(TINY, mlp_width=80), Lora(4, 8.0, DENSE_TARGETS), remat=remat)
     step, shapes = step_and_shapes(model)

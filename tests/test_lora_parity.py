@@ -6,7 +6,6 @@ Files in tests/data/adapters were made with torch and PEFT: a base, adapters bef
 import json
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from commands import metric_lines
@@ -18,7 +17,7 @@ from nca_jax import build, precompute, train
 from nca_jax.axes import flatten_paths, nest_paths
 from nca_jax.flags import parse_flags
 from nca_jax.infra.checkpoint import restore_params
-from nca_jax.infra.mesh import make_mesh, param_shardings, put_whole
+from nca_jax.infra.mesh import param_shardings, put_whole
 
 ADAPTERS = Path(__file__).parent / "data" / "adapters"
 FLAGS = (
@@ -43,17 +42,6 @@ def adapters_in(folder: Path, abstract: dict) -> dict[str, np.ndarray]:
         of_layers = [tensors[f"{layer.format(i)}.weight"].T for i in range(x.shape[0])]
         found[path] = np.stack(of_layers).reshape(x.shape)
     return found
-
-
-@pytest.fixture
-def use_devices(monkeypatch):
-    """Returns a function that makes these of the 8 devices all there are, in this order."""
-
-    def use(*order: int) -> None:
-        chosen = [jax.devices()[i] for i in order]
-        monkeypatch.setattr(build, "make_mesh", lambda sizes, _: make_mesh(sizes, chosen))
-
-    return use
 
 
 @pytest.fixture(params=KINDS)

@@ -17,7 +17,6 @@ from nca_jax.axes import flatten_paths
 from nca_jax.checks import UserError
 from nca_jax.flags import parse_flags
 from nca_jax.infra.checkpoint import RECORD
-from nca_jax.infra.mesh import make_mesh
 from nca_jax.params import policy_params
 from nca_jax.reference import reference_params
 
@@ -35,8 +34,8 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    monkeypatch.setattr(build, "make_mesh", lambda sizes, _: make_mesh(sizes, jax.devices()[:1]))
+def one_device(use_devices):
+    use_devices(0)
 
 
 @pytest.fixture

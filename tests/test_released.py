@@ -25,7 +25,6 @@ from nca_jax.data import chat, released
 from nca_jax.data.pipeline import Dataset, eval_batches
 from nca_jax.data.table import table_of
 from nca_jax.flags import parse_flags
-from nca_jax.infra.mesh import make_mesh
 from nca_jax.logprobs import token_logps
 from nca_jax.losses import LOSSES, targets_from_scores
 from nca_jax.params import policy_params, start_params
@@ -187,17 +186,6 @@ def flags_of(rows: str, *flags: str, algo="nca", alpha=1e-4, beta=0.1, steps=30,
         "--config.loss.logits_chunk=64",
         *flags,
     ]
-
-
-@pytest.fixture
-def use_devices(monkeypatch):
-    """Returns a function that makes these of the 8 devices, in this order, all there are."""
-
-    def use(*order: int) -> None:
-        chosen = [jax.devices()[i] for i in order]
-        monkeypatch.setattr(build, "make_mesh", lambda sizes, _: make_mesh(sizes, chosen))
-
-    return use
 
 
 def test_log_probabilities_with_keys_off_are_those_of_pytorch(tmp_path, use_devices):

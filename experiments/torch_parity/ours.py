@@ -38,6 +38,8 @@ def train(model_dir: Path, rows_file: Path, settings, k: int, workdir: Path) -> 
     }
     if "alpha" not in LOSSES[settings.loss].fields:
         del values["alpha"]
+    if settings.adapter:
+        values["lora"] = settings.adapter
     arg = ",".join(f"{name}={value}" for name, value in values.items())
     config_flag = f"--config={ROOT}/configs/torch_parity.py:{arg}"
     command = [sys.executable, "-m", "nca_jax.train", config_flag, f"--workdir={workdir}"]

@@ -1,9 +1,10 @@
 """The released PyTorch computation (thu-ml/Noise-Contrastive-Alignment), in our own words.
 
 A Hugging Face model over padded rows, one prompt a micro-batch; full logits in float32, log-softmax
-over the vocabulary at every position; the frozen reference runs again in every step; AdamW, linear
-warmup, cosine to 0, gradients clipped by their norm. It is what nca_jax is compared with, in
-numbers here and in speed in experiments/speed, so it is kept plain and nothing in it is tuned.
+over the vocabulary at every position; the frozen reference runs again in every step, of adapters
+their base; AdamW, linear warmup, cosine to 0, gradients clipped by their norm. It is what nca_jax
+is compared with, in numbers here and in speed in experiments/speed, so it is kept plain and nothing
+in it is tuned.
 
 Axes:  B prompts in a step, K responses a prompt, T tokens of the longest response with its prompt.
 Units: nats, summed over the tokens of a response.
@@ -44,13 +45,14 @@ class Settings(NamedTuple):
     clip_norm: float = 1.0
     first_bonus: float = 0.01  # added to the score of each row's first response
     eos_id: int | None = None  # is no key, except where it ends a response; None: every token is
+    adapter: Path | None = None  # a PEFT folder, which is trained; None: every weight is
 
 
 class State(NamedTuple):
     """The policy, its frozen copy, and what moves the policy."""
 
     policy: PreTrainedModel
-    reference: PreTrainedModel
+    reference: PreTrainedModel | None  # None: the policy with its adapters off
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LambdaLR
 
@@ -153,9 +155,16 @@ def start(model_dir: Path, settings: Settings) -> State:
     """Returns the state before the first step: policy and reference hold the same weights."""
     # Every weight is float32; a model with dropout has it off, for the reference has none either.
     policy = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
-    reference = copy.deepcopy(policy).requires_grad_(False)
+    if settings.adapter:
+        import peft
+
+        policy = peft.PeftModel.from_pretrained(policy, settings.adapter, is_trainable=True).eval()
+        reference = None
+    else:
+        reference = copy.deepcopy(policy).requires_grad_(False)
+    trained = [weight for weight in policy.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(
-        policy.parameters(), lr=settings.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
+        trained, lr=settings.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
     )
     warmup = math.ceil(settings.warmup_frac * settings.steps)
 
@@ -166,6 +175,15 @@ def start(model_dir: Path, settings: Settings) -> State:
         return max(0.0, 0.5 * (1 + math.cos(math.pi * progress)))
 
     return State(policy, reference, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor))
+
+
+@torch.no_grad()
+def reference_logps(state: State, row: Row, settings: Settings) -> torch.Tensor:
+    """`response_logps` of the reference."""
+    if state.reference is not None:
+        return response_logps(state.reference, row, settings.eos_id)
+    with state.policy.disable_adapter():
+        return response_logps(state.policy, row, settings.eos_id)
 
 
 def gradients(
@@ -183,8 +201,7 @@ def gradients(
     for row in rows:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             row_logps = response_logps(state.policy, row, settings.eos_id)
-            with torch.no_grad():
-                row_ref_logps = response_logps(state.reference, row, settings.eos_id)
+            row_ref_logps = reference_logps(state, row, settings)
         rewards = settings.beta * (row_logps - row_ref_logps)
         loss = loss_of(rewards[None], torch.tensor([row.scores]), settings)
         (loss / len(rows)).backward()

@@ -1,11 +1,12 @@
 """Trains by PyTorch and by nca_jax on the same weights and rows, and compares step by step.
 
     python experiments/torch_parity/run.py [--model=HF_DIR] [--rows=ROWS.jsonl] [--steps=30]
-        [--out=runs/torch_parity] [--cases=nca,infonca,dpo,pairwise_nca,biased_nca]
+        [--out=runs/torch_parity] [--cases=nca,infonca,dpo,pairwise_nca,biased_nca,nca-lora,...]
 
 NCA and InfoNCA with K = 4, the losses of pairs with K = 2 (the first responses of each row); the
 released computation beside ours, and TRL's DPOTrainer beside ours where TRL is installed and has
-the loss. Writes OUT/table.md and OUT/differences.json, the largest differences by quantity;
+the loss. The cases -lora and -rslora train adapters that PEFT makes, on PEFT and here, at ten times
+the rate. Writes OUT/table.md and OUT/differences.json, the largest differences by quantity;
 OUT/results.json, every step of every trainer; OUT/parity.png. Wants the extras `torch` and `demo`.
 
 ROWS: {"prompt_ids": [int, ...], "response_ids": [[int, ...], ...], "scores": [number, ...]} a line,
@@ -23,7 +24,11 @@ import released
 from report import write_report
 
 ROOT = Path(__file__).parents[2]
-CASES = {"nca": 4, "infonca": 4, "dpo": 2, "pairwise_nca": 2, "biased_nca": 2}  # K
+FULL = {"nca": 4, "infonca": 4, "dpo": 2, "pairwise_nca": 2, "biased_nca": 2}  # K of a loss
+LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
+SOME = {"r": 4, "lora_alpha": 4, "use_rslora": True, "target_modules": ["q_proj", "v_proj"]}
+ADAPTERS = {"nca-lora": LORA, "infonca-lora": LORA, "dpo-lora": LORA, "nca-rslora": SOME}
+CASES = (*FULL, *ADAPTERS)
 # Hard targets for NCA, as released; soft ones for InfoNCA, whose scores are 0 to 5 here.
 ALPHAS = {"nca": 1e-4, "infonca": 1.0}
 
@@ -45,26 +50,27 @@ def main() -> None:
     if args.rows is None:
         args.rows = args.out / "rows.jsonl"
         write_records(args.rows, model_config["vocab_size"], model_config["eos_token_id"])
-    results = {
-        case: run_case(case, CASES[case], args, model_config["eos_token_id"])
-        for case in args.cases.split(",")
-    }
+    eos_id = model_config["eos_token_id"]
+    results = {case: run_case(case, args, eos_id) for case in args.cases.split(",")}
     write_report(args.out, results)
 
 
-def run_case(case: str, k: int, args: argparse.Namespace, eos_id: int) -> dict[str, dict | None]:
+def run_case(case: str, args: argparse.Namespace, eos_id: int) -> dict[str, dict | None]:
     """Returns {trainer: {"log", "final_logps"}}, None where a trainer is not there."""
+    loss = case.partition("-")[0]
+    k, told = FULL[loss], ADAPTERS.get(case)
     rows = released.read_records(args.rows, k)
     rows_file = args.out / f"rows_k{k}.jsonl"
     rows_file.write_text("".join(json.dumps(row._asdict()) + "\n" for row in rows))
     settings = released.Settings(
-        loss=case,
-        alpha=ALPHAS.get(case, 0.0),
+        loss=loss,
+        alpha=ALPHAS.get(loss, 0.0),
         beta=args.beta,
-        lr=args.lr,
+        lr=10 * args.lr if told else args.lr,
         steps=args.steps,
         batch_size=args.batch_size,
         eos_id=eos_id,
+        adapter=make_adapter(args.model, args.out / f"adapter-{case}", told) if told else None,
     )
     return {
         "released": released.train(args.model, rows, settings),
@@ -79,9 +85,22 @@ def train_by_trl(model: Path, rows: list, settings, out: Path) -> dict | None:
         return None
     import trl_trainer
 
-    if settings.loss not in trl_trainer.LOSS_TYPES:
+    if settings.loss not in trl_trainer.LOSS_TYPES or settings.adapter:
         return None
     return trl_trainer.train(model, rows, settings, out)
+
+
+def make_adapter(model: Path, out: Path, told: dict) -> Path:
+    """Writes an adapter as PEFT begins it; returns its folder."""
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", **told)
+    peft.get_peft_model(base, config).save_pretrained(out)
+    return out
 
 
 def write_records(path: Path, vocab_size: int, eos_id: int) -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import reprlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,6 @@ FIELDS: dict[str, Check] = dict.fromkeys(SIZES, SIZE) | {  # all that is read of
     "num_experts_per_tok": NUM_STACKED,
 }
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor")  # of rope_type llama3
-ADAPTER = "adapter_config.json"
 COMPARED = 1 << 24  # elements of the head and of the embedding that are in memory at once
 DTYPES = {  # by safetensors' names
     "F32": np.dtype(np.float32),
@@ -88,32 +87,17 @@ def open_hf(folder: str | Path) -> tuple[ModelConfig, dict[str, names.Param]]:
       UserError: no safetensors, tensors that do not fit the config, or what `read_config` refuses.
     """
     folder = Path(folder)
-    if (folder / ADAPTER).exists() and not any(folder.glob("model*.safetensors*")):
-        raise UserError(
-            f"{folder} holds an adapter ({ADAPTER}) without its model; merge the two once with "
-            "peft (merge_and_unload, then save_pretrained)."
-        )
     config, naming = _read_config(folder)
-    tensors = _list_tensors(folder)
-
-    def fetch_stored(name: str, index: tuple[slice, ...]) -> np.ndarray:
-        # Opened for each read: a file that stays mapped counts as memory of this process.
-        with safe_open(tensors[name].file, framework="np") as handle:
-            return handle.get_slice(name)[index]
-
+    tensors = list_tensors(_weight_files(folder))
+    fetch_stored = fetch_from(tensors)
     try:
         stored, parts = find_stored(tensors, fetch_stored)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
     shapes = {name: tensor.shape for name, tensor in tensors.items() if name not in parts}
     shapes |= {name: matrix.shape for name, matrix in stored.items()}
-    dtypes = dict.fromkeys(stored, names.FLOAT32)
-    for name in shapes.keys() - stored.keys():
-        if tensors[name].dtype not in DTYPES:
-            raise UserError(
-                f"{name} in {folder} is {tensors[name].dtype}; wanted one of {', '.join(DTYPES)}."
-            )
-        dtypes[name] = DTYPES[tensors[name].dtype]
+    plain = {name: tensors[name] for name in shapes.keys() - stored.keys()}
+    dtypes = dict.fromkeys(stored, names.FLOAT32) | stored_dtypes(plain)
 
     def fetch(name: str, index: tuple[slice, ...]) -> np.ndarray:
         return stored[name].values(index) if name in stored else fetch_stored(name, index)
@@ -277,10 +261,10 @@ def _in_vocabulary(ids: Iterable[int], raw: dict[str, Any]) -> Iterator[int]:
     return (i for i in ids if 0 <= i < raw["vocab_size"])
 
 
-def _list_tensors(folder: Path) -> dict[str, Tensor]:
+def list_tensors(files: Iterable[Path]) -> dict[str, Tensor]:
     """Returns the tensors of all files by name, less what RoPE recomputes."""
     tensors = {}
-    for file in _weight_files(folder):
+    for file in files:
         check_file(file)
         try:
             with safe_open(file, framework="np") as handle:
@@ -292,6 +276,27 @@ def _list_tensors(folder: Path) -> dict[str, Tensor]:
         except (OSError, SafetensorError) as error:
             raise UserError(f"Cannot read {file}: {error}") from error
     return {k: v for k, v in tensors.items() if not k.endswith("rotary_emb.inv_freq")}
+
+
+def stored_dtypes(tensors: Mapping[str, Tensor]) -> dict[str, np.dtype]:
+    """Returns {tensor name: dtype}. Raises UserError if one is not of `DTYPES`."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES:
+            raise UserError(
+                f"{name} in {tensor.file} is {tensor.dtype}; wanted one of {', '.join(DTYPES)}."
+            )
+    return {name: DTYPES[tensor.dtype] for name, tensor in tensors.items()}
+
+
+def fetch_from(tensors: Mapping[str, Tensor]) -> names.Fetch:
+    """Returns what reads a part of one of these tensors."""
+
+    def fetch(name: str, index: tuple[slice, ...]) -> np.ndarray:
+        # Opened for each read: a file that stays mapped counts as memory of this process.
+        with safe_open(tensors[name].file, framework="np") as handle:
+            return handle.get_slice(name)[index]
+
+    return fetch
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -143,6 +143,7 @@ def _json_files(config: ModelConfig, origin: Path | None) -> tuple[dict, dict]:
     content = read_json(origin / "config.json")
     content |= ends | {"tie_word_embeddings": config.tied_head}
     content.pop("auto_map", None)  # names code in files that are not copied
+    content.pop("quantization_config", None)  # what is written is not quantised
     generation = origin / "generation_config.json"
     if not generation.exists():
         return content, _token_ids(config)

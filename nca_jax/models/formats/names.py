@@ -288,13 +288,18 @@ def _open_nf4(
 
 def of_arrays(config: ModelConfig, arrays: Mapping[str, np.ndarray]) -> dict[str, Param]:
     """Returns {path: Param} of float32 parameters that are in memory."""
-    whole = {path: Param(x.shape, x.__getitem__) for path, x in arrays.items()}
+    return with_nf4(config, {path: Param(x.shape, x.__getitem__) for path, x in arrays.items()})
+
+
+def with_nf4(config: ModelConfig, params: Mapping[str, Param]) -> dict[str, Param]:
+    """Returns the same parameters, those that a quantised model keeps so in nf4 too."""
     held = places(config, HF)
 
     def fetch(name: str, index: tuple[slice, ...]) -> np.ndarray:
-        return read_tensor(config, whole, held[name])[index]
+        return read_tensor(config, params, held[name])[index]
 
-    return open_params(config, HF, fetch, dict.fromkeys(held, FLOAT32))
+    again = open_params(config, HF, fetch, dict.fromkeys(held, FLOAT32))
+    return {path: x._replace(nf4=x.nf4 or again[path].nf4) for path, x in params.items()}
 
 
 def to_tensor(entry: Entry, config: ModelConfig, value: np.ndarray) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 `where` is a folder (Hugging Face layout) or a .gguf file, local or on gs://, `package:NAME` (the
 one .gguf that an installed Python package ships) or a repository of the Hugging Face Hub, NAME or
-NAME@REVISION (a branch, tag or commit).
+NAME@REVISION (a branch, tag or commit). A folder of PEFT adapters stands for the model that they
+were trained on, which it names, with the adapters merged into it.
 """
 
 import functools
@@ -19,7 +20,9 @@ from nca_jax.checks import UserError
 from nca_jax.files import as_path, local_copy
 from nca_jax.model_config import ModelConfig
 from nca_jax.models.formats.hf import open_hf
-from nca_jax.models.formats.names import Param
+from nca_jax.models.formats.merge import merge
+from nca_jax.models.formats.names import Param, with_nf4
+from nca_jax.models.formats.peft import Adapter, base_of, is_adapter, open_peft
 from nca_jax.models.formats.templates import choose_template
 from nca_jax.models.formats.untrusted import check_file
 
@@ -92,7 +95,43 @@ def open_pretrained(where: str) -> tuple[ModelConfig, dict[str, Param]]:
       UserError: what `resolve`, `open_hf` and `open_gguf` raise.
     """
     path = resolve(where)
-    return _open(path, _versions(path))
+    base = _base(path)
+    return _open(path, base, _versions(path) + (_versions(base) if base != path else ()))
+
+
+def open_adapter(where: str, config: ModelConfig) -> Adapter:
+    """Opens a folder of PEFT adapters of a model with this config.
+
+    Raises:
+      UserError: what `resolve` and `open_peft` raise.
+    """
+    return open_peft(resolve(where), config)
+
+
+def resolve_base(where: str) -> Path:
+    """Returns `resolve`, or for a folder of adapters that of the model that they belong to."""
+    return _base(resolve(where))
+
+
+def _base(path: Path) -> Path:
+    if not is_adapter(path):
+        return path
+    where = base_of(path)
+    if not where:
+        raise UserError(
+            f"{path} is an adapter, and its adapter_config.json does not say of which model "
+            "(base_model_name_or_path); give the model as config.model.init_from and the adapter "
+            "as config.lora.init_from."
+        )
+    try:
+        base = resolve(where)
+    except UserError as error:
+        raise UserError(
+            f"{path} is an adapter of {where!r}, which is not found: {error}"
+        ) from error
+    if is_adapter(base):
+        raise UserError(f"{path} is an adapter of {where!r}, which is an adapter too, not a model.")
+    return base
 
 
 def _versions(path: Path) -> tuple[tuple, ...]:
@@ -103,7 +142,13 @@ def _versions(path: Path) -> tuple[tuple, ...]:
 
 
 @functools.lru_cache(maxsize=4)  # parsing the header of a .gguf takes seconds
-def _open(path: Path, versions: tuple[tuple, ...]) -> tuple[ModelConfig, dict[str, Param]]:
+def _open(
+    path: Path, base: Path, versions: tuple[tuple, ...]
+) -> tuple[ModelConfig, dict[str, Param]]:
+    if path != base:
+        config, params = _open(base, base, _versions(base))
+        adapter = open_peft(path, config)
+        return config, with_nf4(config, merge(params, adapter.lora, adapter.params))
     if path.is_dir():
         return open_hf(path)
     from nca_jax.models.formats.gguf import open_gguf  # wants the gguf extra: see checks.EXTRAS
@@ -128,7 +173,7 @@ def load_tokenizer(where: str, template: str = "") -> "PreTrainedTokenizerBase":
     if where == "byte":
         tokenizer = ByT5Tokenizer(extra_ids=0)  # its sentinels would lie beyond the 259 ids
     else:
-        path = resolve(where)
+        path = _tokenizer_place(where)
         if path.is_dir():
             _check_tokenizer_files(path)
             load = functools.partial(AutoTokenizer.from_pretrained, trust_remote_code=False)
@@ -150,9 +195,19 @@ def load_tokenizer(where: str, template: str = "") -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
+def _tokenizer_place(where: str) -> Path:
+    """Returns the folder or file with the tokenizer: adapters that have none have their model's."""
+    path = resolve(where)
+    return path if _has_tokenizer(path) else _base(path)
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).exists() for name in TOKENIZER_FILES)
+
+
 def _check_tokenizer_files(folder: Path) -> None:
     """Raises UserError unless a folder has a tokenizer, whose files are no larger than any is."""
-    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+    if not _has_tokenizer(folder):
         raise UserError(
             f"{folder} has no tokenizer: none of {', '.join(TOKENIZER_FILES)} is there."
         )
@@ -170,11 +225,12 @@ def save_tokenizer(where: str, folder: Path, template: str = "") -> None:
       UserError: as `load_tokenizer`.
     """
     tokenizer = load_tokenizer(where, template)
-    if where == "byte" or not resolve(where).is_dir():
+    place = None if where == "byte" else _tokenizer_place(where)
+    if place is None or not place.is_dir():
         tokenizer.save_pretrained(folder)
         return
     for pattern in TOKENIZER_PATTERNS:
-        for file in filter(Path.is_file, resolve(where).glob(pattern)):
+        for file in filter(Path.is_file, place.glob(pattern)):
             shutil.copyfile(file, folder / file.name)
     if template:  # transformers reads this file before the list in tokenizer_config.json
         text = str(tokenizer.chat_template)
