@@ -86,11 +86,22 @@ def param_spec(path: str, shape: tuple[int, ...]) -> P:
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     """Pins the sharding of an activation by logical axis names; outside a mesh it does nothing."""
+    return pin(x, P(*(ACTIVATION_RULES[name] if name else None for name in logical)))
+
+
+def pin(x: jax.Array, spec: P) -> jax.Array:
+    """Pins the sharding of an array; outside a mesh it does nothing."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    return jax.lax.with_sharding_constraint(
-        x, P(*(ACTIVATION_RULES[name] if name else None for name in logical))
-    )
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+def spec_in_use(path: str, shape: tuple[int, ...]) -> P:
+    """Returns where one layer of a stacked parameter is when it is used: gathered along the width.
+
+    Experts stay as they are kept: what computes them gathers them itself.
+    """
+    return P(*(None if axes == WIDTH else axes for axes in param_spec(path, shape)[1:]))
 
 
 def constrain_params(params: Params) -> Params:

@@ -70,6 +70,11 @@ MODELS = {
         mlp_width=3072, rope_theta=1_000_000.0, norm_eps=1e-6, tied_head=True, qk_norm=True,
         max_position=40960, bos_id=151643, eos_ids=(151645, 151643),
     ),
+    "qwen3_8b": ModelConfig(
+        vocab_size=151936, num_layers=36, width=4096, num_heads=32, num_kv_heads=8, head_dim=128,
+        mlp_width=12288, rope_theta=1_000_000.0, norm_eps=1e-6, qk_norm=True,
+        max_position=40960, bos_id=151643, eos_ids=(151645, 151643),
+    ),
     "mistral_7b": ModelConfig(  # v0.1, with its window of 4096
         vocab_size=32000, num_layers=32, width=4096, num_heads=32, num_kv_heads=8, head_dim=128,
         mlp_width=14336, sliding_window=4096, max_position=32768, bos_id=1, eos_ids=(2,),

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from test_lora import logps, random_adapters, shapes_made
 
 from nca_jax import build
+from nca_jax.aot import prepare_train
 from nca_jax.axes import flatten_paths, nest_paths
 from nca_jax.checks import UserError
 from nca_jax.flags import parse_flags
@@ -35,6 +37,11 @@ STATE = f"{Q}.quant_state.bitsandbytes__nf4"
 
 def whole(param: names.Param) -> np.ndarray:
     return param.read(tuple(slice(None) for _ in param.shape))
+
+
+def nf4_of(param: names.Param) -> names.Nf4Param:
+    assert param.nf4 is not None
+    return param.nf4
 
 
 def on_device(quantised: names.Nf4Param) -> np.ndarray:
@@ -95,7 +102,7 @@ def test_a_folder_that_bitsandbytes_quantised_twice_has_its_values_and_stays_as_
         assert (name in digests) == (params[place.entry.path].nf4 is not None)
         if name in digests:
             assert hashlib.sha256(value.tobytes()).hexdigest() == digests[name]
-            quantised = params[place.entry.path].nf4
+            quantised = nf4_of(params[place.entry.path])
             assert quantised.num_stored == quantised.num_tensors == config.num_layers
             np.testing.assert_array_equal(on_device(quantised)[place.index].T, value)
             assert_parts_equal_the_whole({"codes": quantised.codes, "absmax": quantised.absmax})
@@ -211,7 +218,7 @@ def test_a_base_is_in_4_bits_where_it_is_asked_for_or_is_so_in_its_file(tmp_path
     _, stored = base_of(*folder)
     _, params = open_hf(FOLDER)
     gate = params["layers/mlp/gate/kernel"]
-    np.testing.assert_array_equal(stored["layers/mlp/gate/codes"], whole(gate.nf4.codes))
+    np.testing.assert_array_equal(stored["layers/mlp/gate/codes"], whole(nf4_of(gate).codes))
     _, halves = base_of(*folder, "--config.lora.base_dtype=bfloat16")
     half = whole(gate).astype(jnp.bfloat16)
     np.testing.assert_array_equal(halves["layers/mlp/gate/kernel"], half)
@@ -224,3 +231,16 @@ def test_a_base_is_in_4_bits_where_it_is_asked_for_or_is_so_in_its_file(tmp_path
     mixed = f"--config.model.init_from={other(tmp_path, dequantise_one)}"
     with pytest.raises(UserError, match="13 of 14 matrices of its layers in 4 bits"):
         base_of(*folder, mixed)
+
+
+@pytest.mark.slow
+def test_devices_send_each_other_codes_not_what_they_stand_for():
+    flags = ("--config.lora.base_dtype=nf4", "--config.reference.kind=base")
+    run, _ = base_of(*flags, "--config.model.scan_layers", "--config.model.remat=full")
+    with jax.set_mesh(run.mesh):
+        step, shapes = prepare_train(run)
+        text = step.lower(*shapes).compile().as_text() or ""
+    sent = set(re.findall(r"= (\w+\[[\d,]+\])\S* all-gather\(", text))
+    codes = {"u8[1,8,4,64]", "u8[1,8,4,32]", "u8[1,8,4,160]", "u8[1,40,2,64]"}
+    assert {x for x in sent if x.startswith("u8")} == codes
+    assert not {"f32[64,160]", "f32[160,64]", "f32[64,4,16]", "f32[64,2,16]"} & sent

@@ -52,6 +52,17 @@ SIZES = (
     *("--config.model.remat=full", "--config.data.block=512", "--config.data.align=16"),
     "--config.loss.logits_chunk=512",
 )
+# Adapters of rank 16, the base as the reference: the dtype of the base, a model, a topology.
+ADAPTED = (
+    ("bfloat16", "mistral_7b", "v5e:2x2"),
+    ("bfloat16", "mistral_7b", "v6e:1x1"),
+    ("nf4", "mistral_7b", "v5e:1x1"),
+    ("nf4", "mistral_7b", "v5e:2x2"),
+    ("nf4", "llama3_8b", "v5e:1x1"),
+    ("nf4", "qwen3_8b", "v5e:1x1"),
+    ("nf4", "mixtral_8x7b", "v5e:2x4"),
+    ("nf4", "mixtral_8x7b", "v6e:2x4"),
+)
 HOSTS = ("v5e:2x4", "v6e:2x4")
 ON_A_HOST = ("smollm2_135m", "qwen3_0_6b", "mistral_7b", "llama3_8b")
 
@@ -98,6 +109,25 @@ def cells() -> list[Cell]:
         Cell(f"host-{model}-{topology}", model, "live", topology, flags=SIZES, config=OWN_RECORDS)
         for topology in HOSTS
         for model in ON_A_HOST
+    ]
+    lora = ("--config.reference.kind=base", "--config.lora.rank=16")
+    attention = (
+        "--config.lora.targets=q,k,v,o",
+        "--config.mesh.expert=8",
+    )  # as the paper's Mixtral
+    table += [
+        Cell(
+            f"lora-{dtype}-{model}-{topology}",
+            model,
+            "base",
+            topology,
+            flags=(
+                *lora,
+                f"--config.lora.base_dtype={dtype}",
+                *(attention if model == "mixtral_8x7b" else ()),
+            ),
+        )
+        for dtype, model, topology in ADAPTED
     ]
     return table
 

@@ -140,7 +140,7 @@ class Model:
             for path, module in nnx.iter_modules(decoder.layers):
                 name = "/".join(["layers", *map(str, path), "kernel"])
                 if isinstance(module, Kernel) and nf4.is_quantised(name):
-                    module.make_nf4()
+                    module.make_nf4(name)
             return decoder
 
         return nnx.split(nnx.eval_shape(make))

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from nca_jax.axes import constrain
+from nca_jax.axes import constrain, pin, spec_in_use
 from nca_jax.model_config import ModelConfig
 from nca_jax.models import nf4
 from nca_jax.models.attention.attend import KEPT, Attend, Cache
@@ -46,13 +46,14 @@ class Kernel(nnx.Module):
         self.lora = None if lora is None else Adapter(lora, lead, ins, outs, rngs)
         self.lead, self.ins, self.outs, self.is_nf4 = lead, ins, outs, False
 
-    def make_nf4(self) -> None:
-        """Keeps codes and absmax in place of the kernel, of which this makes the shapes alone."""
+    def make_nf4(self, path: str) -> None:
+        """Keeps codes and absmax in place of the kernel `path`; this makes their shapes alone."""
         shape = self.kernel.shape  # layers are stacked before `lead`
         lead = shape[: len(shape) - len(self.ins) - len(self.outs)]
         codes, absmax = nf4.shapes(lead, math.prod(self.ins), math.prod(self.outs))
         self.codes = nnx.Param(jnp.zeros(codes.shape, codes.dtype))
         self.absmax = nnx.Param(jnp.zeros(absmax.shape, absmax.dtype))
+        self.spec = spec_in_use(path.replace("kernel", "codes"), codes.shape)
         del self.kernel
         self.is_nf4 = True
 
@@ -60,7 +61,9 @@ class Kernel(nnx.Module):
         """The kernel as it is kept, for the caller to cast: its gradient has the dtype of that."""
         if self.is_nf4:
             shape = (*self.lead, *self.ins, *self.outs)
-            return nf4.Nf4(self.codes[...], self.absmax[...], shape)
+            # Pinned, what devices send each other are codes, not what is made of them.
+            codes, absmax = pin(self.codes[...], self.spec), pin(self.absmax[...], self.spec)
+            return nf4.Nf4(codes, absmax, shape)
         return self.kernel[...]
 
     def adapted(self, x: jax.Array, y: jax.Array) -> jax.Array:
