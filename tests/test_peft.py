@@ -202,7 +202,7 @@ def test_any_value_in_any_field_is_an_adapter_or_one_line(tmp_path):
     write(tmp_path)
     file = tmp_path / "adapter_config.json"
     raw, refused = json.loads(file.read_text()), 0
-    for _ in range(500):
+    for _ in range(200):
         change = {rng.choice(fields): rng.choice(junk) for _ in range(rng.randint(1, 3))}
         file.write_text(json.dumps(raw | change))
         try:
@@ -210,7 +210,7 @@ def test_any_value_in_any_field_is_an_adapter_or_one_line(tmp_path):
         except UserError as error:
             refused += 1
             assert len(str(error).splitlines()) == 1 and len(str(error)) < 1000
-    assert 250 < refused < 500
+    assert 100 < refused < 200
 
 
 # Merging

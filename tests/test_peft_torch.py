@@ -74,7 +74,7 @@ def test_adapters_that_peft_made_give_its_logits_and_come_back(tmp_path, name, t
 def test_peft_reads_our_adapters_of_experts_and_of_their_router(tmp_path, rslora):
     made_by_transformers("mixtral").save_pretrained(tmp_path / "base")
     config, _ = hf.open_hf(tmp_path / "base")
-    lora = Lora(4, 8.0, ("k", "router", "gate", "up", "down"), rslora=rslora)
+    lora = Lora(4, 8.0, ("k", "gate", "up", "down", "router"), rslora=rslora)
     params = random_adapters(config, lora, 0.2)
     out = tmp_path / "adapter"
     peft.write_peft(out, config, lora, params, base=str(tmp_path / "base"))
@@ -84,4 +84,4 @@ def test_peft_reads_our_adapters_of_experts_and_of_their_router(tmp_path, rslora
     np.testing.assert_allclose(packed_logits(*read_params(out)), logits, rtol=0, atol=1e-4)
     found = pretrained.open_adapter(str(out), config).lora
     assert found.scale == pytest.approx(lora.scale)
-    assert dataclasses.replace(found, alpha=lora.alpha, rslora=rslora).targets == lora.targets
+    assert found.targets == lora.targets

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from nca_jax import train
 from nca_jax.files import as_path
 from nca_jax.infra import progress
-from nca_jax.train_step import TrainState
+from nca_jax.train_step import Frozen, TrainState
 
 
 @pytest.fixture
@@ -86,11 +86,11 @@ def test_sizes_are_those_on_one_device(capsys):
     split = jax.device_put(jnp.zeros((1024, 1024)), NamedSharding(mesh, P("fsdp")))
     half = {"w": jax.device_put(jnp.zeros((1024, 1024), jnp.bfloat16), NamedSharding(mesh, P()))}
     state = TrainState(jnp.int32(0), {"w": split}, (split, split))
-    said = train.said_sizes(state, half)
+    said = train.said_sizes(state, Frozen(reference=half))
     assert said == (
         "1,048,576 parameters; on a device parameters 0.5 MiB, optimizer 1.0 MiB, reference 2.0 MiB"
     )
-    assert "reference" not in train.said_sizes(state, None)
+    assert "reference" not in train.said_sizes(state, Frozen())
 
 
 def test_the_most_that_a_device_held_is_said_where_it_is_known():
