@@ -89,6 +89,10 @@ def _check_together(config: ConfigDict) -> None:
             "all are computed again at once; set config.model.scan_layers=True",
         ),
         (
+            optim.grad_dtype == "bfloat16" and model.dtype == "float32",
+            "config.optim.grad_dtype='bfloat16' wants config.model.dtype='bfloat16' (now float32)",
+        ),
+        (
             (kind == "cached") != bool(config.reference.cache),
             "config.reference.cache is the folder of kind='cached', and is read by no other kind",
         ),

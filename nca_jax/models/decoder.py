@@ -83,6 +83,18 @@ class Decoder(nnx.Module):
             self.head = Kernel((config.width, config.padded_vocab), config.width, rngs)
 
 
+@jax.custom_vjp
+def _alone(param: jax.Array) -> jax.Array:
+    """`param` of one layer, which a compiler casts in the loop over layers, and gathers then.
+
+    Else it casts those of all layers before the loop, where they stay: 2 bytes a parameter.
+    """
+    return jax.lax.optimization_barrier(param)
+
+
+_alone.defvjp(lambda param: (_alone(param), None), lambda _, grad: (grad,))
+
+
 @dataclasses.dataclass(frozen=True)
 class Model:
     """The pure functions of one decoder; `params` is the first argument of each.
@@ -90,6 +102,7 @@ class Model:
     Attributes:
       config: sizes.
       dtype: of the activations, whatever the parameters'.
+      grad_dtype: of the gradients of a layer's matrices where devices sum them: float32 or `dtype`.
       remat: a key of REMAT; other than "none" wants scanned layers.
       scan_layers: one compiled layer run L times, or L layers unrolled over the same params.
       attention_kernel: of packed rows: "pairs" (XLA, any platform) or "splash" (Pallas, for TPU).
@@ -101,6 +114,7 @@ class Model:
 
     config: ModelConfig
     dtype: jnp.dtype = jnp.dtype("float32")
+    grad_dtype: jnp.dtype = jnp.dtype("float32")
     remat: str = "none"
     scan_layers: bool = True
     attention_kernel: str = "pairs"
@@ -150,6 +164,8 @@ class Model:
 
         def layer(x, layer_and_cache):
             state, layer_cache = layer_and_cache
+            if cache is None:
+                state = jax.tree.map(self._of_layer, state)
             x = checkpoint_name(x, INPUT)
             return nnx.merge(graph, state)(x, positions, attend, layer_cache)
 
@@ -167,6 +183,13 @@ class Model:
                 caches.append(layer_cache)
             cache = tuple(caches)
         return decoder.norm(x), cache
+
+    def _of_layer(self, param: jax.Array) -> jax.Array:
+        """A layer's parameter; of one that may be trained, as its gradient is to come."""
+        if param.dtype != jnp.float32 or self.dtype == jnp.float32:
+            return param
+        param = _alone(param)
+        return param.astype(self.grad_dtype) if param.ndim > 1 else param  # as where it is used
 
     def head(self, params: Params) -> jax.Array:
         """[D, V] as it is kept: of its V columns only the first `config.vocab_size` are tokens."""

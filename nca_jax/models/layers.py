@@ -21,8 +21,9 @@ from nca_jax.models.attention.attend import KEPT, Attend, Cache
 def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """[R, T, *in], [*in, *out] -> [R, T, *out] in the dtype of x; the kernel is cast to it.
 
-    The gradient of the kernel is summed in float32, as x^T g or (g^T x)^T: whichever transposes
-    the narrower of the two, which costs a CPU a copy. Automatic differentiation takes the latter.
+    The gradient of the kernel has the kernel's dtype; it is x^T g or (g^T x)^T: whichever
+    transposes the narrower of the two, which costs a CPU a copy. Automatic differentiation takes
+    the latter.
     """
     return jnp.tensordot(x, kernel.astype(x.dtype), axes=x.ndim - 2)
 
@@ -37,14 +38,15 @@ def _product_backward(saved, grad):
     last = [tuple(range(y.ndim - axes_out, y.ndim)) for y in (grad, kernel)]
     grad_x = jnp.tensordot(grad, kernel.astype(grad.dtype), axes=last)
     if x.size <= grad.size:
-        return grad_x, _outer(x, grad)
-    return grad_x, jnp.moveaxis(_outer(grad, x), range(axes_out), range(-axes_out, 0))
+        return grad_x, _outer(x, grad, kernel.dtype)
+    outer = _outer(grad, x, kernel.dtype)
+    return grad_x, jnp.moveaxis(outer, range(axes_out), range(-axes_out, 0))
 
 
-def _outer(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Sums over tokens: [R, T, *a], [R, T, *b] -> [*a, *b] float32."""
+def _outer(x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Sums over tokens: [R, T, *a], [R, T, *b] -> [*a, *b] in `dtype`."""
     tokens = (((0, 1), (0, 1)), ((), ()))
-    return jax.lax.dot_general(x, y, tokens, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(x, y, tokens, preferred_element_type=dtype)
 
 
 product.defvjp(_product_forward, _product_backward)
