@@ -83,18 +83,6 @@ class Decoder(nnx.Module):
             self.head = Kernel((config.width, config.padded_vocab), config.width, rngs)
 
 
-@jax.custom_vjp
-def _alone(param: jax.Array) -> jax.Array:
-    """`param` of one layer, which a compiler casts in the loop over layers, and gathers then.
-
-    Else it casts those of all layers before the loop, where they stay: 2 bytes a parameter.
-    """
-    return jax.lax.optimization_barrier(param)
-
-
-_alone.defvjp(lambda param: (_alone(param), None), lambda _, grad: (grad,))
-
-
 @dataclasses.dataclass(frozen=True)
 class Model:
     """The pure functions of one decoder; `params` is the first argument of each.
@@ -164,8 +152,8 @@ class Model:
 
         def layer(x, layer_and_cache):
             state, layer_cache = layer_and_cache
-            if cache is None:
-                state = jax.tree.map(self._of_layer, state)
+            if self.grad_dtype != jnp.float32:
+                state = jax.tree_util.tree_map_with_path(self._in_grad_dtype, state)
             x = checkpoint_name(x, INPUT)
             return nnx.merge(graph, state)(x, positions, attend, layer_cache)
 
@@ -184,12 +172,13 @@ class Model:
             cache = tuple(caches)
         return decoder.norm(x), cache
 
-    def _of_layer(self, param: jax.Array) -> jax.Array:
-        """A layer's parameter; of one that may be trained, as its gradient is to come."""
-        if param.dtype != jnp.float32 or self.dtype == jnp.float32:
-            return param
-        param = _alone(param)
-        return param.astype(self.grad_dtype) if param.ndim > 1 else param  # as where it is used
+    def _in_grad_dtype(self, path: tuple, param: jax.Array) -> jax.Array:
+        """A layer's parameter, which has the dtype that its gradient is to come in.
+
+        Where it is not float32 it is that of activations, which a matrix is cast to anyway.
+        """
+        is_matrix = "kernel" in jax.tree_util.keystr(path)
+        return param.astype(self.grad_dtype) if is_matrix else param
 
     def head(self, params: Params) -> jax.Array:
         """[D, V] as it is kept: of its V columns only the first `config.vocab_size` are tokens."""
