@@ -12,6 +12,7 @@ from nca_jax.build import Run
 from nca_jax.chips import CHIPS
 from nca_jax.data.room import row_sizes
 from nca_jax.data.table import Table
+from nca_jax.logprobs import PIECE
 from nca_jax.losses import LOSSES
 from nca_jax.model_config import ModelConfig
 from nca_jax.models.formats.names import param_shapes
@@ -114,8 +115,8 @@ def memory_gib(config: ConfigDict, model: ModelConfig, devices: int) -> float:
     """Returns the GiB of a training step on each of the devices that share its parameters.
 
     docs/scaling.md has the formula: state and gradients; what is gathered of parameters that are
-    split, a layer and the head, and the head's gradient; activations of a device's rows; and a
-    chunk of logits with its gradient.
+    split, a layer and a piece of the head, and that piece's gradient with the sum of it over
+    devices; activations of a device's rows; and a chunk of logits with its gradient.
     """
     m, data = model, config.data
     num_params = sum(math.prod(shape) for shape in param_shapes(m).values())
@@ -130,12 +131,13 @@ def memory_gib(config: ConfigDict, model: ModelConfig, devices: int) -> float:
     # Parameters, moments, the sum of gradients; layers cast.
     a_param = 4 + moments + 4 + reference + (2 if size == 2 else 0)
     a_layer = (num_params - outside) / m.num_layers
-    gathered = a_layer * size + head * (size + 4) if devices > 1 else 0
+    columns = min(m.padded_vocab, PIECE) if devices > 1 else m.padded_vocab
+    gathered = a_layer * size + columns * m.width * (size + 8) if devices > 1 else 0
     mlp = 2 * m.mlp_width * (m.experts_per_token or 1)
     products = 2 * m.head_dim * (m.num_heads + m.num_kv_heads) + mlp  # q, k, v, attention, MLP
     inputs = 0 if config.model.remat == "host" else m.width
     kept = m.num_layers * (inputs + KEPT[config.model.remat] * products)
     rows = math.ceil(data.rows / devices)
     tokens = rows * data.row_len * size * (kept + NOW * products)
-    logits = rows * config.loss.logits_chunk * m.padded_vocab * 3 * 4
+    logits = rows * config.loss.logits_chunk * columns * 3 * 4
     return (num_params * a_param / devices + gathered + tokens + logits) / GIB
