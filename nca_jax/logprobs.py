@@ -4,8 +4,8 @@ Axes: R rows, T tokens, D width, V padded vocabulary, C tokens of a row in one c
 Units: nats, float32.
 
 Only hidden states that predict a response token reach the head, C tokens of each row at a time:
-[T, V] logits never exist whole, forward or backward. Nor does the head or its gradient on a device,
-where several share it.
+[T, V] logits never exist whole, forward or backward. Of a head that devices share each has a piece
+of the columns whole at a time, and of its gradient.
 """
 
 import math
