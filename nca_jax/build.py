@@ -146,6 +146,7 @@ def _assemble(
         model_config,
         lora=adapters_of(config, model_config),
         dtype=jnp.dtype(config.model.dtype),
+        grad_dtype=jnp.dtype(config.optim.grad_dtype),
         remat=config.model.remat,
         scan_layers=config.model.scan_layers,
         attention_kernel=kernel,

@@ -265,6 +265,12 @@ FIELDS: dict[str, Field] = {
         True,
         since=5,
     ),
+    "optim.grad_dtype": Field(
+        "float32",
+        one_of(*DTYPES),
+        "in which devices sum the gradients of layers' matrices; sums of micro-batches: float32",
+        since=6,
+    ),
     "mesh.data": Field(1, AXIS, "devices that hold copies of the parameters", True),
     "mesh.fsdp": Field(
         -1, AXIS, "devices over which parameters are split; -1: all that remain", True

@@ -95,6 +95,15 @@ def _check_together(config: ConfigDict) -> None:
             "all are computed again at once; set config.model.scan_layers=True",
         ),
         (
+            optim.grad_dtype != "float32" and "lora" in config,
+            "config.optim.grad_dtype is of a layer's matrices, and with config.lora adapters alone "
+            "are trained: set it to float32",
+        ),
+        (
+            optim.grad_dtype == "bfloat16" and model.dtype == "float32",
+            "config.optim.grad_dtype='bfloat16' wants config.model.dtype='bfloat16' (now float32)",
+        ),
+        (
             (kind == "cached") != bool(config.reference.cache),
             "config.reference.cache is the folder of kind='cached', and is read by no other kind",
         ),

@@ -4,7 +4,8 @@ Axes: R rows, T tokens, D width, V padded vocabulary, C tokens of a row in one c
 Units: nats, float32.
 
 Only hidden states that predict a response token reach the head, C tokens of each row at a time:
-[T, V] logits never exist whole, forward or backward.
+[T, V] logits never exist whole, forward or backward. Of a head that devices share each has a piece
+of the columns whole at a time, and of its gradient.
 """
 
 import math
@@ -16,6 +17,8 @@ from jax.sharding import PartitionSpec as P
 from nca_jax.axes import ROWS, WIDTH, Params, constrain
 from nca_jax.batch import Rows
 from nca_jax.models.decoder import Model
+
+PIECE = 16384  # columns of a head that is split, which a device has whole at once
 
 
 def sequence_logps(
@@ -82,7 +85,8 @@ def head_logps(
 
     Over a mesh each device does its own rows with the slice of D that it holds of the head. Left to
     the partitioner, the head's gradient would be whole on every device, or summed over devices in
-    every chunk; here it is scattered once: see `_whole` and `_to_slices`.
+    every chunk; here a piece of V columns is gathered, gone through and its gradient scattered
+    before the next: see `_pieces`.
     """
 
     def of_rows(hidden, head, tokens, num_chunks):
@@ -105,18 +109,34 @@ def _is_split() -> bool:
     return not mesh.empty and math.prod(mesh.shape[axis] for axis in ROWS) > 1
 
 
+def _pieces(num_columns: int) -> list[slice]:
+    """The columns of each piece of a head: one piece where a device has them to itself.
+
+    `tensor` splits columns too, so it leaves one piece.
+    """
+    if not _is_split() or jax.sharding.get_abstract_mesh().shape["tensor"] > 1:
+        return [slice(0, num_columns)]
+    starts = range(0, num_columns, PIECE)
+    return [slice(start, min(start + PIECE, num_columns)) for start in starts]
+
+
+def _at_once(*values):
+    """`values`, of which nothing goes on before all are there.
+
+    Else a compiler gathers pieces before their time, or keeps their gradients to scatter them
+    together: once a step, not once a micro-batch, for all it may.
+    """
+    return jax.lax.optimization_barrier(values) if _is_split() else values
+
+
 def _whole(slices: jax.Array) -> jax.Array:
-    """[D here, V] -> [D, V]."""
+    """[D here, columns] -> [D, columns]."""
     return jax.lax.all_gather(slices, WIDTH, axis=0, tiled=True) if _is_split() else slices
 
 
 def _to_slices(sums: jax.Array) -> jax.Array:
-    """[D, V] of each device -> their sum, [D here, V]; over copies of the head autodiff sums it."""
-    if not _is_split():
-        return sums
-    slices = jax.lax.psum_scatter(sums, WIDTH, scatter_dimension=0, tiled=True)
-    # Else a compiler may scatter once a step: sums of micro-batches would be whole on each device.
-    return jax.lax.optimization_barrier(slices)
+    """[D, columns] of each device -> their sum, [D here, columns]; autodiff sums it over copies."""
+    return jax.lax.psum_scatter(sums, WIDTH, tiled=True) if _is_split() else sums
 
 
 def _plain_logps(hidden, head, tokens, num_chunks, vocab_size, chunk) -> jax.Array:
@@ -139,36 +159,44 @@ def _forward(hidden, head, tokens, num_chunks, vocab_size, chunk):
     hidden, head, tokens, num_chunks = (x.value for x in (hidden, head, tokens, num_chunks))
     if not is_trained:
         return _with_slopes(hidden, head, tokens, num_chunks, vocab_size, chunk)
-    logps, *saved = _with_totals(hidden, head, tokens, num_chunks, vocab_size, chunk)
-    return logps, (hidden, tokens, num_chunks, *saved)
+    logps, log_totals = _with_totals(hidden, head, tokens, num_chunks, vocab_size, chunk)
+    return logps, (hidden, head, tokens, num_chunks, log_totals)
 
 
 def _with_totals(hidden, head, tokens, num_chunks, vocab_size, chunk):
-    """Returns the log-probabilities [R, T], log-sum-exps [R, T] and the head as it was used."""
-    weights = _whole(head.astype(hidden.dtype))  # once, outside the chunk loop
+    """Returns the log-probabilities and the log-sum-exps, [R, T] each."""
+    rest = head
+    picked = log_totals = jnp.zeros(tokens.shape, jnp.float32)
+    for columns in _pieces(head.shape[1]):
+        weights = _whole(rest[:, columns].astype(hidden.dtype))  # once, outside the chunk loop
 
-    def one_chunk(i, carry):
-        logps, log_totals = carry
-        logits = _logits(_chunk(hidden, i, chunk), weights, vocab_size)  # [R, C, V]
-        logp, log_total = _logp_and_total(logits, tokens, i, chunk)
-        return _put(logps, logp, i), _put(log_totals, log_total, i)
+        def one_chunk(i, carry, columns=columns, weights=weights):
+            picked, log_totals = carry
+            logits = _logits(_chunk(hidden, i, chunk), weights, columns, vocab_size)  # [R, C, .]
+            here = _picked(logits, tokens, i, chunk, columns)
+            log_total = jax.nn.logsumexp(logits, axis=-1)
+            if columns.start:
+                here += _chunk(picked, i, chunk)
+                log_total = jnp.logaddexp(log_total, _chunk(log_totals, i, chunk))
+            return _put(picked, here, i), _put(log_totals, log_total, i)
 
-    empty = jnp.zeros(tokens.shape, jnp.float32)
-    logps, log_totals = jax.lax.fori_loop(0, num_chunks, one_chunk, (empty, empty))
-    return logps, log_totals, weights
+        picked, log_totals = jax.lax.fori_loop(0, num_chunks, one_chunk, (picked, log_totals))
+        rest, picked, log_totals = _at_once(rest, picked, log_totals)
+    return picked - log_totals, log_totals
 
 
 def _with_slopes(hidden, head, tokens, num_chunks, vocab_size, chunk):
     """Returns the log-probabilities [R, T] and their gradients with respect to `hidden`."""
-    weights = _whole(head.astype(hidden.dtype))
+    columns, weights = slice(0, head.shape[1]), _whole(head.astype(hidden.dtype))
 
     def one_chunk(i, carry):
         logps, slopes = carry
-        logits = _logits(_chunk(hidden, i, chunk), weights, vocab_size)
-        logp, log_total = _logp_and_total(logits, tokens, i, chunk)
-        of_logits = _slopes_of_logits(logits, log_total, tokens, i, chunk).astype(hidden.dtype)
-        slope = jnp.einsum("rcv,dv->rcd", of_logits, weights)
-        return _put(logps, logp, i), _put(slopes, slope, i)
+        logits = _logits(_chunk(hidden, i, chunk), weights, columns, vocab_size)
+        log_total = jax.nn.logsumexp(logits, axis=-1)
+        logp = _picked(logits, tokens, i, chunk, columns) - log_total
+        of_logits = _slopes_of_logits(logits, log_total, tokens, i, chunk, columns)
+        slope = _float32("rcv,dv->rcd", of_logits.astype(hidden.dtype), weights)
+        return _put(logps, logp, i), _put(slopes, slope.astype(hidden.dtype), i)
 
     start = jnp.zeros(tokens.shape, jnp.float32), jnp.zeros_like(hidden)
     return jax.lax.fori_loop(0, num_chunks, one_chunk, start)
@@ -176,22 +204,29 @@ def _with_slopes(hidden, head, tokens, num_chunks, vocab_size, chunk):
 
 def _backward(vocab_size, chunk, saved, grad_logps):
     if isinstance(saved, jax.Array):  # slopes
-        return saved * grad_logps[..., None].astype(saved.dtype), None, None, None
-    hidden, tokens, num_chunks, log_totals, weights = saved
+        grad_hidden = grad_logps[..., None] * saved
+        return grad_hidden.astype(saved.dtype), None, None, None
+    hidden, rest, tokens, num_chunks, log_totals = saved
+    grad_hidden, slices = jnp.zeros(hidden.shape, jnp.float32), []
+    for columns in _pieces(rest.shape[1]):
+        weights = _whole(rest[:, columns].astype(hidden.dtype))
 
-    def one_chunk(i, carry):
-        grad_hidden, grad_head = carry
-        x = _chunk(hidden, i, chunk)
-        logits = _logits(x, weights, vocab_size)
-        grad_logits = _slopes_of_logits(logits, _chunk(log_totals, i, chunk), tokens, i, chunk)
-        grad_logits = (grad_logits * _chunk(grad_logps, i, chunk)[..., None]).astype(x.dtype)
-        grad_x = jnp.einsum("rcv,dv->rcd", grad_logits, weights)
-        grad_head += jnp.einsum("rcd,rcv->dv", x, grad_logits, preferred_element_type=jnp.float32)
-        return _put(grad_hidden, grad_x, i), grad_head
+        def one_chunk(i, carry, columns=columns, weights=weights):
+            grad_hidden, grad_head = carry
+            x = _chunk(hidden, i, chunk)
+            logits = _logits(x, weights, columns, vocab_size)
+            log_total = _chunk(log_totals, i, chunk)
+            grad_logits = _slopes_of_logits(logits, log_total, tokens, i, chunk, columns)
+            grad_logits = (grad_logits * _chunk(grad_logps, i, chunk)[..., None]).astype(x.dtype)
+            grad_x = _chunk(grad_hidden, i, chunk) + _float32("rcv,dv->rcd", grad_logits, weights)
+            return _put(grad_hidden, grad_x, i), grad_head + _float32("rcd,rcv->dv", x, grad_logits)
 
-    start = jnp.zeros_like(hidden), jnp.zeros(weights.shape, jnp.float32)
-    grad_hidden, grad_head = jax.lax.fori_loop(0, num_chunks, one_chunk, start)
-    return grad_hidden, _to_slices(grad_head), None, None
+        start = grad_hidden, jnp.zeros(weights.shape, jnp.float32)
+        grad_hidden, grad_head = jax.lax.fori_loop(0, num_chunks, one_chunk, start)
+        slices = [*slices, _to_slices(grad_head)]
+        rest, grad_hidden, slices = _at_once(rest, grad_hidden, slices)
+    grad_hidden, grad_head = _at_once(grad_hidden, jnp.concatenate(slices, axis=1))
+    return grad_hidden.astype(hidden.dtype), grad_head, None, None
 
 
 _chunked_logps.defvjp(_forward, _backward, symbolic_zeros=True)
@@ -205,34 +240,44 @@ def _put(x: jax.Array, part: jax.Array, i: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(x, part, i * part.shape[1], axis=1)
 
 
-def _logits(x: jax.Array, weights: jax.Array, vocab_size: int) -> jax.Array:
-    """[R, C, D] -> [R, C, V] float32, padded columns far below every token."""
-    logits = jnp.einsum("rcd,dv->rcv", x, weights, preferred_element_type=jnp.float32)
-    logits = constrain(logits, None, None, "vocab")
-    if vocab_size == weights.shape[1]:
+def _float32(equation: str, *operands: jax.Array) -> jax.Array:
+    return jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)
+
+
+def _logits(x: jax.Array, weights: jax.Array, columns: slice, vocab_size: int) -> jax.Array:
+    """[R, C, D] -> [R, C, columns] float32, padded columns far below every token."""
+    logits = constrain(_float32("rcd,dv->rcv", x, weights), None, None, "vocab")
+    if columns.stop <= vocab_size:
         return logits
-    column = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
-    return jnp.where(column < vocab_size, logits, -1e30)
+    return jnp.where(_token_of(logits, columns) < vocab_size, logits, -1e30)
 
 
-def _logp_and_total(
-    logits: jax.Array, tokens: jax.Array, i: jax.Array, chunk: int
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the log-probability of each token of a chunk, and its log-sum-exp: [R, C] each."""
-    log_total = jax.nn.logsumexp(logits, axis=-1)
-    picked = jnp.sum(jnp.where(_is_token(tokens, i, chunk, logits), logits, 0.0), axis=-1)
-    return picked - log_total, log_total
+def _picked(
+    logits: jax.Array, tokens: jax.Array, i: jax.Array, chunk: int, columns: slice
+) -> jax.Array:
+    """The logit of each token of a chunk, [R, C]; 0 where it is not among the columns."""
+    return jnp.sum(jnp.where(_is_token(tokens, i, chunk, logits, columns), logits, 0.0), axis=-1)
 
 
 def _slopes_of_logits(
-    logits: jax.Array, log_total: jax.Array, tokens: jax.Array, i: jax.Array, chunk: int
+    logits: jax.Array,
+    log_total: jax.Array,
+    tokens: jax.Array,
+    i: jax.Array,
+    chunk: int,
+    columns: slice,
 ) -> jax.Array:
-    """d logp / d logits = onehot(token) - softmax, [R, C, V] float32."""
+    """d logp / d logits = onehot(token) - softmax, [R, C, columns] float32."""
     softmax = jnp.exp(logits - log_total[..., None])
-    return jnp.where(_is_token(tokens, i, chunk, logits), 1.0, 0.0) - softmax
+    return jnp.where(_is_token(tokens, i, chunk, logits, columns), 1.0, 0.0) - softmax
 
 
-def _is_token(tokens: jax.Array, i: jax.Array, chunk: int, logits: jax.Array) -> jax.Array:
-    """[R, C, V] bool, never materialised: fused into the reduction or the product that reads it."""
-    column = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
-    return column == _chunk(tokens, i, chunk)[..., None]
+def _is_token(
+    tokens: jax.Array, i: jax.Array, chunk: int, logits: jax.Array, columns: slice
+) -> jax.Array:
+    """[R, C, columns] bool, never materialised: fused into the sum or product that reads it."""
+    return _token_of(logits, columns) == _chunk(tokens, i, chunk)[..., None]
+
+
+def _token_of(logits: jax.Array, columns: slice) -> jax.Array:
+    return columns.start + jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)

@@ -16,6 +16,7 @@ from nca_jax.data.room import row_sizes
 from nca_jax.data.table import Table
 from nca_jax.infra.mesh import host_mesh
 from nca_jax.infra.progress import num_values
+from nca_jax.logprobs import PIECE
 from nca_jax.losses import LOSSES
 from nca_jax.model_config import ModelConfig
 from nca_jax.models.decoder import Model
@@ -119,8 +120,9 @@ def memory_gib(config: ConfigDict, model: ModelConfig, devices: int) -> float:
     """Returns the GiB of a training step on each of the devices that share its parameters.
 
     docs/scaling.md has the formula: state and gradients; what is gathered of parameters that are
-    split, a layer and the head, and the head's gradient; activations of a device's rows; and a
-    chunk of logits with its gradient. The base of adapters has no gradient and no moments.
+    split, a layer and a piece of the head, and that piece's gradient with the sum of it over
+    devices; activations of a device's rows; and a chunk of logits with its gradient. The base of
+    adapters has no gradient and no moments, and its head is gathered whole.
     """
     m, data = model, config.data
     num_params = sum(math.prod(shape) for shape in param_shapes(m).values())
@@ -132,21 +134,22 @@ def memory_gib(config: ConfigDict, model: ModelConfig, devices: int) -> float:
     if config.reference.kind == "live":
         reference = jnp.dtype(usual_dtype(reference_init_from(config))).itemsize
     moments = 0 if config.optim.moments == "host" else moment + 4
-    of_head = 4  # bytes of its gradient
+    columns = min(m.padded_vocab, PIECE) if devices > 1 else m.padded_vocab
+    of_head = 8  # bytes of a gradient and its sum
     # Parameters, moments, the sum of gradients; layers cast.
     state = num_params * (4 + moments + 4 + reference + (2 if size == 2 else 0))
     run = Run(config, host_mesh(), Model(m, adapters_of(config, m)), None)
     if (base := abstract_base(run)) is not None:
         state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(base))
         state += num_values(run.model.abstract_trained()) * (8 + moments)
-        of_head = 0
+        columns, of_head = m.padded_vocab, 0
     a_layer = (num_params - outside) / m.num_layers
-    gathered = a_layer * size + head * (size + of_head) if devices > 1 else 0
+    gathered = a_layer * size + columns * m.width * (size + of_head) if devices > 1 else 0
     mlp = 2 * m.mlp_width * (m.experts_per_token or 1)
     products = 2 * m.head_dim * (m.num_heads + m.num_kv_heads) + mlp  # q, k, v, attention, MLP
     inputs = 0 if config.model.remat == "host" else m.width
     kept = m.num_layers * (inputs + KEPT[config.model.remat] * products)
     rows = math.ceil(data.rows / devices)
     tokens = rows * data.row_len * size * (kept + NOW * products)
-    logits = rows * config.loss.logits_chunk * m.padded_vocab * 3 * 4
+    logits = rows * config.loss.logits_chunk * columns * 3 * 4
     return (state / devices + gathered + tokens + logits) / GIB

@@ -107,6 +107,7 @@ class OptimSection(Protocol):
     weight_decay: float
     mu_dtype: str
     moments: str
+    grad_dtype: str
 
 
 class CheckpointSection(Protocol):

@@ -12,8 +12,9 @@ from nca_jax.field import Value
 from nca_jax.files import AnyPath, read_json
 
 # 1 had none written, and every loss had an alpha; 2 had no data.join; 3 no score_unit, warmup_from;
-# 4 no data.store, compiler_options, model.splash, optim.moments, fields of losses but alpha, beta.
-VERSION = 5
+# 4 no data.store, compiler_options, model.splash, optim.moments, fields of losses but alpha, beta;
+# 5 no optim.grad_dtype.
+VERSION = 6
 NEUTRAL = {"loss.alpha": 0.0}  # fields that older runs have, and the value that meant nothing
 CONFIG = "config.json"
 

@@ -19,6 +19,7 @@ KEPT = ConfigDict({"keep_last": 1, "best_metric": ""})
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("error:Some donated buffers")
 @pytest.mark.parametrize("fsdp", [1, 4])
 def test_moments_in_the_hosts_memory_are_saved_restored_and_give_the_same_bits(tmp_path, fsdp):
     flags = ["--config=configs/jsonl.py:files=x,smoke,k=3", f"--config.mesh.fsdp={fsdp}"]
@@ -40,7 +41,8 @@ def test_moments_in_the_hosts_memory_are_saved_restored_and_give_the_same_bits(t
             checkpoint.open_checkpoints(tmp_path / moments, KEPT) as checkpoints,
         ):
             step = programs.jit_train_step(run, optimizer, Frozen())
-            state = programs.start_state(run, optimizer, run.model.init(jax.random.key(0)))
+            init = jax.jit(run.model.init, out_shardings=shardings.params)
+            state = programs.start_state(run, optimizer, init(jax.random.key(0)))
             for i in range(2):
                 batch = put_batch(run.mesh, dataset.batch_at(i).batch, run.config.data.rows)
                 state, _ = step(state, Frozen(), batch)

@@ -11,9 +11,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nca_jax import logprobs
+from nca_jax.axes import MESH_AXES, flatten_paths
 from nca_jax.data.group import Group
 from nca_jax.data.pack import RowLayout, pack
 from nca_jax.data.plan import causal_bound
+from nca_jax.infra.compiler import compiler_options
 from nca_jax.infra.mesh import make_mesh
 from nca_jax.logprobs import sequence_logps
 from nca_jax.model_config import MODELS
@@ -191,6 +193,41 @@ def test_the_head_keeps_three_chunks_of_logits_at_most_and_its_gradient(tensor):
     assert compiled.memory_analysis().temp_size_in_bytes <= 3 * logits + head
 
 
+def test_a_split_head_is_never_whole_on_a_device_and_gives_the_numbers_of_a_whole_one(monkeypatch):
+    length, width, vocab, columns = 64, 32, 300, 320
+    mesh = make_mesh({"data": 1, "fsdp": 4, "tensor": 1, "expert": 1}, jax.devices()[:4])
+    rng = np.random.default_rng(0)
+    weights = rng.normal(size=(4, length)).astype(np.float32)
+    given = (
+        rng.normal(size=(4, length, width)).astype(np.float32),
+        rng.normal(size=(width, columns)).astype(np.float32),
+        rng.integers(0, vocab, (4, length)),
+        2,  # of four chunks
+    )
+
+    def total(hidden, head, tokens, num_chunks):
+        logps = logprobs.head_logps(hidden, head, tokens, num_chunks, vocab, 16)
+        return jnp.sum(weights * logps), logps
+
+    def numbers(piece: int) -> tuple:
+        monkeypatch.setattr(logprobs, "PIECE", piece)
+        specs = (P("fsdp"), P("fsdp"), P("fsdp"), P())
+        grad = jax.jit(
+            jax.grad(total, argnums=(0, 1), has_aux=True),
+            in_shardings=tuple(NamedSharding(mesh, spec) for spec in specs),
+            out_shardings=(tuple(NamedSharding(mesh, spec) for spec in specs[:2]), None),
+        )
+        with jax.set_mesh(mesh):
+            compiled = grad.lower(*given).compile()
+            return compiled(*map(jax.device_put, given, compiled.input_shardings[0])), compiled
+
+    (want, whole), (got, in_pieces) = numbers(columns), numbers(128)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    shape = f"f32[{width},{columns}]"
+    assert shape in whole.as_text() and shape not in in_pieces.as_text()
+
+
 @pytest.mark.slow
 def test_bfloat16_activations_keep_float32_parameters_and_log_probabilities():
     model = model_of("plain")
@@ -207,6 +244,34 @@ def test_bfloat16_activations_keep_float32_parameters_and_log_probabilities():
         num_tokens[b, : len(responses)] = responses
     assert (np.abs(got - want) <= 5.6 * 2**-8 * num_tokens).all()
     assert (got != want).any()
+
+
+def test_gradients_of_matrices_in_bfloat16_are_the_float32_ones_rounded_once():
+    base = dataclasses.replace(model_of("plain", num_layers=1), dtype=jnp.dtype("bfloat16"))
+    options = compiler_options(
+        make_mesh(dict.fromkeys(MESH_AXES, 1), jax.devices()[:1]), base.dtype, ""
+    )
+    params = base.init(jax.random.key(0))
+    groups = make_groups(RAGGED, seed=1, vocab_size=base.config.vocab_size)
+
+    def numbers(dtype: str) -> tuple[jax.Array, dict]:
+        model = dataclasses.replace(base, grad_dtype=jnp.dtype(dtype))
+
+        def total(params):
+            logps = packed_logps(model, params, groups)
+            return logps.sum(), logps
+
+        grad = jax.jit(jax.grad(total, has_aux=True), compiler_options=options)
+        grads, logps = grad(params)
+        return logps, flatten_paths(grads)
+
+    (want_logps, want), (logps, got) = numbers("float32"), numbers("bfloat16")
+    np.testing.assert_array_equal(logps, want_logps)
+    for path, grad in got.items():
+        of_matrix = path.startswith("layers/") and path.endswith("kernel")
+        rounded = jnp.asarray(want[path], jnp.bfloat16 if of_matrix else jnp.float32)
+        np.testing.assert_array_equal(grad, rounded.astype(jnp.float32), err_msg=path)
+    assert {grad.dtype for grad in got.values()} == {jnp.dtype("float32")}
 
 
 def test_remat_dots_computes_no_product_again_and_remat_full_some():

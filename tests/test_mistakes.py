@@ -66,6 +66,10 @@ FLAGS = {
     "sizes of another kernel": ("--config.model.splash=block_q=512", "splash attention alone"),
     "no option of the compiler": ("--config.compiler_options=xla_x=1", "does not take xla_x=1"),
     "more devices": ("--config.mesh.fsdp=16", "the 8 devices"),
+    "gradients rounded in float32": (
+        "--config.optim.grad_dtype=bfloat16",
+        "wants config.model.dtype='bfloat16'",
+    ),
     "remat of unrolled layers": ("--config.model.remat=full", "set config.model.scan_layers=True"),
     "one response": ("--config.data.num_responses=1", "set config.data.num_responses=2"),
     "nothing held out": ("--config.data.eval_fraction=0", "set config.data.eval_fraction"),

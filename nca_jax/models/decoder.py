@@ -97,6 +97,7 @@ class Model:
       config: sizes.
       lora: its adapters; None: it has none.
       dtype: of the activations, whatever the parameters'.
+      grad_dtype: of the gradients of a layer's matrices where devices sum them: float32 or `dtype`.
       remat: a key of REMAT; other than "none" wants scanned layers.
       scan_layers: one compiled layer run L times, or L layers unrolled over the same params.
       attention_kernel: of packed rows: "pairs" (XLA, any platform) or "splash" (Pallas, for TPU).
@@ -109,6 +110,7 @@ class Model:
     config: ModelConfig
     lora: Lora | None = None
     dtype: jnp.dtype = jnp.dtype("float32")
+    grad_dtype: jnp.dtype = jnp.dtype("float32")
     remat: str = "none"
     scan_layers: bool = True
     attention_kernel: str = "pairs"
@@ -224,6 +226,8 @@ class Model:
 
         def layer(x, layer_and_cache):
             state, layer_cache = layer_and_cache
+            if self.grad_dtype != jnp.float32:
+                state = jax.tree_util.tree_map_with_path(self._in_grad_dtype, state)
             x = checkpoint_name(x, INPUT)
             return nnx.merge(graph, state)(x, positions, attend, layer_cache)
 
@@ -241,6 +245,14 @@ class Model:
                 caches.append(layer_cache)
             cache = tuple(caches)
         return decoder.norm(x), cache
+
+    def _in_grad_dtype(self, path: tuple, param: jax.Array) -> jax.Array:
+        """A layer's parameter, which has the dtype that its gradient is to come in.
+
+        Where it is not float32 it is that of activations, which a matrix is cast to anyway.
+        """
+        is_matrix = "kernel" in jax.tree_util.keystr(path)
+        return param.astype(self.grad_dtype) if is_matrix else param
 
     def head(self, params: Params) -> jax.Array:
         """[D, V] as it is kept: of its V columns only the first `config.vocab_size` are tokens."""

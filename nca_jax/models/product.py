@@ -17,8 +17,9 @@ def product(x: jax.Array, kernel: Matrix) -> jax.Array:
 
     What is kept for the gradient is the kernel as it came: one in 4 bits is dequantised again.
 
-    The gradient of the kernel is summed in float32, as x^T g or (g^T x)^T: whichever transposes
-    the narrower of the two, which costs a CPU a copy. Automatic differentiation takes the latter.
+    The gradient of the kernel has the kernel's dtype; it is x^T g or (g^T x)^T: whichever
+    transposes the narrower of the two, which costs a CPU a copy. Automatic differentiation takes
+    the latter.
     Of a kernel that nothing differentiates there is none, and x is not kept for it.
     """
     return jnp.tensordot(x, kernel.astype(x.dtype), axes=x.ndim - 2)
@@ -38,14 +39,15 @@ def _product_backward(saved, grad):
     if x is None:
         return grad_x, None
     if x.size <= grad.size:
-        return grad_x, _outer(x, grad)
-    return grad_x, jnp.moveaxis(_outer(grad, x), range(axes_out), range(-axes_out, 0))
+        return grad_x, _outer(x, grad, kernel.dtype)
+    outer = _outer(grad, x, kernel.dtype)
+    return grad_x, jnp.moveaxis(outer, range(axes_out), range(-axes_out, 0))
 
 
-def _outer(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Sums over tokens: [R, T, *a], [R, T, *b] -> [*a, *b] float32."""
+def _outer(x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Sums over tokens: [R, T, *a], [R, T, *b] -> [*a, *b] in `dtype`."""
     tokens = (((0, 1), (0, 1)), ((), ()))
-    return jax.lax.dot_general(x, y, tokens, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(x, y, tokens, preferred_element_type=dtype)
 
 
 product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
