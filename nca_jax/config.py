@@ -120,30 +120,30 @@ FIELDS: dict[str, Field] = {
     ),
     "reference.init_from": Field("", TEXT, "as model.init_from; empty: the policy's start"),
     "reference.cache": Field("", TEXT, "folder of a cached reference"),
-    "lora.rank": Field(16, COUNT, "r, of the adapters", since=5),
-    "lora.alpha": Field(16.0, POSITIVE, "an adapter's product is scaled by alpha / rank", since=5),
+    "lora.rank": Field(16, COUNT, "r, of the adapters", since=6),
+    "lora.alpha": Field(16.0, POSITIVE, "an adapter's product is scaled by alpha / rank", since=6),
     "lora.targets": Field(
         "q,k,v,o,gate,up,down",
         NAMES,
         "matrices of a layer that have adapters, also router; of a mixture gate, up and down are "
         "those of the experts",
-        since=5,
+        since=6,
     ),
     "lora.init_from": Field(
-        "", TEXT, "folder of a PEFT adapter that is continued; empty: they start at 0", since=5
+        "", TEXT, "folder of a PEFT adapter that is continued; empty: they start at 0", since=6
     ),
-    "lora.rslora": Field(False, FLAG, "scaled by alpha / sqrt(rank) instead", since=5),
+    "lora.rslora": Field(False, FLAG, "scaled by alpha / sqrt(rank) instead", since=6),
     "lora.dora": Field(
-        False, FLAG, "the norm of each output is trained apart; not of experts", since=5
+        False, FLAG, "the norm of each output is trained apart; not of experts", since=6
     ),
     "lora.b_lr_ratio": Field(
-        1.0, POSITIVE, "LoRA+: learning rate of the second factor over that of the first", since=5
+        1.0, POSITIVE, "LoRA+: learning rate of the second factor over that of the first", since=6
     ),
     "lora.base_dtype": Field(
         "",
         one_of("", *DTYPES, "nf4"),
         "of the base in memory, nf4: QLoRA's 4 bits; empty: that of its file",
-        since=5,
+        since=6,
     ),
     "data.files": Field(
         "", TEXT, "globs, tfds:NAME[/SCORE]:SPLIT or hf:NAME[:CONFIG]:SPLIT, by commas or +"
@@ -188,7 +188,7 @@ FIELDS: dict[str, Field] = {
         "last_assistant",
         one_of("last_assistant", "all_assistant"),
         "of a conversation: its last answer, or every one, where a record has one response",
-        since=5,
+        since=6,
     ),
     "data.choose": Field(
         "best_worst_random",

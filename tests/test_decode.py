@@ -198,7 +198,7 @@ def test_scores_of_responses_come_in_order_however_they_are_packed():
 
     got = score_responses(logps, groups, LAYOUT, num_slots=4, mesh=mesh)
     want = []
-    for prompt, responses, key_on in groups:
+    for prompt, responses, key_on, _ in groups:
         for k, response in enumerate(responses):
             on = True if key_on is None else np.concatenate([key_on[0], key_on[1][k]])
             logits = uncached_logits(model, params, [*prompt, *response], on)

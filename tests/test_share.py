@@ -39,7 +39,7 @@ def test_a_bad_row_stops_every_process_with_the_same_words(tmp_path):
     found = in_processes(3, lambda _, gather: read(files, gather))
     assert {str(error) for error in found} == {
         f"{files}:2: wanted keys (prompt_ids, response_ids, scores) or (prompt, responses, scores) "
-        "or (prompt, chosen, rejected), got (prompt)"
+        "or (prompt, chosen, rejected) or (prompt, response) or (messages), got (prompt)"
     }
 
 

@@ -147,7 +147,7 @@ class Encoder:
             group=group,
             scores=scores,
             record=record if text is None else record | {"prompt": text},
-            prompt_hash=hash_prompt(prompt.tolist() if text is None else canonical(text)),
+            prompt_hash=hash_prompt(whole.prompt.tolist() if text is None else canonical(text)),
             num_tokens=num_tokens,
             num_cut=num_tokens - sum(group.lengths()),
             is_pair=parts.is_pair,

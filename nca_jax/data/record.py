@@ -27,7 +27,7 @@ import numpy as np
 from nca_jax.data.conversation import read_responses
 from nca_jax.data.sources import RecordError
 
-FORMS = (
+FORMS: tuple[tuple[str, ...], ...] = (
     ("prompt_ids", "response_ids", "scores"),
     ("prompt", "responses", "scores"),
     ("prompt", "chosen", "rejected"),

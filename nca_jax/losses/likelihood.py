@@ -91,7 +91,7 @@ LIKELIHOOD = Loss(
             "prompts",
             one_of("prompts", "tokens"),
             "a step's loss is a mean over its prompts, or with per_token over its tokens",
-            since=5,
+            since=6,
         ),
     },
     reads=("scores", "lengths"),
