@@ -52,13 +52,15 @@ from nca_jax.reference import abstract_frozen
 
 Program = tuple[Wrapped, tuple[Any, ...]]  # jitted, and the shapes of its arguments
 
+CASTS_STAY = "xla_jf_bf16_propagation=false"  # those of all layers to bfloat16, in their loop
 LEANER: tuple[dict[str, Value], ...] = (  # by fields that change no number, from fast to lean
     {"model.remat": "none"},
     {"model.remat": "dots"},
     {"model.remat": "attention"},
     {"model.remat": "full"},
-    {"model.remat": "host"},
-    {"model.remat": "host", "optim.moments": "host"},
+    {"model.remat": "full", "compiler_options": CASTS_STAY},
+    {"model.remat": "host", "compiler_options": CASTS_STAY},
+    {"model.remat": "host", "compiler_options": CASTS_STAY, "optim.moments": "host"},
 )
 MAX_ROWS = 16  # a chip; --fit looks no further
 
@@ -196,12 +198,15 @@ def find_fit(
             answer = f"{program['memory']['total']:.2f} GiB"
         else:
             answer = f"does not fit ({program['reason']})"
-        said = ", ".join(f"{name.split('.')[1]}={flatten(config)[name]}" for name in leaner)
+        said = ", ".join(f"{name.split('.')[-1]}={flatten(config)[name]}" for name in leaner)
         print(f"{said}, {rows_per_chip} rows a chip: {answer}", flush=True)
         return program["fits"]
 
+    asked = config.compiler_options
     for leaner in LEANER:
-        config = changed(config, {"model.scan_layers": True, **leaner})
+        options = ",".join(filter(None, [asked, str(leaner.get("compiler_options", ""))]))
+        more = {"model.scan_layers": True, **leaner, "compiler_options": options}
+        config = changed(config, more)
         if fits(config, 1):
             rows_per_chip = 1
             while rows_per_chip < MAX_ROWS and fits(config, 2 * rows_per_chip):

@@ -80,12 +80,12 @@ CASES = {
 }
 
 
+SLOW, LONG = pytest.mark.slow, pytest.mark.long
+MARKS = {"one device": (), "8 permuted": SLOW, "one row at a time, scanned": SLOW}
+
+
 @pytest.mark.parametrize(
-    "case",
-    [
-        case if case == "one device" else pytest.param(case, marks=pytest.mark.slow)
-        for case in CASES
-    ],
+    "case", [pytest.param(case, marks=MARKS.get(case, (SLOW, LONG))) for case in CASES]
 )
 def test_thirty_steps_equal_peft(tmp_path, use_devices, golden, case):
     devices, flags = CASES[case]
