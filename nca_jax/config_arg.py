@@ -1,6 +1,7 @@
 """The argument of a config file: `--config=configs/FILE.py:name=value,flag`.
 
-A config file imports this leaf and `nca_jax.config` alone of the project.
+Of the project a config file imports this leaf and `nca_jax.config`, and more where what it leaves
+open or is given (a PEFT folder) decides its values.
 """
 
 import re
