@@ -1,6 +1,6 @@
 """Where a step's time goes: our own step, traced, its instructions grouped by what they compute.
 
-    python -m experiments.speed.breakdown --job=DIR/CELL/job.json [--setting=fast]
+    python -m experiments.speed.breakdown --job=DIR/CELL/ours_fast_cached.job.json [--setting=fast]
 
 Prints the share of each group in the time of all instructions. Two that run at once count both, so
 shares are of the time of threads, not of the clock.
@@ -69,7 +69,7 @@ def main() -> None:
     job = json.loads(args.job.read_text()) | {"ours_flags": []}
     run = build.build(config_of(job, args.setting, live=False))
     host = Dataset(build.read_data(run).sources, run.config.data, seed=0).batch_at(0)
-    host = with_reference(host, np.zeros_like(host.batch.scores))
+    host = with_reference(host, np.asarray(job["ref_logps"], np.float32))
     with jax.set_mesh(run.mesh):
         program = compile_step(run, host.batch, live=False)
         groups = groups_of(program.hlo)
