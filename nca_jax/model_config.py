@@ -22,6 +22,43 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class Linear:
+    """All rotary frequencies divided by one factor (`rope_type: linear`)."""
+
+    factor: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Yarn:
+    """Long wavelengths slowed by `factor` (`rope_type: yarn`, arXiv:2309.00071)."""
+
+    factor: float
+    original_max_position: int
+    attention_factor: float  # times sin and cos
+    beta_fast: float = 32.0  # turns over the original context from which on nothing is slowed
+    beta_slow: float = 1.0  # and below which all is
+
+
+@dataclasses.dataclass(frozen=True)
+class LongRope:
+    """A factor for each frequency (`rope_type: longrope`, arXiv:2402.13753)."""
+
+    short_factors: tuple[float, ...]  # [P], of sequences within the original context
+    long_factors: tuple[float, ...]  # [P], of longer ones
+    original_max_position: int
+    attention_factor: float  # times sin and cos
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary positions: frequency i of 2 P rotated elements of a head is theta^(-i / P)."""
+
+    theta: float = 10_000.0
+    scaling: RopeScaling | Linear | Yarn | LongRope | None = None
+    fraction: float = 1.0  # of a head, its first elements, is rotated: 2 P / H
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """One decoder of the Llama family; all sizes are per layer unless said otherwise."""
 
