@@ -78,6 +78,7 @@ class ModelConfig:
     sliding_window: int = 0  # tokens by logical position; 0: none
     num_experts: int = 0  # E; 0: a dense MLP
     experts_per_token: int = 0
+    renormalise: bool = True  # the shares of a token's experts sum to 1
     max_position: int = 8192
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()  # every id that ends a turn
