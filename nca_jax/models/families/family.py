@@ -72,6 +72,24 @@ def write_window(config: ModelConfig) -> Fields:
     return {"sliding_window": config.sliding_window or None}
 
 
+class Gguf(NamedTuple):
+    """How a GGUF file holds a family's models, under the tensor names of `names.GGUF`.
+
+    Attributes:
+      architecture: in its metadata.
+      interleaves: llama.cpp stores the halves that the rotary embedding pairs interleaved.
+      norms_hold: how much more than the parameter is stored.
+      reads: keys of the metadata that are refused in other families.
+      read: what gives the value of a key, and fields of ModelConfig -> fields over these.
+    """
+
+    architecture: str
+    interleaves: bool = False
+    norms_hold: float = 0.0
+    reads: tuple[str, ...] = ()
+    read: Callable[[Callable[..., Any], Fields], Fields] = lambda get, common: {}
+
+
 class Family(NamedTuple):
     """One architecture of transformers.
 
@@ -87,8 +105,7 @@ class Family(NamedTuple):
       wanted: fields of config.json that are refused unless they have this value; hidden_act is one.
       tensors: {parameter path: tensor name}, where it is not that of `names.TABLE`. Parameters with
         one name are one tensor: in the table's order, one below the other.
-      in_gguf: whether a GGUF file may name it as its architecture.
-      gguf_interleaves: llama.cpp stores the halves that the rotary embedding pairs interleaved.
+      gguf: None: GGUF files of it are not read.
     """
 
     model_type: str
@@ -99,5 +116,4 @@ class Family(NamedTuple):
     has: Fields = {}
     wanted: Fields = WANTED
     tensors: Mapping[str, str] = {}
-    in_gguf: bool = False
-    gguf_interleaves: bool = False
+    gguf: Gguf | None = None

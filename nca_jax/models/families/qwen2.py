@@ -1,7 +1,7 @@
 """Qwen2 and Qwen2.5: Llama with biases on q, k and v, and a window that a field switches on."""
 
 from nca_jax.model_config import ModelConfig
-from nca_jax.models.families.family import DEFAULTS, Family, Fields, one_kind_of_layer
+from nca_jax.models.families.family import DEFAULTS, Family, Fields, Gguf, one_kind_of_layer
 
 
 def read_switched_window(raw: Fields) -> Fields:
@@ -37,5 +37,5 @@ QWEN2 = Family(
     read=read_switched_window,
     write=write_switched_window,
     has={"qkv_bias": True},
-    in_gguf=True,
+    gguf=Gguf("qwen2"),
 )

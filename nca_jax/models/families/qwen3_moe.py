@@ -4,9 +4,10 @@ import reprlib
 
 from nca_jax.checks import UserError
 from nca_jax.model_config import ModelConfig
-from nca_jax.models.families.family import WANTED, Family, Fields, read_alike, write_window
+from nca_jax.models.families.family import WANTED, Family, Fields, Gguf, read_alike, write_window
 from nca_jax.models.families.mixtral import read_experts
 from nca_jax.models.families.qwen3 import QWEN3
+from nca_jax.models.formats.untrusted import NUM_STACKED
 
 
 def _read(raw: Fields) -> Fields:
@@ -21,6 +22,15 @@ def _read(raw: Fields) -> Fields:
         **read_experts(raw, key),
         "mlp_width": raw["moe_intermediate_size"],
         "renormalise": raw["norm_topk_prob"],
+    }
+
+
+def _read_gguf(get, common: Fields) -> Fields:
+    """llama.cpp renormalises the shares, whatever the model."""
+    return {
+        "num_experts": get("expert_count", NUM_STACKED),
+        "experts_per_token": get("expert_used_count", NUM_STACKED),
+        "mlp_width": get("expert_feed_forward_length"),
     }
 
 
@@ -57,4 +67,5 @@ QWEN3_MOE = Family(
     write=_write,
     has=QWEN3.has,
     wanted={**WANTED, "decoder_sparse_step": 1},
+    gguf=Gguf("qwen3moe", reads=("expert_count",), read=_read_gguf),
 )
