@@ -35,6 +35,14 @@ _LLAMA3 = {
 }  # fmt: skip
 _WINDOW = {"sliding_window": 5}  # shorter than a prompt
 _QWEN_WINDOW = _WINDOW | {"use_sliding_window": True, "max_window_layers": 0}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+_LONGROPE = {  # the longest prompt and its responses are beyond the original context, others not
+    "rope_scaling": {
+        "type": "longrope", "short_factor": [1.0, 1.1, 1.3], "long_factor": [1.5, 3.0, 5.0],
+    },
+    "original_max_position_embeddings": 20, "partial_rotary_factor": 0.75,
+}  # fmt: skip
 FAMILIES = {
     "mistral": {"model_type": "mistral", "sliding_window": None},
     "mistral with a window": {"model_type": "mistral", "head_dim": 12} | _WINDOW,
@@ -49,6 +57,19 @@ FAMILIES = {
     "qwen3": {"model_type": "qwen3", "head_dim": 16, "rope_theta": 1e6},
     "qwen3 with a window": {"model_type": "qwen3", "head_dim": 16} | _QWEN_WINDOW,
     "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"model_type": "qwen3_moe", "head_dim": 16, "norm_topk_prob": True} | _EXPERTS,
+    "qwen3_moe, shares of all": {"model_type": "qwen3_moe", "norm_topk_prob": False} | _EXPERTS,
+    "olmo2": {"model_type": "olmo2", "rope_theta": 5e5},
+    "olmo3": {
+        "model_type": "olmo3", "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_hidden_layers": 4, "rope_scaling": _YARN,
+    } | _WINDOW,
+    "smollm3": {
+        "model_type": "smollm3", "no_rope_layers": [1, 0, 1], "tie_word_embeddings": True,
+        "rope_theta": 2e6,
+    },
+    "phi3": {"model_type": "phi3", "rope_theta": 1e5, "pad_token_id": 0} | _WINDOW,
+    "phi3 with longrope": {"model_type": "phi3", "pad_token_id": 0} | _LONGROPE,
 }  # fmt: skip
 
 # Prompts with ragged responses; the longest goes beyond llama 3's old context.
@@ -96,11 +117,16 @@ def slots() -> list[np.ndarray]:
     return np.split(np.arange(ends[-1]), ends[:-1])
 
 
-def packed_logits(model: Model, params: dict) -> np.ndarray:
-    """Returns the logits that predict the response tokens of `pieces`, [tokens, V], in order."""
+def packed_rows() -> Rows:
+    """Returns the two rows of `pieces`."""
     layout = RowLayout(row_len=32, rows=2, block=16, num_pairs=causal_bound(32, 16), align=1)
     packed, _, _ = pack(pieces(), layout, slots=slots(), num_slots=NUM_SLOTS, num_micro=1)
-    rows = Rows(*(x[0] for x in packed))
+    return Rows(*(x[0] for x in packed))
+
+
+def packed_logits(model: Model, params: dict) -> np.ndarray:
+    """Returns the logits that predict the response tokens of `pieces`, [tokens, V], in order."""
+    rows = packed_rows()
 
     @jax.jit
     def row_logits(params):
