@@ -43,20 +43,20 @@ _LONGROPE = {  # the longest prompt and its responses are beyond the original co
     },
     "original_max_position_embeddings": 20, "partial_rotary_factor": 0.75,
 }  # fmt: skip
-FAMILIES = {
-    "mistral": {"model_type": "mistral", "sliding_window": None},
-    "mistral with a window": {"model_type": "mistral", "head_dim": 12} | _WINDOW,
+FAMILIES = {  # their places are their seeds: another comes last
     "llama 2": {"model_type": "llama", "num_key_value_heads": 4},
     "llama 3": {"model_type": "llama", "rope_theta": 5e5, "rope_scaling": _LLAMA3},
-    "smollm2": {
-        "model_type": "llama", "num_attention_heads": 3, "num_key_value_heads": 1,
-        "hidden_size": 24, "rope_theta": 1e5, "tie_word_embeddings": True,
-    },
+    "mistral": {"model_type": "mistral", "sliding_window": None},
+    "mistral with a window": {"model_type": "mistral", "head_dim": 12} | _WINDOW,
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen2": {"model_type": "qwen2", "rope_theta": 1e6, "tie_word_embeddings": True},
     "qwen2 with a window": {"model_type": "qwen2"} | _QWEN_WINDOW,
     "qwen3": {"model_type": "qwen3", "head_dim": 16, "rope_theta": 1e6},
     "qwen3 with a window": {"model_type": "qwen3", "head_dim": 16} | _QWEN_WINDOW,
-    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+    "smollm2": {
+        "model_type": "llama", "num_attention_heads": 3, "num_key_value_heads": 1,
+        "hidden_size": 24, "rope_theta": 1e5, "tie_word_embeddings": True,
+    },
     "qwen3_moe": {"model_type": "qwen3_moe", "head_dim": 16, "norm_topk_prob": True} | _EXPERTS,
     "qwen3_moe, shares of all": {"model_type": "qwen3_moe", "norm_topk_prob": False} | _EXPERTS,
     "olmo2": {"model_type": "olmo2", "rope_theta": 5e5},
@@ -93,7 +93,7 @@ def pieces() -> list[Group]:
 def write_family(folder: Path, name: str) -> Path:
     """Writes config.json and model.safetensors; every machine gets the same values."""
     (folder / "config.json").write_text(json.dumps(SIZES | FAMILIES[name]))
-    rng = np.random.default_rng(sorted(FAMILIES).index(name))
+    rng = np.random.default_rng(list(FAMILIES).index(name))
     tensors = {}
     naming = tensor_names(FAMILIES[name]["model_type"])
     for tensor, shape in names.tensor_shapes(read_config(folder), naming).items():
