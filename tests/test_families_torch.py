@@ -1,6 +1,5 @@
 """Beside PyTorch itself: models that transformers made, and what it reads of our export."""
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: E402
 
 from nca_jax import export, train  # noqa: E402
-from nca_jax.model_config import MODELS, RopeScaling  # noqa: E402
+from nca_jax.model_config import Rope, RopeScaling  # noqa: E402
 from nca_jax.models.formats.hf import open_hf  # noqa: E402
 from nca_jax.models.formats.hf_export import write_hf  # noqa: E402
 from nca_jax.models.layers import rotary_frequencies  # noqa: E402
@@ -116,10 +115,7 @@ def test_rotary_frequencies_are_pytorchs_to_the_last_digits(theta, head_dim, fac
         expected = ROPE_INIT_FUNCTIONS["llama3"](theirs, "cpu")[0].numpy()
     else:
         expected = (1.0 / theta ** (torch.arange(0, head_dim, 2).float() / head_dim)).numpy()
-    config = dataclasses.replace(
-        MODELS["tiny"], rope_theta=theta, head_dim=head_dim, rope_scaling=scaling
-    )
-    found = rotary_frequencies(config)
+    found = rotary_frequencies(Rope(theta, scaling), head_dim)
     # Where Llama 3 blends two frequencies, their differences cancel digits.
     np.testing.assert_array_max_ulp(found, expected, maxulp=8 if factor else 1)
     assert np.mean(found == expected) > 0.9

@@ -16,7 +16,7 @@ from tokenizers.processors import TemplateProcessing
 
 from nca_jax.checks import UserError
 from nca_jax.field import TEXT, Check
-from nca_jax.model_config import ModelConfig
+from nca_jax.model_config import ModelConfig, alike
 from nca_jax.models.families import FAMILIES
 from nca_jax.models.formats import names
 from nca_jax.models.formats.untrusted import (
@@ -159,7 +159,7 @@ def _read_config(file: File, shapes: dict[str, tuple[int, ...]]) -> ModelConfig:
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         mlp_width=get("feed_forward_length"),
-        rope_theta=get("rope.freq_base", NUMBER, default=10_000.0),
+        kinds=alike(theta=get("rope.freq_base", NUMBER, default=10_000.0)),
         norm_eps=_shortest(get("attention.layer_norm_rms_epsilon", NUMBER)),
         tied_head="output.weight" not in shapes,
         max_position=get("context_length"),
