@@ -188,7 +188,7 @@ def open_model_config(model: ModelSection) -> ModelConfig:
         named = MODELS[model.name]
         differs = [
             f"{name} {getattr(found, name)} there, {getattr(named, name)} in {model.name}"
-            for name in (*sizes, "mlp_width", "tied_head", "num_experts", "sliding_window")
+            for name in (*sizes, "mlp_width", "tied_head", "num_experts", "windows")
             if getattr(found, name) != getattr(named, name)
         ]
         if differs:
@@ -206,7 +206,7 @@ def platform_of(mesh: Mesh) -> str:
 
 def _attention_kernel(config: ConfigDict, model_config: ModelConfig, mesh: Mesh) -> str:
     """Returns "pairs" or "splash". Raises UserError where splash cannot compute these rows."""
-    data, window = config.data, model_config.sliding_window
+    data, window = config.data, min(filter(None, model_config.windows), default=0)
     asked = config.model.attention
     if asked == "pairs" or (asked == "auto" and platform_of(mesh) != "tpu"):
         return "pairs"

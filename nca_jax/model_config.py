@@ -5,6 +5,8 @@ Axes: V vocabulary, D width, N query heads, G kv heads, H head width, F MLP widt
 """
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Literal
 
 VOCAB_MULTIPLE = 128  # padded so that V splits over any tensor axis and fills TPU lanes
 # Matrices of a layer that may have an adapter; of a mixture gate, up and down are those of experts.
@@ -59,8 +61,33 @@ class Rope:
 
 
 @dataclasses.dataclass(frozen=True)
+class LayerKind:
+    """What the layers of one model may differ in."""
+
+    window: int = 0  # tokens by logical position; 0: none
+    rope: Rope | None = Rope()  # None: queries and keys are not turned
+
+
+def alike(theta: float = 10_000.0, window: int = 0) -> tuple[LayerKind, ...]:
+    """The `kinds` of a model whose layers are all of one kind."""
+    return (LayerKind(window, Rope(theta)),)
+
+
+def shortest_period(layers: Sequence[LayerKind]) -> tuple[LayerKind, ...]:
+    """The fewest `kinds` that, over and over, are those of all layers."""
+    return next(
+        tuple(layers[:length])
+        for length in range(1, len(layers) + 1)
+        if all(kind == layers[i % length] for i, kind in enumerate(layers))
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """One decoder of the Llama family; all sizes are per layer unless said otherwise."""
+    """One decoder; all sizes are per layer unless said otherwise.
+
+    The defaults are Llama 2's. Each other feature costs no array and no operation where it is off.
+    """
 
     vocab_size: int  # V
     num_layers: int  # L
@@ -69,19 +96,47 @@ class ModelConfig:
     num_kv_heads: int  # G
     head_dim: int  # H
     mlp_width: int  # F
-    rope_theta: float = 10_000.0
-    rope_scaling: RopeScaling | None = None
+    kinds: tuple[LayerKind, ...] = (LayerKind(),)  # layer i is kinds[i % len(kinds)]
     norm_eps: float = 1e-5
+    norm_offset: bool = False  # norms multiply with 1 + scale
+    # Of attention and MLP, norms of what goes in, of what comes out before it is added, or of both.
+    norms: Literal["before", "after", "both"] = "before"
     tied_head: bool = False  # the head is the embedding table, transposed
-    qkv_bias: bool = False  # Qwen2
-    qk_norm: bool = False  # Qwen3
-    sliding_window: int = 0  # tokens by logical position; 0: none
+    qkv_bias: bool = False
+    qk_norm: Literal["head", "width"] | None = None  # of q and k: over H, or over all heads
+    attn_scale: float | None = None  # of the scores q k; None: H^-0.5
+    attn_cap: float = 0.0  # scaled scores s become cap tanh(s / cap); 0: they stay
+    activation: Literal["silu", "gelu_tanh"] = "silu"  # of the gate of a dense MLP
+    embed_scale: float = 1.0  # of what is looked up, rounded to the activations' dtype
+    residual_scale: float = 1.0  # of what attention and MLP add
+    logit_divisor: float = 1.0
+    logit_cap: float = 0.0  # logits, divided, become cap tanh(logit / cap); 0: they stay
     num_experts: int = 0  # E; 0: a dense MLP
     experts_per_token: int = 0
     renormalise: bool = True  # the shares of a token's experts sum to 1
     max_position: int = 8192
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()  # every id that ends a turn
+
+    @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """The kind of each of the L layers."""
+        return tuple(self.kinds[i % len(self.kinds)] for i in range(self.num_layers))
+
+    @property
+    def score_scale(self) -> float:
+        """What the scores q k are multiplied with."""
+        return self.head_dim**-0.5 if self.attn_scale is None else self.attn_scale
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Each window that layers have, ascending; 0 stands for none."""
+        return tuple(sorted({kind.window for kind in self.kinds}))
+
+    @property
+    def has_longrope(self) -> bool:
+        """Whether how a token is turned depends on the length of its sequence."""
+        return any(kind.rope and isinstance(kind.rope.scaling, LongRope) for kind in self.kinds)
 
     @property
     def padded_vocab(self) -> int:
@@ -101,29 +156,29 @@ MODELS = {
     ),
     "smollm2_135m": ModelConfig(
         vocab_size=49152, num_layers=30, width=576, num_heads=9, num_kv_heads=3, head_dim=64,
-        mlp_width=1536, rope_theta=100_000.0, tied_head=True, bos_id=1, eos_ids=(2,),
+        mlp_width=1536, kinds=alike(theta=1e5), tied_head=True, bos_id=1, eos_ids=(2,),
     ),
     "qwen3_0_6b": ModelConfig(
         vocab_size=151936, num_layers=28, width=1024, num_heads=16, num_kv_heads=8, head_dim=128,
-        mlp_width=3072, rope_theta=1_000_000.0, norm_eps=1e-6, tied_head=True, qk_norm=True,
+        mlp_width=3072, kinds=alike(theta=1e6), norm_eps=1e-6, tied_head=True, qk_norm="head",
         max_position=40960, bos_id=151643, eos_ids=(151645, 151643),
     ),
     "qwen3_8b": ModelConfig(
         vocab_size=151936, num_layers=36, width=4096, num_heads=32, num_kv_heads=8, head_dim=128,
-        mlp_width=12288, rope_theta=1_000_000.0, norm_eps=1e-6, qk_norm=True,
+        mlp_width=12288, kinds=alike(theta=1e6), norm_eps=1e-6, qk_norm="head",
         max_position=40960, bos_id=151643, eos_ids=(151645, 151643),
     ),
     "mistral_7b": ModelConfig(  # v0.1, with its window of 4096
         vocab_size=32000, num_layers=32, width=4096, num_heads=32, num_kv_heads=8, head_dim=128,
-        mlp_width=14336, sliding_window=4096, max_position=32768, bos_id=1, eos_ids=(2,),
+        mlp_width=14336, kinds=alike(window=4096), max_position=32768, bos_id=1, eos_ids=(2,),
     ),
     "llama3_8b": ModelConfig(
         vocab_size=128256, num_layers=32, width=4096, num_heads=32, num_kv_heads=8, head_dim=128,
-        mlp_width=14336, rope_theta=500_000.0, bos_id=128000, eos_ids=(128001, 128009),
+        mlp_width=14336, kinds=alike(theta=5e5), bos_id=128000, eos_ids=(128001, 128009),
     ),
     "mixtral_8x7b": ModelConfig(
         vocab_size=32000, num_layers=32, width=4096, num_heads=32, num_kv_heads=8, head_dim=128,
-        mlp_width=14336, rope_theta=1_000_000.0, num_experts=8, experts_per_token=2,
+        mlp_width=14336, kinds=alike(theta=1e6), num_experts=8, experts_per_token=2,
         max_position=32768, bos_id=1, eos_ids=(2,),
     ),
 }  # fmt: skip

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from nca_jax.data.encode import Encoder
 from nca_jax.infra.preemption import Stop
-from nca_jax.model_config import ModelConfig
+from nca_jax.model_config import ModelConfig, alike
 from nca_jax.models.formats import names
 from nca_jax.models.formats.hf import tensor_names
 
@@ -89,9 +89,9 @@ DENSE = ModelConfig(
 )  # fmt: skip
 CONFIGS = {
     "llama": dataclasses.replace(DENSE, tied_head=True),
-    "mistral": dataclasses.replace(DENSE, sliding_window=7),
+    "mistral": dataclasses.replace(DENSE, kinds=alike(window=7)),
     "qwen2": dataclasses.replace(DENSE, qkv_bias=True),
-    "qwen3": dataclasses.replace(DENSE, qk_norm=True),
+    "qwen3": dataclasses.replace(DENSE, qk_norm="head"),
     "mixtral": dataclasses.replace(DENSE, num_experts=3, experts_per_token=2),
 }
 
@@ -104,7 +104,7 @@ def hf_json(model_type: str, config: ModelConfig) -> dict:
         "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim, "rms_norm_eps": config.norm_eps, "rope_theta": 10000.0,
         "max_position_embeddings": config.max_position, "hidden_act": "silu",
-        "tie_word_embeddings": config.tied_head, "sliding_window": config.sliding_window or None,
+        "tie_word_embeddings": config.tied_head, "sliding_window": config.kinds[0].window or None,
         "num_local_experts": config.num_experts, "num_experts_per_tok": config.experts_per_token,
         "bos_token_id": config.bos_id, "eos_token_id": list(config.eos_ids),
     }  # fmt: skip

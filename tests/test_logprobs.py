@@ -18,9 +18,9 @@ from nca_jax.data.plan import causal_bound
 from nca_jax.infra.compiler import compiler_options
 from nca_jax.infra.mesh import make_mesh
 from nca_jax.logprobs import sequence_logps
-from nca_jax.model_config import MODELS
-from nca_jax.models.attention.cached import cached
+from nca_jax.model_config import MODELS, alike
 from nca_jax.models.decoder import Model
+from nca_jax.models.logits import Logits
 
 BLOCK, CHUNK, ROW_LEN = 16, 8, 128
 LAYOUT = RowLayout(ROW_LEN, rows=2, block=BLOCK, num_pairs=causal_bound(ROW_LEN, BLOCK), align=1)
@@ -63,13 +63,11 @@ def plain_logps(model: Model, params: dict, groups: list[Group], k: int = 3) -> 
         scored[i, len(prompt) - 1 : len(prompt) + len(response) - 1] = True
         key_on[i, : len(prompt) + len(response)] = np.concatenate(pairs_on[i])
     place = jnp.arange(length)
-    mask = place[:, None] >= place[None]
-    if model.config.sliding_window:
-        mask &= place[:, None] - place[None] < model.config.sliding_window
-    attend = cached(mask[None] & key_on[:, None], jnp.int32(0))
+    distance = (place[:, None] - place[None])[None]
+    attends = model.over_caches((distance >= 0) & key_on[:, None], distance, jnp.int32(0))
     positions = jnp.broadcast_to(place[None], ids.shape)
-    cache = model.make_cache(*ids.shape)
-    hidden, _ = model.hidden(params, jnp.asarray(ids), positions, attend, cache)
+    caches = model.make_caches(*ids.shape)
+    hidden, _ = model.hidden(params, jnp.asarray(ids), positions, attends, caches)
     logps = jax.nn.log_softmax(model.logits(params, hidden), axis=-1)[:, :-1]
     picked = jnp.take_along_axis(logps, jnp.asarray(ids)[:, 1:, None], axis=2)[..., 0]
     sums = jnp.sum(picked, axis=1, where=scored)
@@ -92,10 +90,10 @@ def model_of(name: str, **changes) -> Model:
 
 VARIANTS = {
     "plain": dict(),
-    "window": dict(sliding_window=7),
+    "window": dict(kinds=alike(window=7)),
     "tied": dict(tied_head=True),
     "bias": dict(qkv_bias=True),
-    "qk_norm": dict(qk_norm=True),
+    "qk_norm": dict(qk_norm="head"),
     "moe": dict(),
     "keys off": dict(),
 }
@@ -155,7 +153,7 @@ def test_a_frozen_head_gives_the_same_gradient_by_half_the_products():
     weights = jax.random.normal(keys[3], (2, length))
 
     def total(hidden, head):
-        logps = logprobs.head_logps(hidden, head, tokens, jnp.int32(3), vocab - 2, chunk)
+        logps = logprobs.head_logps(hidden, head, tokens, jnp.int32(3), Logits(vocab - 2), chunk)
         return jnp.sum(weights * logps)
 
     value, (of_hidden, _) = jax.value_and_grad(total, argnums=(0, 1))(hidden, head)
@@ -176,7 +174,7 @@ def test_the_head_keeps_three_chunks_of_logits_at_most_and_its_gradient(tensor):
     mesh = make_mesh(sizes, jax.devices()[:tensor])
 
     def total(hidden, head, tokens, num_chunks):
-        logps = logprobs.head_logps(hidden, head, tokens, num_chunks, vocab, chunk)
+        logps = logprobs.head_logps(hidden, head, tokens, num_chunks, Logits(vocab), chunk)
         return jnp.sum(logps)
 
     shapes = [(1, length, width), (width, vocab), (1, length), ()]
@@ -206,7 +204,7 @@ def test_a_split_head_is_never_whole_on_a_device_and_gives_the_numbers_of_a_whol
     )
 
     def total(hidden, head, tokens, num_chunks):
-        logps = logprobs.head_logps(hidden, head, tokens, num_chunks, vocab, 16)
+        logps = logprobs.head_logps(hidden, head, tokens, num_chunks, Logits(vocab), 16)
         return jnp.sum(weights * logps), logps
 
     def numbers(piece: int) -> tuple:

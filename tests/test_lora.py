@@ -30,7 +30,7 @@ from nca_jax.models.decoder import Model
 from nca_jax.models.lora import Lora, split_adapters
 from nca_jax.train_step import Frozen, TrainState, make_train_step
 
-TINY = dataclasses.replace(MODELS["tiny"], qkv_bias=True, qk_norm=True, mlp_width=96)
+TINY = dataclasses.replace(MODELS["tiny"], qkv_bias=True, qk_norm="head", mlp_width=96)
 MOE = MODELS["tiny_moe"]
 DENSE_TARGETS = tuple(name for name in TARGETS if name != "router")
 CASES = {

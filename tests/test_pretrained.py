@@ -12,7 +12,7 @@ from helpers import CONFIGS, DENSE, assert_parts_equal_the_whole, hf_json, read_
 from safetensors.numpy import load_file, save_file
 
 from nca_jax.checks import UserError
-from nca_jax.model_config import MODELS, ModelConfig, RopeScaling
+from nca_jax.model_config import MODELS, LayerKind, ModelConfig, Rope, RopeScaling
 from nca_jax.models.families import FAMILIES
 from nca_jax.models.formats import hf, hf_export, names, pretrained
 
@@ -242,9 +242,8 @@ LLAMA3 = {
     ],
 )
 def test_old_and_new_rope_fields_agree(tmp_path, change):
-    config = read_config(tmp_path, **change)
-    assert config.rope_theta == 5e5
-    assert config.rope_scaling == RopeScaling(8.0, 1.0, 4.0, 8192)
+    rope = Rope(5e5, RopeScaling(8.0, 1.0, 4.0, 8192))
+    assert read_config(tmp_path, **change).kinds == (LayerKind(rope=rope),)
 
 
 @pytest.mark.parametrize(
@@ -303,7 +302,7 @@ def test_what_would_be_computed_wrongly_is_refused_by_name(tmp_path, model_type,
     ],
 )
 def test_qwens_window_counts_if_every_layer_has_it(tmp_path, change, window):
-    assert read_config(tmp_path, "qwen2", **change).sliding_window == window
+    assert read_config(tmp_path, "qwen2", **change).windows == (window,)
 
 
 def test_end_ids_are_those_of_both_files(tmp_path):
@@ -328,10 +327,10 @@ def test_absent_keys_mean_what_transformers_means(tmp_path, model_type):
     assert ours.num_kv_heads == theirs.num_key_value_heads
     assert ours.head_dim == (getattr(theirs, "head_dim", None) or 2)
     assert ours.norm_eps == theirs.rms_norm_eps
-    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert ours.kinds[-1].rope.theta == theirs.rope_parameters["rope_theta"]
     assert ours.max_position == theirs.max_position_embeddings
     assert ours.tied_head == theirs.tie_word_embeddings
-    assert ours.sliding_window == (getattr(theirs, "sliding_window", None) or 0)
+    assert max(ours.windows) == (getattr(theirs, "sliding_window", None) or 0)
     assert ours.bos_id == theirs.bos_token_id
     assert ours.eos_ids == (() if theirs.eos_token_id is None else (theirs.eos_token_id,))
     if model_type == "mixtral":

@@ -51,8 +51,9 @@ def make_qkv(num_heads: int = 4, num_kv_heads: int = 2, head_dim: int = 64):
     return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
 
 
-PAIRS = functools.partial(pairs.packed, sliding_window=0, num_blocks=ROW_LEN // BLOCK)
-SPLASH = functools.partial(splash.packed, num_blocks=ROW_LEN // BLOCK, align=ALIGN, interpret=True)
+PLAN = dict(num_blocks=ROW_LEN // BLOCK, scale=64**-0.5)
+PAIRS = functools.partial(pairs.packed, **PLAN)
+SPLASH = functools.partial(splash.packed, **PLAN, align=ALIGN, interpret=True)
 
 
 def assert_same(got, want):

@@ -5,6 +5,7 @@ Axes: R rows, T tokens, H head width, P pairs that turn: of the first 2 P elemen
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,21 +14,26 @@ import numpy as np
 from nca_jax.batch import Rows
 from nca_jax.model_config import Linear, LongRope, Rope, RopeScaling, Yarn
 
+Turn = Callable[[jax.Array], jax.Array]  # of queries or keys, [R, T, heads, H] -> the same
+
 
 def rotate(
-    x: jax.Array, positions: jax.Array, rope: Rope, lengths: jax.Array | None = None
+    x: jax.Array, positions: jax.Array, rope: Rope | None, lengths: jax.Array | None = None
 ) -> jax.Array:
     """Rotary embedding of [R, T, heads, H]; float32, as bfloat16 has no 257.
 
     Args:
       x: queries or keys.
       positions: [R, T] int32.
-      rope: how they turn.
-      lengths: [R, T] int32, see `sequence_lengths`; `LongRope` alone reads them.
+      rope: how they turn; None: they do not.
+      lengths: [R, T] or [R, 1] int32, see `sequence_lengths`; `LongRope` alone reads them.
     """
+    if rope is None:
+        return x
     freqs, scaling = rotary_frequencies(rope, x.shape[-1]), rope.scaling
     at = positions.astype(jnp.float32)[..., None]
     if isinstance(scaling, LongRope):
+        assert lengths is not None
         is_long = (lengths > scaling.original_max_position)[..., None]
         angles = at * jnp.where(is_long, freqs[1][None, None], freqs[0][None, None])
     else:

@@ -20,15 +20,16 @@ from nca_jax.models.attention.attend import ATTENDED, NEVER, Attend
 PAIRS_AT_ONCE = 16  # per row; measured on CPU: more leave the cache, fewer pay for the loop
 
 
-def packed(rows: Rows[jax.Array], *, sliding_window: int, num_blocks: int) -> Attend:
+def packed(rows: Rows[jax.Array], *, num_blocks: int, scale: float, window: int = 0) -> Attend:
     """Returns the attention of these rows by the rule of `nca_jax.batch`; the cache is unused.
 
     The masks [R, P, C, C] are made here, once for all layers.
 
     Args:
       rows: one micro-batch; T is a multiple of `num_blocks`.
-      sliding_window: keys further back than this by logical position are hidden; 0: none.
       num_blocks: Q, blocks a row.
+      scale: of the scores q k.
+      window: positions that a query sees, its own included; 0: all.
     """
     num_pairs = rows.pairs.shape[1]
     fill = -num_pairs % PAIRS_AT_ONCE
@@ -54,8 +55,8 @@ def packed(rows: Rows[jax.Array], *, sliding_window: int, num_blocks: int) -> At
         )
         & keys(rows.key_on)
     )  # [R, P, C, C]
-    if sliding_window:
-        mask &= queries(rows.positions) - keys(rows.positions) < sliding_window
+    if window:
+        mask &= queries(rows.positions) - keys(rows.positions) < window
 
     def attend(q, k, v, cache):
         num_rows, length, num_heads, head_dim = q.shape
@@ -65,9 +66,7 @@ def packed(rows: Rows[jax.Array], *, sliding_window: int, num_blocks: int) -> At
             x = x.reshape(num_rows, num_blocks, -1, groups, x.shape[2] // groups, head_dim)
             return x.transpose(0, 1, 3, 4, 2, 5).reshape(num_rows, num_blocks, groups, -1, head_dim)
 
-        out = _attend_pairs(
-            blocks(q) * head_dim**-0.5, blocks(k), blocks(v), mask, pairs, num_chunks
-        )
+        out = _attend_pairs(blocks(q) * scale, blocks(k), blocks(v), mask, pairs, num_chunks)
         out = out.reshape(num_rows, num_blocks, groups, num_heads // groups, -1, head_dim)
         return out.transpose(0, 1, 4, 2, 3, 5).reshape(q.shape), cache
 

@@ -151,7 +151,9 @@ def packed(
     num_blocks: int,
     align: int,
     interpret: bool,
+    scale: float,
     blocks: Blocks = (),
+    window: int = 0,
 ) -> Attend:
     """Returns the attention of these rows by the rule of `nca_jax.batch`; the cache is unused.
 
@@ -162,7 +164,9 @@ def packed(
       num_blocks: Q, blocks a row.
       align: segments start at multiples of this, and `Code.of(T, align)` fits.
       interpret: run the kernel in Python, on any platform.
+      scale: of the scores q k.
       blocks: of the kernels, those that have not T / num_blocks tokens; see `parse_blocks`.
+      window: hides nothing: no prompt with a response is longer.
     """
     row_len = rows.tokens.shape[1]
     code = Code.of(row_len, align)
@@ -189,7 +193,7 @@ def packed(
     def attend(q, k, v, cache):
         by_head = P(ACTIVATION_RULES["rows"], ACTIVATION_RULES["heads"], None, None)
         by_row = P(ACTIVATION_RULES["rows"])
-        heads_first = [x.transpose(0, 2, 1, 3) for x in (q * q.shape[-1] ** -0.5, k, v)]
+        heads_first = [x.transpose(0, 2, 1, 3) for x in (q * scale, k, v)]
         attend_here = _local(code, sizes, interpret)
         if not jax.sharding.get_abstract_mesh().empty:
             attend_here = jax.shard_map(

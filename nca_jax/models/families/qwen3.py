@@ -9,6 +9,6 @@ QWEN3 = Family(
     defaults={**QWEN2.defaults, "head_dim": 128},
     read=read_switched_window,
     write=write_switched_window,
-    has={"qk_norm": True},
+    has={"qk_norm": "head"},
     gguf=Gguf("qwen3"),
 )

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from nca_jax.checks import UserError
 from nca_jax.field import FLAG, TEXT, Check, one_of
-from nca_jax.model_config import ModelConfig, RopeScaling
+from nca_jax.model_config import ModelConfig
 from nca_jax.models.families import FAMILIES
 from nca_jax.models.families.family import Family
 from nca_jax.models.formats import names
@@ -76,7 +76,6 @@ FIELDS: dict[str, Check] = dict.fromkeys(SIZES, SIZE) | {  # all that is read of
     "partial_rotary_factor": or_null(NUMBER),
     "clip_qkv": or_null(NUMBER),
 }
-LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor")  # of rope_type llama3
 COMPARED = 1 << 24  # elements of the head and of the embedding that are in memory at once
 DTYPES = {  # by safetensors' names
     "F32": np.dtype(np.float32),
@@ -177,7 +176,6 @@ def parse_config(raw: dict[str, Any], generation: dict[str, Any]) -> ModelConfig
         )
     head_dim = raw["head_dim"] or width // num_heads
     check_field("head_dim", head_dim, EVEN)  # its halves are rotated
-    rope_theta, rope_scaling = _rope(raw)
     common = {
         "vocab_size": raw["vocab_size"],
         "num_layers": raw["num_hidden_layers"],
@@ -186,15 +184,13 @@ def parse_config(raw: dict[str, Any], generation: dict[str, Any]) -> ModelConfig
         "num_kv_heads": num_kv_heads,
         "head_dim": head_dim,
         "mlp_width": raw["intermediate_size"],
-        "rope_theta": rope_theta,
-        "rope_scaling": rope_scaling,
         "norm_eps": raw["rms_norm_eps"],
         "tied_head": raw["tie_word_embeddings"],
         "max_position": raw["max_position_embeddings"],
         "bos_id": next(_in_vocabulary(_ids(raw["bos_token_id"]), raw), None),
         "eos_ids": tuple(_in_vocabulary(_eos_ids(raw, generation), raw)),
     }
-    return ModelConfig(**{**common, **family.has, **family.read(raw)})
+    return ModelConfig(**{**common, **family.has, **family.read({**raw, "head_dim": head_dim})})
 
 
 def _read_config(folder: Path) -> tuple[ModelConfig, dict[str, str]]:
@@ -225,37 +221,6 @@ def _refuse(family: Family, raw: dict[str, Any]) -> None:
     for key, value in family.wanted.items():
         if raw[key] != value:
             raise UserError(f"{key} {reprlib.repr(raw[key])} is not supported; wanted {value!r}.")
-
-
-def _rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Returns (theta, scaling) of the old fields or the new one, by transformers' precedence."""
-    rope = raw["rope_scaling"] or raw["rope_parameters"] or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    partial = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
-    if any(isinstance(value, dict) for value in rope.values()):
-        kind = "one for each kind of layer"
-    if kind not in ("default", "llama3"):
-        raise UserError(f"rope_type {reprlib.repr(kind)} is not one of default, llama3.")
-    if partial not in (None, 1):
-        raise UserError(
-            f"partial_rotary_factor {reprlib.repr(partial)} is not supported; wanted 1."
-        )
-
-    theta = rope.get("rope_theta", raw["rope_theta"])
-    check_field("rope_theta", theta, NUMBER)
-    if kind == "default":
-        return float(theta), None
-    original = rope.get("original_max_position_embeddings", raw["max_position_embeddings"])
-    original = raw.get("original_max_position_embeddings", original)
-    check_field("original_max_position_embeddings", original, SIZE)
-    for key in LLAMA3:
-        if key not in rope:
-            raise UserError(f"rope_type llama3 needs {key!r}.")
-        check_field(key, rope[key], NUMBER)
-    scaling = RopeScaling(*(float(rope[key]) for key in LLAMA3), original_max_position=original)
-    if scaling.low_freq_factor >= scaling.high_freq_factor:
-        raise UserError("rope_type llama3 needs a low_freq_factor below its high_freq_factor.")
-    return float(theta), scaling
 
 
 def _ids(value: int | list[int] | None) -> list[int]:

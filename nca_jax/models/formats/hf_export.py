@@ -89,12 +89,9 @@ def family_of(config: ModelConfig) -> Family:
 
 
 def config_json(config: ModelConfig, family: Family) -> dict[str, Any]:
-    """Returns config.json as this family writes it, complete but for the dtype.
-
-    RoPE is in the fields that every version of transformers and vLLM reads.
-    """
+    """Returns config.json as this family writes it, complete but for the dtype."""
     c = config
-    content = {
+    return {
         "architectures": [family.architecture],
         "model_type": family.model_type,
         "vocab_size": c.vocab_size,
@@ -106,21 +103,11 @@ def config_json(config: ModelConfig, family: Family) -> dict[str, Any]:
         "head_dim": c.head_dim,
         "hidden_act": family.wanted["hidden_act"],
         "rms_norm_eps": c.norm_eps,
-        "rope_theta": c.rope_theta,
-        "rope_scaling": None,
         "max_position_embeddings": c.max_position,
         "tie_word_embeddings": c.tied_head,
         **_token_ids(config),
+        **family.write(config),
     }
-    if c.rope_scaling is not None:
-        content["rope_scaling"] = {
-            "rope_type": "llama3",
-            "factor": c.rope_scaling.factor,
-            "low_freq_factor": c.rope_scaling.low_freq_factor,
-            "high_freq_factor": c.rope_scaling.high_freq_factor,
-            "original_max_position_embeddings": c.rope_scaling.original_max_position,
-        }
-    return {**content, **family.write(config)}
 
 
 def _token_ids(config: ModelConfig) -> dict[str, Any]:

@@ -113,6 +113,11 @@ TABLE = (
         _HF + "input_layernorm.weight", _GGUF + "attn_norm.weight"),
     Entry("layers/mlp_norm/scale", "LD", "D",
         _HF + "post_attention_layernorm.weight", _GGUF + "ffn_norm.weight"),
+    # Norms of what comes out. Where there are norms of both, that before the MLP has another name.
+    Entry("layers/attn_post_norm/scale", "LD", "D",
+        _HF + "post_attention_layernorm.weight", _GGUF + "post_attention_norm.weight"),
+    Entry("layers/mlp_post_norm/scale", "LD", "D",
+        _HF + "post_feedforward_layernorm.weight", _GGUF + "post_ffw_norm.weight"),
     Entry("layers/attn/q/kernel", "LDNH", "NH D",
         _HF + "self_attn.q_proj.weight", _GGUF + "attn_q.weight"),
     Entry("layers/attn/k/kernel", "LDGH", "GH D",
@@ -147,6 +152,12 @@ TABLE = (
         _HF_EXPERT + "down_proj.weight", _GGUF + "ffn_down_exps.weight"),
 )
 # fmt: on
+_OVER_WIDTH = {
+    entry.path: entry._replace(axes=axes, tensor_axes=axes[1:])
+    for entry in TABLE
+    for part, axes in {"/q_norm/": "LNH", "/k_norm/": "LGH"}.items()
+    if part in entry.path
+}
 HF = {entry.path: entry.hf for entry in TABLE}
 GGUF = {entry.path: entry.gguf for entry in TABLE}
 
@@ -164,6 +175,9 @@ def entries(config: ModelConfig) -> tuple[Entry, ...]:
     """Returns the entries of the table that this model has."""
     absent = {
         "head/": config.tied_head,
+        "/attn_norm/": config.norms == "after",
+        "/mlp_norm/": config.norms == "after",
+        "_post_norm/": config.norms == "before",
         "/bias": not config.qkv_bias,
         "/q_norm/": not config.qk_norm,
         "/k_norm/": not config.qk_norm,
@@ -171,7 +185,10 @@ def entries(config: ModelConfig) -> tuple[Entry, ...]:
         "/moe/": config.num_experts == 0,
     }
     parts = [part for part, is_absent in absent.items() if is_absent]
-    return tuple(entry for entry in TABLE if not any(part in entry.path for part in parts))
+    found = tuple(entry for entry in TABLE if not any(part in entry.path for part in parts))
+    if config.qk_norm == "width":
+        found = tuple(_OVER_WIDTH.get(entry.path, entry) for entry in found)
+    return found
 
 
 def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
