@@ -102,7 +102,7 @@ class Model:
       scan_layers: one compiled layer run L times, or L layers unrolled over the same params.
       attention_kernel: of packed rows: "pairs" (XLA, any platform) or "splash" (Pallas, for TPU).
       expert_kernel: "dense" (XLA, any platform) or "grouped" (Pallas, for TPU).
-      align: for splash, what the segments' starts in a row are multiples of.
+      align: for splash, what segments of a row lie at multiples of, see `data.pack`.
       splash_blocks: for splash, see `splash.parse_blocks`.
       interpret: run Pallas kernels in Python, where there is no TPU.
     """
@@ -262,18 +262,20 @@ class Model:
 
     def rows(self, params: Params, rows: Rows[jax.Array], *, block: int) -> jax.Array:
         """[R, T, D]: the hidden states of packed rows, attention in blocks of `block` tokens."""
-        num_blocks = rows.tokens.shape[1] // block
+        packed = pairs.packed
         if self.attention_kernel == "splash":
-            attend = splash.packed(
-                rows,
-                num_blocks=num_blocks,
+            packed = functools.partial(
+                splash.packed,
                 align=self.align,
                 blocks=self.splash_blocks,
                 interpret=self.interpret,
             )
-        else:
-            window = self.config.sliding_window
-            attend = pairs.packed(rows, sliding_window=window, num_blocks=num_blocks)
+        attend = packed(
+            rows,
+            num_blocks=rows.tokens.shape[1] // block,
+            scale=self.config.head_dim**-0.5,
+            window=self.config.sliding_window,
+        )
         return self.hidden(params, rows.tokens, rows.positions, attend)[0]
 
     def make_cache(self, num_rows: int, num_slots: int) -> Cache | tuple[Cache, ...]:
