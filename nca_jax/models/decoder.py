@@ -118,7 +118,7 @@ class Model:
       scan_layers: one compiled layer run L times, or L layers unrolled over the same params.
       attention_kernel: of packed rows: "pairs" (XLA, any platform) or "splash" (Pallas, for TPU).
       expert_kernel: "dense" (XLA, any platform) or "grouped" (Pallas, for TPU).
-      align: for splash, what the segments' starts in a row are multiples of.
+      align: for splash, what segments of a row lie at multiples of, see `data.pack`.
       splash_blocks: for splash, see `splash.parse_blocks`.
       interpret: run Pallas kernels in Python, where there is no TPU.
     """
@@ -308,6 +308,7 @@ class Model:
                 num_blocks=rows.tokens.shape[1] // block,
                 scale=self.config.score_scale,
                 window=window,
+                cap=self.config.attn_cap,
             )
             for window in self.config.windows
         }
