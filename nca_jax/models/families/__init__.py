@@ -4,6 +4,9 @@ Export takes the first that computes a config, so the plainer ones come first.
 """
 
 from nca_jax.models.families.family import Family
+from nca_jax.models.families.gemma2 import GEMMA2
+from nca_jax.models.families.gemma3 import GEMMA3_TEXT
+from nca_jax.models.families.granite import GRANITE
 from nca_jax.models.families.llama import LLAMA
 from nca_jax.models.families.mistral import MISTRAL
 from nca_jax.models.families.mixtral import MIXTRAL
@@ -11,5 +14,6 @@ from nca_jax.models.families.qwen2 import QWEN2
 from nca_jax.models.families.qwen3 import QWEN3
 
 FAMILIES: dict[str, Family] = {
-    family.model_type: family for family in (LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3)
+    family.model_type: family
+    for family in (LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, GRANITE, GEMMA2, GEMMA3_TEXT)
 }
