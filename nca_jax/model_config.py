@@ -24,11 +24,40 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class Linear:
+    """All rotary frequencies divided by one factor (`rope_type: linear`)."""
+
+    factor: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Yarn:
+    """Long wavelengths slowed by `factor` (`rope_type: yarn`, arXiv:2309.00071)."""
+
+    factor: float
+    original_max_position: int
+    attention_factor: float  # times sin and cos
+    beta_fast: float = 32.0  # turns over the original context from which on nothing is slowed
+    beta_slow: float = 1.0  # and below which all is
+
+
+@dataclasses.dataclass(frozen=True)
+class LongRope:
+    """A factor for each frequency (`rope_type: longrope`, arXiv:2402.13753)."""
+
+    short_factors: tuple[float, ...]  # [P], of sequences within the original context
+    long_factors: tuple[float, ...]  # [P], of longer ones
+    original_max_position: int
+    attention_factor: float  # times sin and cos
+
+
+@dataclasses.dataclass(frozen=True)
 class Rope:
-    """Rotary positions: pair i of a head turns theta^(-2i/H) radians a position, or stretched."""
+    """Rotary positions: frequency i of 2 P rotated elements of a head is theta^(-i / P)."""
 
     theta: float = 10_000.0
-    scaling: RopeScaling | None = None
+    scaling: RopeScaling | Linear | Yarn | LongRope | None = None
+    fraction: float = 1.0  # of a head, its first elements, is rotated: 2 P / H
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +113,7 @@ class ModelConfig:
     logit_cap: float = 0.0  # logits, divided, become cap tanh(logit / cap); 0: they stay
     num_experts: int = 0  # E; 0: a dense MLP
     experts_per_token: int = 0
+    renormalise: bool = True  # the shares of a token's experts sum to 1
     max_position: int = 8192
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()  # every id that ends a turn
@@ -102,6 +132,11 @@ class ModelConfig:
     def windows(self) -> tuple[int, ...]:
         """Each window that layers have, ascending; 0 stands for none."""
         return tuple(sorted({kind.window for kind in self.kinds}))
+
+    @property
+    def has_longrope(self) -> bool:
+        """Whether how a token is turned depends on the length of its sequence."""
+        return any(kind.rope and isinstance(kind.rope.scaling, LongRope) for kind in self.kinds)
 
     @property
     def padded_vocab(self) -> int:

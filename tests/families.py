@@ -35,20 +35,41 @@ _LLAMA3 = {
 }  # fmt: skip
 _WINDOW = {"sliding_window": 5}  # shorter than a prompt
 _QWEN_WINDOW = _WINDOW | {"use_sliding_window": True, "max_window_layers": 0}
-FAMILIES = {
-    "mistral": {"model_type": "mistral", "sliding_window": None},
-    "mistral with a window": {"model_type": "mistral", "head_dim": 12} | _WINDOW,
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+_LONGROPE = {  # the longest prompt and its responses are beyond the original context, others not
+    "rope_scaling": {
+        "type": "longrope", "short_factor": [1.0, 1.1, 1.3], "long_factor": [1.5, 3.0, 5.0],
+    },
+    "original_max_position_embeddings": 20, "partial_rotary_factor": 0.75,
+}  # fmt: skip
+FAMILIES = {  # their places are their seeds: another comes last
     "llama 2": {"model_type": "llama", "num_key_value_heads": 4},
     "llama 3": {"model_type": "llama", "rope_theta": 5e5, "rope_scaling": _LLAMA3},
-    "smollm2": {
-        "model_type": "llama", "num_attention_heads": 3, "num_key_value_heads": 1,
-        "hidden_size": 24, "rope_theta": 1e5, "tie_word_embeddings": True,
-    },
+    "mistral": {"model_type": "mistral", "sliding_window": None},
+    "mistral with a window": {"model_type": "mistral", "head_dim": 12} | _WINDOW,
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen2": {"model_type": "qwen2", "rope_theta": 1e6, "tie_word_embeddings": True},
     "qwen2 with a window": {"model_type": "qwen2"} | _QWEN_WINDOW,
     "qwen3": {"model_type": "qwen3", "head_dim": 16, "rope_theta": 1e6},
     "qwen3 with a window": {"model_type": "qwen3", "head_dim": 16} | _QWEN_WINDOW,
-    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+    "smollm2": {
+        "model_type": "llama", "num_attention_heads": 3, "num_key_value_heads": 1,
+        "hidden_size": 24, "rope_theta": 1e5, "tie_word_embeddings": True,
+    },
+    "qwen3_moe": {"model_type": "qwen3_moe", "head_dim": 16, "norm_topk_prob": True} | _EXPERTS,
+    "qwen3_moe, shares of all": {"model_type": "qwen3_moe", "norm_topk_prob": False} | _EXPERTS,
+    "olmo2": {"model_type": "olmo2", "rope_theta": 5e5},
+    "olmo3": {
+        "model_type": "olmo3", "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_hidden_layers": 4, "rope_scaling": _YARN,
+    } | _WINDOW,
+    "smollm3": {
+        "model_type": "smollm3", "no_rope_layers": [1, 0, 1], "tie_word_embeddings": True,
+        "rope_theta": 2e6,
+    },
+    "phi3": {"model_type": "phi3", "rope_theta": 1e5, "pad_token_id": 0} | _WINDOW,
+    "phi3 with longrope": {"model_type": "phi3", "pad_token_id": 0} | _LONGROPE,
 }  # fmt: skip
 
 # Prompts with ragged responses; the longest goes beyond llama 3's old context.
@@ -72,7 +93,7 @@ def pieces() -> list[Group]:
 def write_family(folder: Path, name: str) -> Path:
     """Writes config.json and model.safetensors; every machine gets the same values."""
     (folder / "config.json").write_text(json.dumps(SIZES | FAMILIES[name]))
-    rng = np.random.default_rng(sorted(FAMILIES).index(name))
+    rng = np.random.default_rng(list(FAMILIES).index(name))
     tensors = {}
     naming = tensor_names(FAMILIES[name]["model_type"])
     for tensor, shape in names.tensor_shapes(read_config(folder), naming).items():
@@ -96,11 +117,16 @@ def slots() -> list[np.ndarray]:
     return np.split(np.arange(ends[-1]), ends[:-1])
 
 
-def packed_logits(model: Model, params: dict) -> np.ndarray:
-    """Returns the logits that predict the response tokens of `pieces`, [tokens, V], in order."""
+def packed_rows() -> Rows:
+    """Returns the two rows of `pieces`."""
     layout = RowLayout(row_len=32, rows=2, block=16, num_pairs=causal_bound(32, 16), align=1)
     packed, _, _ = pack(pieces(), layout, slots=slots(), num_slots=NUM_SLOTS, num_micro=1)
-    rows = Rows(*(x[0] for x in packed))
+    return Rows(*(x[0] for x in packed))
+
+
+def packed_logits(model: Model, params: dict) -> np.ndarray:
+    """Returns the logits that predict the response tokens of `pieces`, [tokens, V], in order."""
+    rows = packed_rows()
 
     @jax.jit
     def row_logits(params):

@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from nca_jax.axes import HOST_MEMORY, Params, constrain, flatten_paths, nest_paths
 from nca_jax.batch import Rows
-from nca_jax.model_config import LayerKind, ModelConfig
+from nca_jax.model_config import ModelConfig
 from nca_jax.models import grouped, nf4
 from nca_jax.models.attention import cached, pairs, splash
 from nca_jax.models.attention.attend import ATTENDED, KEPT, Attend, Attends, Cache
@@ -26,6 +26,7 @@ from nca_jax.models.layers import Attention, Kernel, Mlp, RMSNorm
 from nca_jax.models.logits import Logits
 from nca_jax.models.lora import Lora, split_adapters
 from nca_jax.models.moe import Mix, Moe, dense
+from nca_jax.models.rope import Turn, rotate, sequence_lengths
 from nca_jax.models.stack import Stack
 
 INPUT = "input"  # the name of what comes into a layer
@@ -63,16 +64,11 @@ class Layer(nnx.Module):
         self.residual_scale = config.residual_scale
 
     def __call__(
-        self,
-        x: jax.Array,
-        positions: jax.Array,
-        kind: LayerKind,
-        attend: Attend,
-        cache: Cache | None,
+        self, x: jax.Array, turn: Turn, attend: Attend, cache: Cache | None
     ) -> tuple[jax.Array, Cache | None]:
-        """[R, T, D] and positions [R, T] -> [R, T, D]."""
+        """[R, T, D] -> [R, T, D]."""
         y = x if self.attn_norm is None else self.attn_norm(x)
-        y, cache = self.attn(y, positions, kind.rope, attend, cache)
+        y, cache = self.attn(y, turn, attend, cache)
         x = self._add(x, y, self.attn_post_norm)
         y = x if self.mlp_norm is None else self.mlp_norm(x)
         feed_forward = self.moe if self.sparse else self.mlp
@@ -232,8 +228,13 @@ class Model:
         positions: jax.Array,
         attends: Attends,
         caches: tuple[Cache, ...] | None = None,
+        *,
+        lengths: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[Cache, ...] | None]:
         """[R, T] int32 tokens and positions -> ([R, T, D] in `dtype`, the caches of `make_caches`).
+
+        `lengths`, [R, T] or [R, 1] int32, are what `rope.sequence_lengths` says; a model without
+        LongRope needs none.
 
         What is looked up is multiplied with `config.embed_scale` in the dtype of activations,
         whatever that of the table: a policy in float32 and its reference in bfloat16 round it
@@ -256,7 +257,8 @@ class Model:
             if self.grad_dtype != jnp.float32:
                 state = jax.tree_util.tree_map_with_path(self._in_grad_dtype, state)
             x = checkpoint_name(x, INPUT)
-            return nnx.merge(graph, state)(x, positions, kind, attends[kind.window], cache)
+            turn = functools.partial(rotate, positions=positions, rope=kind.rope, lengths=lengths)
+            return nnx.merge(graph, state)(x, turn, attends[kind.window], cache)
 
         in_loop, left = layer, layer
         if self.remat != "none":
@@ -310,7 +312,8 @@ class Model:
             )
             for window in self.config.windows
         }
-        return self.hidden(params, rows.tokens, rows.positions, attends)[0]
+        lengths = sequence_lengths(rows) if self.config.has_longrope else None
+        return self.hidden(params, rows.tokens, rows.positions, attends, lengths=lengths)[0]
 
     def over_caches(self, mask: jax.Array, distance: jax.Array, write_at: jax.Array) -> Attends:
         """Returns attention over the caches.

@@ -1,4 +1,4 @@
-"""The layers of a decoder: RMSNorm, rotary positions, grouped-query attention, a gated MLP.
+"""The layers of a decoder: RMSNorm, grouped-query attention, a gated MLP.
 
 Axes: R rows, T tokens, V padded vocabulary, D width, N query heads, G kv heads, H head width,
       F MLP width. Parameters are cast to the activations' dtype where used.
@@ -8,16 +8,16 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from nca_jax.axes import constrain, pin, spec_in_use
-from nca_jax.model_config import ModelConfig, Rope
+from nca_jax.model_config import ModelConfig
 from nca_jax.models import nf4
 from nca_jax.models.attention.attend import KEPT, Attend, Cache
 from nca_jax.models.lora import Adapter, Lora, adapter_of
 from nca_jax.models.product import Matrix, product
+from nca_jax.models.rope import Turn
 
 
 class Kernel(nnx.Module):
@@ -124,40 +124,11 @@ class RMSNorm(nnx.Module):
         return (y * scale).astype(x.dtype)
 
 
-def rotary_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
-    """[H / 2] float32 radians a position: theta^(-2i/H), stretched as Llama 3 does where asked.
-
-    Made on the host, each step rounded to float32 as where the models were trained: at position
-    4000 one rounding of a frequency is 2e-4 radians.
-    """
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    powers = (rope.theta ** exponents.astype(np.float64)).astype(np.float32)
-    freqs = np.float32(1) / powers
-    scaling = rope.scaling
-    if scaling is None:
-        return freqs
-    # Long wavelengths are slowed by `factor`, short ones kept, those between blended linearly in
-    # the number of turns over the original context.
-    turns = scaling.original_max_position / (np.float32(2 * math.pi) / freqs)
-    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    keep = np.clip(keep, 0, 1)
-    return (1 - keep) * freqs / np.float32(scaling.factor) + keep * freqs
-
-
-def rotate(x: jax.Array, positions: jax.Array, freqs: np.ndarray) -> jax.Array:
-    """Rotary embedding of [R, T, heads, H], halves rotated; float32, as bfloat16 has no 257."""
-    angles = positions.astype(jnp.float32)[..., None] * freqs[None, None]  # [R, T, H/2]
-    sin, cos = jnp.sin(angles)[:, :, None], jnp.cos(angles)[:, :, None]
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-
-
 class Attention(nnx.Module):
     """Grouped-query self-attention; which token sees which is the caller's `attend`."""
 
     def __init__(self, config: ModelConfig, lora: Lora | None, rngs: nnx.Rngs):
         c = config
-        self.config = config
 
         def projection(name: str, heads: int) -> Projection:
             on = adapter_of(lora, name)
@@ -177,21 +148,13 @@ class Attention(nnx.Module):
         self.q_norm, self.k_norm = norm(c.num_heads), norm(c.num_kv_heads)
 
     def __call__(
-        self,
-        x: jax.Array,
-        positions: jax.Array,
-        rope: Rope | None,
-        attend: Attend,
-        cache: Cache | None,
+        self, x: jax.Array, turn: Turn, attend: Attend, cache: Cache | None
     ) -> tuple[jax.Array, Cache | None]:
-        """[R, T, D] and positions [R, T] -> [R, T, D]."""
+        """[R, T, D] -> [R, T, D]."""
         q, k, v = self.q(x), self.k(x), self.v(x)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        if rope is not None:
-            freqs = rotary_frequencies(rope, self.config.head_dim)
-            q, k = rotate(q, positions, freqs), rotate(k, positions, freqs)
-        out, cache = attend(q, k, v, cache)
+        out, cache = attend(turn(q), turn(k), v, cache)
         out = constrain(out, "rows", None, "heads", None)
         return self.o(out), cache
 

@@ -48,13 +48,15 @@ def make_sampler(
         key_on &= ~jnp.isin(prompts, jnp.array(key_off_ids, jnp.int32))
         mask, distance = _visible(positions, positions, key_on, slot)
         attends = model.over_caches(mask, distance, jnp.int32(0))
-        hidden, caches = model.hidden(params, prompts, positions, attends, caches)
+        # The keys of a prompt are kept: what its samples may read decides how they are turned.
+        most = lengths[:, None] + max_new_tokens - 1
+        hidden, caches = model.hidden(params, prompts, positions, attends, caches, lengths=most)
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]  # [N, D]
 
         # From here on a row is one sample.
         caches = jax.tree.map(lambda x: jnp.repeat(x, num_samples, axis=x.ndim - 4), caches)
         logits = jnp.repeat(model.logits(params, last), num_samples, axis=0)  # [N * S, V]
-        lengths, key_on = (jnp.repeat(x, num_samples, axis=0) for x in (lengths, key_on))
+        lengths, most, key_on = (jnp.repeat(x, num_samples, axis=0) for x in (lengths, most, key_on))
         split = jax.vmap(lambda key: jax.random.split(key, num_samples))
         keys = split(keys).reshape(-1)  # [N * S]
         prompt_positions = jnp.repeat(positions, num_samples, axis=0)
@@ -80,7 +82,9 @@ def make_sampler(
             mask, distance = _visible(position, slot_positions, key_on, slot)
             mask &= (slot <= width + step)[None, None]
             attends = model.over_caches(mask, distance, width + step)
-            hidden, caches = model.hidden(params, token[:, None], position, attends, caches)
+            hidden, caches = model.hidden(
+                params, token[:, None], position, attends, caches, lengths=most
+            )
             return step + 1, model.logits(params, hidden[:, 0]), caches, done, tokens, num_tokens
 
         rows = num_prompts * num_samples

@@ -71,6 +71,17 @@ def read_by_layer(raw: Fields, names: list[str], ropes: Mapping[str, Rope]) -> F
     Args:
       names: SLIDING or FULL of each layer, where `layer_types` is absent.
       ropes: of SLIDING and of FULL layers.
+    """
+    kinds = {
+        SLIDING: LayerKind(raw["sliding_window"] or 0, ropes[SLIDING]),
+        FULL: LayerKind(0, ropes[FULL]),
+    }
+    return {"kinds": shortest_period([kinds[name] for name in layer_names(raw, names)])}
+
+
+def layer_names(raw: Fields, names: list[str]) -> list[str]:
+    """Returns SLIDING or FULL of each layer: `layer_types`, and where it is absent `names`.
+
     Raises:
       UserError: layer_types are of another number of layers.
     """
@@ -79,11 +90,7 @@ def read_by_layer(raw: Fields, names: list[str], ropes: Mapping[str, Rope]) -> F
         raise UserError(
             f"layer_types are {len(names)}, and num_hidden_layers is {raw['num_hidden_layers']}."
         )
-    kinds = {
-        SLIDING: LayerKind(raw["sliding_window"] or 0, ropes[SLIDING]),
-        FULL: LayerKind(0, ropes[FULL]),
-    }
-    return {"kinds": shortest_period([kinds[name] for name in names])}
+    return names
 
 
 def write_alike(config: ModelConfig) -> Fields:
@@ -102,6 +109,24 @@ def write_by_layer(config: ModelConfig) -> Fields:
     return {"sliding_window": max(config.windows) or None, "layer_types": names}
 
 
+class Gguf(NamedTuple):
+    """How a GGUF file holds a family's models, under the tensor names of `names.GGUF`.
+
+    Attributes:
+      architecture: in its metadata.
+      interleaves: llama.cpp stores the halves that the rotary embedding pairs interleaved.
+      norms_hold: how much more than the parameter is stored.
+      reads: keys of the metadata that are refused in other families.
+      read: what gives the value of a key, and fields of ModelConfig -> fields over these.
+    """
+
+    architecture: str
+    interleaves: bool = False
+    norms_hold: float = 0.0
+    reads: tuple[str, ...] = ()
+    read: Callable[[Callable[..., Any], Fields], Fields] = lambda get, common: {}
+
+
 class Family(NamedTuple):
     """One architecture of transformers.
 
@@ -117,8 +142,7 @@ class Family(NamedTuple):
       wanted: fields of config.json that are refused unless they have this value, and written so.
       tensors: {parameter path: tensor name}, where it is not that of `names.TABLE`. Parameters with
         one name are one tensor: in the table's order, one below the other.
-      in_gguf: whether a GGUF file may name it as its architecture.
-      gguf_interleaves: llama.cpp stores the halves that the rotary embedding pairs interleaved.
+      gguf: None: GGUF files of it are not read.
     """
 
     model_type: str
@@ -129,5 +153,4 @@ class Family(NamedTuple):
     has: Fields = {}
     wanted: Fields = WANTED
     tensors: Mapping[str, str] = {}
-    in_gguf: bool = False
-    gguf_interleaves: bool = False
+    gguf: Gguf | None = None

@@ -7,6 +7,7 @@ from nca_jax.models.families.family import (
     SLIDING,
     Family,
     Fields,
+    Gguf,
     one_kind_of_layer,
     read_alike,
     write_window,
@@ -48,5 +49,5 @@ QWEN2 = Family(
     read=read_switched_window,
     write=write_switched_window,
     has={"qkv_bias": True},
-    in_gguf=True,
+    gguf=Gguf("qwen2"),
 )

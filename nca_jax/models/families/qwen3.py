@@ -1,6 +1,6 @@
 """Qwen3: Qwen2 with norms of q and k in place of the biases."""
 
-from nca_jax.models.families.family import Family
+from nca_jax.models.families.family import Family, Gguf
 from nca_jax.models.families.qwen2 import QWEN2, read_switched_window, write_switched_window
 
 QWEN3 = Family(
@@ -10,5 +10,5 @@ QWEN3 = Family(
     read=read_switched_window,
     write=write_switched_window,
     has={"qk_norm": "head"},
-    in_gguf=True,
+    gguf=Gguf("qwen3"),
 )

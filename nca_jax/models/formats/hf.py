@@ -42,6 +42,7 @@ SIZES = (
     "num_attention_heads",
 )
 KINDS = one_of("full_attention", "sliding_attention")
+BIT = Check(int, lambda x: x in (0, 1), "0 or 1")
 FIELDS: dict[str, Check] = dict.fromkeys(SIZES, SIZE) | {  # all that is read of config.json
     "num_hidden_layers": NUM_STACKED,
     "architectures": or_null(list_of(TEXT, "a list of names")),
@@ -73,8 +74,18 @@ FIELDS: dict[str, Check] = dict.fromkeys(SIZES, SIZE) | {  # all that is read of
     "attention_multiplier": NUMBER,
     "residual_multiplier": NUMBER,
     "logits_scaling": NUMBER,
-    "num_local_experts": NUM_STACKED,
+    "num_local_experts": or_null(NUM_STACKED),
+    "num_experts": NUM_STACKED,
     "num_experts_per_tok": NUM_STACKED,
+    "moe_intermediate_size": SIZE,
+    "norm_topk_prob": FLAG,
+    "decoder_sparse_step": SIZE,
+    "mlp_only_layers": or_null(list_of(INTEGER, "a list of integers")),
+    "no_rope_layers": or_null(list_of(BIT, f"a list, each {BIT.wanted}")),
+    "no_rope_layer_interval": SIZE,
+    "original_max_position_embeddings": SIZE,
+    "partial_rotary_factor": or_null(NUMBER),
+    "clip_qkv": or_null(NUMBER),
 }
 COMPARED = 1 << 24  # elements of the head and of the embedding that are in memory at once
 DTYPES = {  # by safetensors' names
