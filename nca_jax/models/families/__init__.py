@@ -4,6 +4,9 @@ Export takes the first that computes a config, so the plainer ones come first.
 """
 
 from nca_jax.models.families.family import Family
+from nca_jax.models.families.gemma2 import GEMMA2
+from nca_jax.models.families.gemma3 import GEMMA3_TEXT
+from nca_jax.models.families.granite import GRANITE
 from nca_jax.models.families.llama import LLAMA
 from nca_jax.models.families.mistral import MISTRAL
 from nca_jax.models.families.mixtral import MIXTRAL
@@ -28,5 +31,8 @@ FAMILIES: dict[str, Family] = {
         OLMO2,
         OLMO3,
         PHI3,
+        GRANITE,
+        GEMMA2,
+        GEMMA3_TEXT,
     )
 }

@@ -139,7 +139,7 @@ class Family(NamedTuple):
         compute wrongly.
       write: the inverse: ModelConfig -> fields of config.json, over those of `config_json`.
       has: fields of ModelConfig that all its models share and its files do not say.
-      wanted: fields of config.json that are refused unless they have this value; hidden_act is one.
+      wanted: fields of config.json that are refused unless they have this value, and written so.
       tensors: {parameter path: tensor name}, where it is not that of `names.TABLE`. Parameters with
         one name are one tensor: in the table's order, one below the other.
       gguf: None: GGUF files of it are not read.

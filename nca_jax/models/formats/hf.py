@@ -17,6 +17,7 @@ from nca_jax.models.families import FAMILIES
 from nca_jax.models.families.family import Family
 from nca_jax.models.formats import names
 from nca_jax.models.formats.four_bit import Tensor, check_quantisation, find_stored
+from nca_jax.models.formats.halves import read_model_json, text_half
 from nca_jax.models.formats.untrusted import (
     EVEN,
     IDS,
@@ -63,6 +64,16 @@ FIELDS: dict[str, Check] = dict.fromkeys(SIZES, SIZE) | {  # all that is read of
     "use_sliding_window": FLAG,
     "sliding_window": or_null(SIZE_OR_0),
     "max_window_layers": SIZE_OR_0,
+    "hidden_activation": TEXT,
+    "query_pre_attn_scalar": NUMBER,
+    "attn_logit_softcapping": or_null(NUMBER),
+    "final_logit_softcapping": or_null(NUMBER),
+    "rope_local_base_freq": NUMBER,
+    "sliding_window_pattern": SIZE,
+    "embedding_multiplier": NUMBER,
+    "attention_multiplier": NUMBER,
+    "residual_multiplier": NUMBER,
+    "logits_scaling": NUMBER,
     "num_local_experts": or_null(NUM_STACKED),
     "num_experts": NUM_STACKED,
     "num_experts_per_tok": NUM_STACKED,
@@ -98,7 +109,7 @@ def open_hf(folder: str | Path) -> tuple[ModelConfig, dict[str, names.Param]]:
     """
     folder = Path(folder)
     config, naming = _read_config(folder)
-    tensors = list_tensors(_weight_files(folder))
+    naming, tensors = text_half(naming, list_tensors(_weight_files(folder)))
     fetch_stored = fetch_from(tensors)
     try:
         stored, parts = find_stored(tensors, fetch_stored)
@@ -196,7 +207,8 @@ def parse_config(raw: dict[str, Any], generation: dict[str, Any]) -> ModelConfig
 def _read_config(folder: Path) -> tuple[ModelConfig, dict[str, str]]:
     """Returns the config of a folder, and the names of its tensors."""
     file, generation = folder / "config.json", folder / "generation_config.json"
-    raw, more = read_json(file), read_json(generation) if generation.exists() else {}
+    raw = read_model_json(folder)
+    more = read_json(generation) if generation.exists() else {}
     try:
         config = parse_config(raw, more)
     except UserError as error:

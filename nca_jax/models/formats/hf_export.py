@@ -18,6 +18,7 @@ from nca_jax.model_config import ModelConfig
 from nca_jax.models.families import FAMILIES
 from nca_jax.models.families.family import Family
 from nca_jax.models.formats import hf, names
+from nca_jax.models.formats.halves import read_model_json
 from nca_jax.models.formats.untrusted import read_json
 
 SHARD_BYTES = 5 * 10**9  # of one .safetensors file; Hugging Face's own habit
@@ -101,11 +102,11 @@ def config_json(config: ModelConfig, family: Family) -> dict[str, Any]:
         "num_attention_heads": c.num_heads,
         "num_key_value_heads": c.num_kv_heads,
         "head_dim": c.head_dim,
-        "hidden_act": family.wanted["hidden_act"],
         "rms_norm_eps": c.norm_eps,
         "max_position_embeddings": c.max_position,
         "tie_word_embeddings": c.tied_head,
         **_token_ids(config),
+        **family.wanted,
         **family.write(config),
     }
 
@@ -127,7 +128,7 @@ def _json_files(config: ModelConfig, origin: Path | None) -> tuple[dict, dict]:
     if origin is None:
         return config_json(config, family_of(config)), _token_ids(config)
     ends = {"eos_token_id": _token_ids(config)["eos_token_id"]}
-    content = read_json(origin / "config.json")
+    content = read_model_json(origin)
     content |= ends | {"tie_word_embeddings": config.tied_head}
     content.pop("auto_map", None)  # names code in files that are not copied
     content.pop("quantization_config", None)  # what is written is not quantised
