@@ -154,7 +154,7 @@ def tensor_names(model_type: str) -> dict[str, str]:
 
 def fuses(folder: Path) -> bool:
     """Whether a Hugging Face folder has several matrices of a layer in one tensor."""
-    naming = tensor_names(read_json(folder / "config.json")["model_type"])
+    naming = tensor_names(read_model_json(folder)["model_type"])
     kernels = [name for path, name in naming.items() if path.endswith("/kernel")]
     return len(set(kernels)) < len(kernels)
 
