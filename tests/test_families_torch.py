@@ -105,9 +105,9 @@ def test_gradients_and_three_steps_of_training_are_pytorchs(tmp_path, name):
     @jax.jit
     def step(params):
         def loss(params):
-            logps = sequence_logps(
-                model, params, rows, shape=(NUM_SLOTS, 1), block=16, chunk=16
-            )[:, 0]
+            logps = sequence_logps(model, params, rows, shape=(NUM_SLOTS, 1), block=16, chunk=16)[
+                :, 0
+            ]
             return -jnp.sum(WEIGHTS * logps)
 
         found, grads = jax.value_and_grad(loss)(params)

@@ -114,7 +114,11 @@ def test_what_is_not_quantised_keeps_its_dtype(tmp_path):
     [
         ("mixtral", {}, "architecture 'mixtral'"),
         ("llama", {"change": {"llama.expert_count": 8}}, "expert_count"),
-        ("qwen3moe", {"change": {"qwen3moe.expert_used_count": 4}}, "4 is more than expert_count 3"),
+        (
+            "qwen3moe",
+            {"change": {"qwen3moe.expert_used_count": 4}},
+            "4 is more than expert_count 3",
+        ),
         ("llama", {"change": {"llama.rope.scaling.type": "yarn"}}, "rope.scaling.type"),
         ("llama", {"extra": {"rope_freqs.weight": np.ones(3, np.float32)}}, "rope_freqs.weight"),
         ("llama", {"change": {"llama.rope.dimension_count": 4}}, "rope.dimension_count"),

@@ -61,9 +61,7 @@ def test_longrope_goes_by_the_longest_sequence_of_a_prompt_whatever_else_is_in_t
     x = jax.random.normal(jax.random.key(1), (*rows.tokens.shape, 2, HEAD))
     found = rotate(x, rows.positions, rope, lengths)
     for factors, is_so in ((short, lengths <= 20), (long, lengths > 20)):
-        alone = dataclasses.replace(
-            rope, scaling=LongRope(factors, factors, 20, 1.0)
-        )
+        alone = dataclasses.replace(rope, scaling=LongRope(factors, factors, 20, 1.0))
         expected = rotate(x, rows.positions, alone, lengths)
         np.testing.assert_array_equal(found[is_so], expected[is_so])
         assert is_so.any()

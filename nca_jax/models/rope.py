@@ -1,7 +1,7 @@
 """Rotary positions: how fast each pair of a head turns, and the turning.
 
-Axes: R rows, T tokens, H head width, P pairs that turn: of the first 2 P elements of a head, element
-      p with element p + P.
+Axes: R rows, T tokens, H head width, P pairs that turn: of the first 2 P elements of a head, each
+      of one half with its like in the other.
 """
 
 import math

@@ -56,7 +56,9 @@ def make_sampler(
         # From here on a row is one sample.
         caches = jax.tree.map(lambda x: jnp.repeat(x, num_samples, axis=x.ndim - 4), caches)
         logits = jnp.repeat(model.logits(params, last), num_samples, axis=0)  # [N * S, V]
-        lengths, most, key_on = (jnp.repeat(x, num_samples, axis=0) for x in (lengths, most, key_on))
+        lengths, most, key_on = (
+            jnp.repeat(x, num_samples, axis=0) for x in (lengths, most, key_on)
+        )
         split = jax.vmap(lambda key: jax.random.split(key, num_samples))
         keys = split(keys).reshape(-1)  # [N * S]
         prompt_positions = jnp.repeat(positions, num_samples, axis=0)

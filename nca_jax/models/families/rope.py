@@ -38,7 +38,9 @@ def rope_fields(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     return raw["rope_scaling"] or raw["rope_parameters"] or {}
 
 
-def rope_fields_by_kind(raw: Mapping[str, Any], kinds: Collection[str]) -> dict[str, dict[str, Any]]:
+def rope_fields_by_kind(
+    raw: Mapping[str, Any], kinds: Collection[str]
+) -> dict[str, dict[str, Any]]:
     """Returns the object of each kind of layers in rope_parameters, empty where it has none.
 
     Raises:
@@ -52,9 +54,7 @@ def rope_fields_by_kind(raw: Mapping[str, Any], kinds: Collection[str]) -> dict[
     return {name: dict(said.get(name) or {}) for name in kinds}
 
 
-def read_rope(
-    raw: Mapping[str, Any], rope: Mapping[str, Any], *, partial: bool = False
-) -> Rope:
+def read_rope(raw: Mapping[str, Any], rope: Mapping[str, Any], *, partial: bool = False) -> Rope:
     """Returns what the fields of an object say.
 
     Args:
@@ -172,4 +172,6 @@ def _yarn_attention(factor: float) -> float:
 
 def longrope_attention(factor: float, original: int) -> float:
     """What sin and cos are multiplied by where the context is `factor` times the original."""
-    return math.sqrt(1 + math.log(factor) / math.log(original)) if min(factor, original) > 1 else 1.0
+    return (
+        math.sqrt(1 + math.log(factor) / math.log(original)) if min(factor, original) > 1 else 1.0
+    )

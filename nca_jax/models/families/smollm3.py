@@ -2,9 +2,16 @@
 
 from nca_jax.checks import UserError
 from nca_jax.model_config import LayerKind, ModelConfig, Rope, shortest_period
-from nca_jax.models.families.family import DEFAULTS, FULL, SLIDING, Family, Fields
-from nca_jax.models.families.family import layer_names, write_by_layer
-from nca_jax.models.families.rope import read_rope, write_rope
+from nca_jax.models.families.family import (
+    DEFAULTS,
+    FULL,
+    SLIDING,
+    Family,
+    Fields,
+    layer_names,
+    write_by_layer,
+)
+from nca_jax.models.families.rope import read_rope, rope_fields, write_rope
 
 
 def _read(raw: Fields) -> Fields:
@@ -19,10 +26,10 @@ def _read(raw: Fields) -> Fields:
     names = layer_names(raw, [SLIDING if window and not turned[i] else FULL for i in layers])
     if SLIDING in names and not window:
         raise UserError(
-            f"layer_types has a {SLIDING}, but use_sliding_window and sliding_window say that there "
-            "is none."
+            f"layer_types has a {SLIDING}, but use_sliding_window and sliding_window say that "
+            "there is none."
         )
-    rope = read_rope(raw)
+    rope = read_rope(raw, rope_fields(raw))
     kinds = [
         LayerKind(window if names[i] == SLIDING else 0, rope if turned[i] else None) for i in layers
     ]

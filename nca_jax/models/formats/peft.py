@@ -210,8 +210,9 @@ def write_peft(
     fused = [name for name in lora.targets if name not in {module.target for module in modules}]
     if fused:
         raise UserError(
-            f"adapters on {', '.join(fused)} cannot be written for peft: {family_of(config).model_type} "
-            "has them in one tensor with others, which peft adapts as one."
+            f"adapters on {', '.join(fused)} cannot be written for peft: "
+            f"{family_of(config).model_type} has them in one tensor with others, which peft adapts "
+            "as one."
         )
     name, _, revision = base.partition("@")
     # Where peft fuses experts it doubles their rank and alpha, which leaves rsLoRA's scale no more.
