@@ -160,7 +160,10 @@ _GRANITE3_2B = ModelConfig(  # 3.1
     mlp_width=8192, kinds=alike(theta=5e6), tied_head=True, attn_scale=1 / 64, embed_scale=12.0,
     residual_scale=0.22, logit_divisor=8.0, max_position=131072, bos_id=0, eos_ids=(0,),
 )  # fmt: skip
-
+OLMO3 = (  # three layers of four see 4096 tokens; YaRN in the fourth
+    *alike(theta=5e5, window=4096) * 3,
+    LayerKind(rope=Rope(5e5, Yarn(8.0, 8192, attention_factor=1.2079441541679836))),
+)
 MODELS = {
     # Random weights over the 259 ids of the byte tokenizer: for smoke runs and tests.
     "tiny": ModelConfig(
@@ -184,6 +187,51 @@ MODELS = {
         vocab_size=151936, num_layers=36, width=4096, num_heads=32, num_kv_heads=8, head_dim=128,
         mlp_width=12288, kinds=alike(theta=1e6), norm_eps=1e-6, qk_norm="head",
         max_position=40960, bos_id=151643, eos_ids=(151645, 151643),
+    ),
+    "qwen3_30b_a3b": ModelConfig(
+        vocab_size=151936, num_layers=48, width=2048, num_heads=32, num_kv_heads=4, head_dim=128,
+        mlp_width=768, kinds=alike(theta=1e6), norm_eps=1e-6, qk_norm="head", num_experts=128,
+        experts_per_token=8, max_position=40960, bos_id=151643, eos_ids=(151645, 151643),
+    ),
+    "qwen3_235b_a22b": ModelConfig(
+        vocab_size=151936, num_layers=94, width=4096, num_heads=64, num_kv_heads=4, head_dim=128,
+        mlp_width=1536, kinds=alike(theta=1e6), norm_eps=1e-6, qk_norm="head", num_experts=128,
+        experts_per_token=8, max_position=40960, bos_id=151643, eos_ids=(151645, 151643),
+    ),
+    "smollm3_3b": ModelConfig(
+        vocab_size=128256, num_layers=36, width=2048, num_heads=16, num_kv_heads=4, head_dim=128,
+        mlp_width=11008, kinds=(*alike(theta=5e6) * 3, LayerKind(rope=None)), norm_eps=1e-6,
+        tied_head=True, max_position=65536, bos_id=128000, eos_ids=(128012,),
+    ),
+    "olmo2_1b": ModelConfig(
+        vocab_size=100352, num_layers=16, width=2048, num_heads=16, num_kv_heads=16, head_dim=128,
+        mlp_width=8192, kinds=alike(theta=5e5), norm_eps=1e-6, norms="after", qk_norm="width",
+        max_position=4096, eos_ids=(100257,),
+    ),
+    "olmo2_7b": ModelConfig(
+        vocab_size=100352, num_layers=32, width=4096, num_heads=32, num_kv_heads=32, head_dim=128,
+        mlp_width=11008, kinds=alike(theta=5e5), norm_eps=1e-6, norms="after", qk_norm="width",
+        max_position=4096, eos_ids=(100257,),
+    ),
+    "olmo3_7b": ModelConfig(
+        vocab_size=100278, num_layers=32, width=4096, num_heads=32, num_kv_heads=32, head_dim=128,
+        mlp_width=11008, kinds=OLMO3, norm_eps=1e-6, norms="after", qk_norm="width",
+        max_position=65536, eos_ids=(100257,),
+    ),
+    "olmo3_32b": ModelConfig(
+        vocab_size=100278, num_layers=64, width=5120, num_heads=40, num_kv_heads=8, head_dim=128,
+        mlp_width=27648, kinds=OLMO3, norm_eps=1e-6, norms="after", qk_norm="width",
+        max_position=65536, eos_ids=(100257,),
+    ),
+    "phi3_mini_4k": ModelConfig(
+        vocab_size=32064, num_layers=32, width=3072, num_heads=32, num_kv_heads=32, head_dim=96,
+        mlp_width=8192, kinds=alike(window=2047), max_position=4096, bos_id=1,
+        eos_ids=(32000, 32001, 32007),
+    ),
+    "phi4": ModelConfig(
+        vocab_size=100352, num_layers=40, width=5120, num_heads=40, num_kv_heads=10, head_dim=128,
+        mlp_width=17920, kinds=alike(theta=250_000.0), max_position=16384, bos_id=100257,
+        eos_ids=(100265,),
     ),
     "mistral_7b": ModelConfig(  # v0.1, with its window of 4096
         vocab_size=32000, num_layers=32, width=4096, num_heads=32, num_kv_heads=8, head_dim=128,

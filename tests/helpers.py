@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from nca_jax.data.encode import Encoder
 from nca_jax.infra.preemption import Stop
-from nca_jax.model_config import ModelConfig, alike
+from nca_jax.model_config import LayerKind, LongRope, ModelConfig, Rope, Yarn, alike
 from nca_jax.models.formats import names
 from nca_jax.models.formats.hf import tensor_names
 
@@ -93,7 +93,42 @@ CONFIGS = {
     "qwen2": dataclasses.replace(DENSE, qkv_bias=True),
     "qwen3": dataclasses.replace(DENSE, qk_norm="head"),
     "mixtral": dataclasses.replace(DENSE, num_experts=3, experts_per_token=2),
-}
+    "qwen3_moe": dataclasses.replace(
+        DENSE, num_experts=3, experts_per_token=2, renormalise=False, qk_norm="head"
+    ),
+    "smollm3": dataclasses.replace(DENSE, kinds=(*alike(), LayerKind(rope=None)), tied_head=True),
+    "olmo2": dataclasses.replace(DENSE, norms="after", qk_norm="width"),
+    "olmo3": dataclasses.replace(
+        DENSE, norms="after", qk_norm="width",
+        kinds=(*alike(5e5, 7), LayerKind(rope=Rope(5e5, Yarn(4.0, 16, 0.9)))),
+    ),
+    "phi3": dataclasses.replace(
+        DENSE, kinds=(LayerKind(rope=Rope(1e4, LongRope((1.0, 2.0), (3.0, 4.0), 16, 1.2), 0.75)),)
+    ),
+}  # fmt: skip
+OWN = {  # fields of config.json that other families have not got
+    "qwen3_moe": {
+        "num_experts": 3, "num_local_experts": None, "moe_intermediate_size": 10,
+        "norm_topk_prob": False,
+    },
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
+    "olmo3": {
+        "rope_theta": 5e5, "layer_types": [
+            "sliding_attention", "full_attention", "sliding_attention",
+        ],
+        "rope_scaling": {
+            "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16,
+            "attention_factor": 0.9,
+        },
+    },
+    "phi3": {
+        "original_max_position_embeddings": 16, "partial_rotary_factor": 0.75,
+        "rope_scaling": {
+            "type": "longrope", "short_factor": [1.0, 2.0], "long_factor": [3.0, 4.0],
+            "attention_factor": 1.2,
+        },
+    },
+}  # fmt: skip
 
 
 def hf_json(model_type: str, config: ModelConfig) -> dict:
@@ -107,7 +142,7 @@ def hf_json(model_type: str, config: ModelConfig) -> dict:
         "tie_word_embeddings": config.tied_head, "sliding_window": config.kinds[0].window or None,
         "num_local_experts": config.num_experts, "num_experts_per_tok": config.experts_per_token,
         "bos_token_id": config.bos_id, "eos_token_id": list(config.eos_ids),
-    }  # fmt: skip
+    } | OWN.get(model_type, {})  # fmt: skip
 
 
 def random_tensors(config: ModelConfig, naming: names.Naming, dtype=np.float32) -> dict:

@@ -3,18 +3,20 @@
 from collections.abc import Mapping, Sequence
 
 from nca_jax.checks import UserError
-from nca_jax.model_config import ModelConfig, Rope
+from nca_jax.model_config import LayerKind, ModelConfig, Rope, shortest_period
 from nca_jax.models.families.family import (
     DEFAULTS,
     FULL,
     SLIDING,
     Family,
     Fields,
+    Gguf,
     read_by_layer,
     write_alike,
     write_by_layer,
 )
 from nca_jax.models.families.rope import read_rope, rope_fields
+from nca_jax.models.formats.untrusted import NUMBER
 
 _ACTIVATION = {"hidden_activation": "gelu_pytorch_tanh"}
 
@@ -52,6 +54,20 @@ def _write(config: ModelConfig) -> Fields:
     return {**write_alike(config), **write_gemma(config), **cap}
 
 
+def _read_gguf(get, common: Fields) -> Fields:
+    """What a file leaves out is as llama.cpp has it: of all sizes 27B alone has another scale."""
+    rope, layers = common["kinds"][0].rope, range(common["num_layers"])
+    window = get("attention.sliding_window", default=4096)
+    is_27b, per_head = len(layers) == 46, common["width"] // common["num_heads"]
+    return {
+        "kinds": shortest_period([LayerKind(0 if i % 2 else window, rope) for i in layers]),
+        "attn_scale": (per_head if is_27b else common["head_dim"]) ** -0.5,
+        "attn_cap": get("attn_logit_softcapping", NUMBER, default=50.0),
+        "embed_scale": common["width"] ** 0.5,
+        "logit_cap": get("final_logit_softcapping", NUMBER, default=30.0),
+    }
+
+
 GEMMA2 = Family(
     model_type="gemma2",
     architecture="Gemma2ForCausalLM",
@@ -79,4 +95,5 @@ GEMMA2 = Family(
     has={"norm_offset": True, "norms": "both", "activation": "gelu_tanh"},
     wanted={**_ACTIVATION, "attention_bias": False},
     tensors={"layers/mlp_norm/scale": "model.layers.{L}.pre_feedforward_layernorm.weight"},
+    gguf=Gguf("gemma2", norms_hold=1.0, reads=("attention.sliding_window",), read=_read_gguf),
 )

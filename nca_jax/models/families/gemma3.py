@@ -1,25 +1,19 @@
 """Gemma 3, text: Gemma 2 with norms of q and k in place of the caps; two thetas, 5 windows to 1."""
 
-from nca_jax.checks import UserError
 from nca_jax.model_config import ModelConfig, Rope
 from nca_jax.models.families.family import FULL, SLIDING, Fields
 from nca_jax.models.families.gemma2 import GEMMA2, read_gemma, write_gemma
-from nca_jax.models.families.rope import read_rope, write_rope
-from nca_jax.models.formats.untrusted import OBJECT, check_field, or_null
+from nca_jax.models.families.rope import read_rope, rope_fields_by_kind, write_rope
 
 _THETAS = {FULL: 1_000_000.0, SLIDING: 10_000.0}
 
 
 def _read(raw: Fields) -> Fields:
     """rope_theta and rope_scaling are of the full layers, rope_local_base_freq of the others."""
-    by_kind = raw["rope_parameters"] or {}
-    for name, value in by_kind.items():
-        if name not in _THETAS:
-            raise UserError(f"{name} in rope_parameters is not one of {', '.join(_THETAS)}.")
-        check_field(f"{name} of rope_parameters", value, or_null(OBJECT))
+    by_kind = rope_fields_by_kind(raw, _THETAS)
     said = {
-        FULL: {"rope_theta": raw["rope_theta"], **(by_kind.get(FULL) or {})},
-        SLIDING: {"rope_theta": raw["rope_local_base_freq"], **(by_kind.get(SLIDING) or {})},
+        FULL: {"rope_theta": raw["rope_theta"], **by_kind[FULL]},
+        SLIDING: {"rope_theta": raw["rope_local_base_freq"], **by_kind[SLIDING]},
     }
     said[FULL] |= raw["rope_scaling"] or {}
     layers = range(1, raw["num_hidden_layers"] + 1)
@@ -49,5 +43,6 @@ GEMMA3_TEXT = GEMMA2._replace(
     read=_read,
     write=_write,
     has={**GEMMA2.has, "qk_norm": "head"},
+    gguf=None,
     wanted={**GEMMA2.wanted, "attn_logit_softcapping": None},
 )

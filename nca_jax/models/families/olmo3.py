@@ -12,20 +12,19 @@ from nca_jax.models.families.family import (
     write_by_layer,
 )
 from nca_jax.models.families.olmo2 import OLMO2
-from nca_jax.models.families.rope import read_rope, rope_parameters, write_rope
-from nca_jax.models.formats.untrusted import OBJECT, check_field, or_null
+from nca_jax.models.families.rope import (
+    read_rope,
+    rope_fields_by_kind,
+    rope_parameters,
+    write_rope,
+)
 
 THETA = 500_000.0
 
 
 def _read(raw: Fields) -> Fields:
     """rope_scaling is of the full layers alone."""
-    by_kind = raw["rope_parameters"] or {}
-    for name, value in by_kind.items():
-        if name not in (SLIDING, FULL):
-            raise UserError(f"{name} in rope_parameters is not one of {SLIDING}, {FULL}.")
-        check_field(f"{name} of rope_parameters", value, or_null(OBJECT))
-    ropes = {name: by_kind.get(name) or {} for name in (SLIDING, FULL)}
+    ropes = rope_fields_by_kind(raw, (SLIDING, FULL))
     unsaid = any("rope_theta" not in rope for rope in ropes.values())
     if unsaid and raw["rope_theta"] != THETA:
         raise UserError(
@@ -33,7 +32,7 @@ def _read(raw: Fields) -> Fields:
             f"the version of transformers has it; wanted {THETA}, or rope_parameters with a "
             f"rope_theta for each of {SLIDING}, {FULL}."
         )
-    ropes[FULL] = {**ropes[FULL], **(raw["rope_scaling"] or {})}
+    ropes[FULL] |= raw["rope_scaling"] or {}
     layers = range(1, raw["num_hidden_layers"] + 1)
     names = [SLIDING if i % 4 else FULL for i in layers]
     return read_by_layer(raw, names, {name: read_rope(raw, ropes[name]) for name in ropes})

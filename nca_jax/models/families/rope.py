@@ -5,13 +5,20 @@ Old files have rope_theta and rope_scaling, those of transformers 5 have rope_pa
 
 import math
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from nca_jax.checks import UserError
 from nca_jax.field import Check
 from nca_jax.model_config import Linear, LongRope, Rope, RopeScaling, Yarn
-from nca_jax.models.formats.untrusted import NUMBER, SIZE, check_field, list_of
+from nca_jax.models.formats.untrusted import (
+    NUMBER,
+    OBJECT,
+    SIZE,
+    check_field,
+    list_of,
+    or_null,
+)
 
 ORIGINAL = "original_max_position_embeddings"
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor")
@@ -29,6 +36,20 @@ FACTORS = list_of(NUMBER, "a list of numbers, each above 0 and below 1e30")
 def rope_fields(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     """Returns the one object that says it, by transformers' precedence; empty if there is none."""
     return raw["rope_scaling"] or raw["rope_parameters"] or {}
+
+
+def rope_fields_by_kind(raw: Mapping[str, Any], kinds: Collection[str]) -> dict[str, dict[str, Any]]:
+    """Returns the object of each kind of layers in rope_parameters, empty where it has none.
+
+    Raises:
+      UserError: there are others.
+    """
+    said = raw["rope_parameters"] or {}
+    for name, value in said.items():
+        if name not in kinds:
+            raise UserError(f"{name} in rope_parameters is not one of {', '.join(kinds)}.")
+        check_field(f"{name} of rope_parameters", value, or_null(OBJECT))
+    return {name: dict(said.get(name) or {}) for name in kinds}
 
 
 def read_rope(
