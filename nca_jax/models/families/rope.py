@@ -58,7 +58,7 @@ def read_rope(
     """Returns what the fields of an object say.
 
     Args:
-      raw: config.json, with the defaults filled in.
+      raw: config.json, with defaults and head_dim filled in.
       rope: the object: `rope_fields`, or that of one kind of layers.
       partial: whether the architecture may turn a part of a head.
     Raises:
@@ -83,8 +83,7 @@ def read_rope(
     theta, part = rope.get("rope_theta", raw["rope_theta"]), raw.get("partial_rotary_factor")
     check_field("rope_theta", theta, NUMBER)
     part = get("partial_rotary_factor", 1.0 if part is None else part)
-    head_dim = raw["head_dim"] or raw["hidden_size"] // raw["num_attention_heads"]
-    rotated = int(head_dim * part)
+    rotated = int(raw["head_dim"] * part)
     if not (part == 1 or (partial and part < 1 and rotated > 0 and rotated % 2 == 0)):
         wanted = "1, or an even part of a head" if partial else "1"
         raise UserError(

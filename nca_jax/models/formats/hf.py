@@ -152,6 +152,13 @@ def tensor_names(model_type: str) -> dict[str, str]:
     return {**names.HF, **FAMILIES[model_type].tensors}
 
 
+def fuses(folder: Path) -> bool:
+    """Whether a Hugging Face folder has several matrices of a layer in one tensor."""
+    naming = tensor_names(read_model_json(folder)["model_type"])
+    kernels = [name for path, name in naming.items() if path.endswith("/kernel")]
+    return len(set(kernels)) < len(kernels)
+
+
 def read_config(folder: str | Path) -> ModelConfig:
     """Reads config.json, and further end-of-turn ids from generation_config.json if it is there.
 
