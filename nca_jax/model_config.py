@@ -144,6 +144,22 @@ class ModelConfig:
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
+_GEMMA2_2B = ModelConfig(
+    vocab_size=256000, num_layers=26, width=2304, num_heads=8, num_kv_heads=4, head_dim=256,
+    mlp_width=9216, kinds=(LayerKind(window=4096), LayerKind()), norm_eps=1e-6, norm_offset=True,
+    norms="both", tied_head=True, attn_scale=256**-0.5, attn_cap=50.0, activation="gelu_tanh",
+    embed_scale=2304**0.5, logit_cap=30.0, bos_id=2, eos_ids=(1, 107),
+)  # fmt: skip
+_GEMMA3_1B = dataclasses.replace(
+    _GEMMA2_2B, vocab_size=262144, width=1152, num_heads=4, num_kv_heads=1, mlp_width=6912,
+    kinds=(*[LayerKind(window=512)] * 5, LayerKind(rope=Rope(1e6))), qk_norm="head", attn_cap=0.0,
+    embed_scale=1152**0.5, logit_cap=0.0, max_position=32768, eos_ids=(1, 106),
+)  # fmt: skip
+_GRANITE3_2B = ModelConfig(  # 3.1
+    vocab_size=49155, num_layers=40, width=2048, num_heads=32, num_kv_heads=8, head_dim=64,
+    mlp_width=8192, kinds=alike(theta=5e6), tied_head=True, attn_scale=1 / 64, embed_scale=12.0,
+    residual_scale=0.22, logit_divisor=8.0, max_position=131072, bos_id=0, eos_ids=(0,),
+)  # fmt: skip
 OLMO3 = (  # three layers of four see 4096 tokens; YaRN in the fourth
     *alike(theta=5e5, window=4096) * 3,
     LayerKind(rope=Rope(5e5, Yarn(8.0, 8192, attention_factor=1.2079441541679836))),
@@ -229,5 +245,21 @@ MODELS = {
         vocab_size=32000, num_layers=32, width=4096, num_heads=32, num_kv_heads=8, head_dim=128,
         mlp_width=14336, kinds=alike(theta=1e6), num_experts=8, experts_per_token=2,
         max_position=32768, bos_id=1, eos_ids=(2,),
+    ),
+    "gemma2_2b": _GEMMA2_2B,
+    "gemma2_9b": dataclasses.replace(
+        _GEMMA2_2B, num_layers=42, width=3584, num_heads=16, num_kv_heads=8, mlp_width=14336,
+        embed_scale=3584**0.5,
+    ),
+    "gemma3_1b": _GEMMA3_1B,
+    "gemma3_4b": dataclasses.replace(  # its text half
+        _GEMMA3_1B, vocab_size=262208, num_layers=34, width=2560, num_heads=8, num_kv_heads=4,
+        kinds=(*[LayerKind(window=1024)] * 5, LayerKind(rope=Rope(1e6, Linear(8.0)))),
+        mlp_width=10240, embed_scale=2560**0.5, max_position=131072,
+    ),
+    "granite3_2b": _GRANITE3_2B,
+    "granite3_8b": dataclasses.replace(
+        _GRANITE3_2B, width=4096, head_dim=128, mlp_width=12800, attn_scale=1 / 128,
+        logit_divisor=16.0,
     ),
 }  # fmt: skip

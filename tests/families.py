@@ -16,6 +16,7 @@ from nca_jax.data.group import Group
 from nca_jax.data.pack import RowLayout, pack
 from nca_jax.data.plan import causal_bound
 from nca_jax.models.decoder import Model
+from nca_jax.models.families.family import FULL, SLIDING
 from nca_jax.models.formats import names
 from nca_jax.models.formats.hf import read_config, tensor_names
 from nca_jax.models.formats.pretrained import open_pretrained
@@ -70,6 +71,20 @@ FAMILIES = {  # their places are their seeds: another comes last
     },
     "phi3": {"model_type": "phi3", "rope_theta": 1e5, "pad_token_id": 0} | _WINDOW,
     "phi3 with longrope": {"model_type": "phi3", "pad_token_id": 0} | _LONGROPE,
+    "granite": {
+        "model_type": "granite", "embedding_multiplier": 3.0, "attention_multiplier": 0.2,
+        "residual_multiplier": 0.6, "logits_scaling": 2.0,
+    },
+    "gemma2": {  # a layer without a window between two that have one
+        "model_type": "gemma2", "head_dim": 16, "query_pre_attn_scalar": 12,
+        "attn_logit_softcapping": 2.0, "final_logit_softcapping": 4.0,
+    } | _WINDOW,
+    "gemma3": {
+        "model_type": "gemma3_text", "head_dim": 16, "query_pre_attn_scalar": 20,
+        "num_hidden_layers": 5, "layer_types": [*[SLIDING] * 2, FULL, *[SLIDING] * 2],
+        "rope_theta": 1e5, "rope_local_base_freq": 1e3,
+        "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+    } | _WINDOW,
 }  # fmt: skip
 
 # Prompts with ragged responses; the longest goes beyond llama 3's old context.
@@ -95,11 +110,11 @@ def write_family(folder: Path, name: str) -> Path:
     (folder / "config.json").write_text(json.dumps(SIZES | FAMILIES[name]))
     rng = np.random.default_rng(list(FAMILIES).index(name))
     tensors = {}
-    naming = tensor_names(FAMILIES[name]["model_type"])
-    for tensor, shape in names.tensor_shapes(read_config(folder), naming).items():
+    naming, config = tensor_names(FAMILIES[name]["model_type"]), read_config(folder)
+    for tensor, shape in names.tensor_shapes(config, naming).items():
         value = rng.normal(size=shape)
         if "norm" in tensor:
-            value = 1 + 0.2 * value
+            value = 0.2 * value if config.norm_offset else 1 + 0.2 * value
         elif tensor == "model.embed_tokens.weight":
             value = value / 2
         elif tensor.endswith("bias"):

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from nca_jax.data.encode import Encoder
 from nca_jax.infra.preemption import Stop
-from nca_jax.model_config import LayerKind, LongRope, ModelConfig, Rope, Yarn, alike
+from nca_jax.model_config import LayerKind, Linear, LongRope, ModelConfig, Rope, Yarn, alike
 from nca_jax.models.formats import names
 from nca_jax.models.formats.hf import tensor_names
 
@@ -87,6 +87,10 @@ DENSE = ModelConfig(
     vocab_size=130, num_layers=3, width=32, num_heads=4, num_kv_heads=2, head_dim=6,
     mlp_width=10, norm_eps=1e-6, max_position=64, bos_id=1, eos_ids=(2,),
 )  # fmt: skip
+GEMMA = dataclasses.replace(
+    DENSE, norm_offset=True, norms="both", activation="gelu_tanh", attn_scale=9**-0.5,
+    embed_scale=32**0.5, tied_head=True,
+)  # fmt: skip
 CONFIGS = {
     "llama": dataclasses.replace(DENSE, tied_head=True),
     "mistral": dataclasses.replace(DENSE, kinds=alike(window=7)),
@@ -105,11 +109,33 @@ CONFIGS = {
     "phi3": dataclasses.replace(
         DENSE, kinds=(LayerKind(rope=Rope(1e4, LongRope((1.0, 2.0), (3.0, 4.0), 16, 1.2), 0.75)),)
     ),
+    "granite": dataclasses.replace(
+        DENSE, embed_scale=12.0, attn_scale=0.2, residual_scale=0.22, logit_divisor=8.0
+    ),
+    "gemma2": dataclasses.replace(
+        GEMMA, kinds=(*alike(window=7), *alike()), attn_cap=5.0, logit_cap=6.0
+    ),
+    "gemma3_text": dataclasses.replace(
+        GEMMA, kinds=(*alike(1e3, 7) * 2, LayerKind(rope=Rope(1e4, Linear(8.0)))), qk_norm="head"
+    ),
 }  # fmt: skip
 OWN = {  # fields of config.json that other families have not got
     "qwen3_moe": {
         "num_experts": 3, "num_local_experts": None, "moe_intermediate_size": 10,
         "norm_topk_prob": False,
+    },
+    "granite": {
+        "embedding_multiplier": 12, "attention_multiplier": 0.2, "residual_multiplier": 0.22,
+        "logits_scaling": 8,
+    },
+    "gemma2": {
+        "query_pre_attn_scalar": 9, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 6.0,
+    },
+    "gemma3_text": {
+        "query_pre_attn_scalar": 9, "rope_local_base_freq": 1e3, "layer_types": [
+            "sliding_attention", "sliding_attention", "full_attention",
+        ],
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
     },
     "smollm3": {"no_rope_layers": [1, 0, 1]},
     "olmo3": {

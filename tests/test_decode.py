@@ -19,7 +19,7 @@ from nca_jax.data.plan import causal_bound
 from nca_jax.evaluators import make_kl, repetition, score_responses, text_perplexity
 from nca_jax.infra.mesh import make_mesh
 from nca_jax.logprobs import sequence_logps
-from nca_jax.model_config import MODELS, alike
+from nca_jax.model_config import MODELS, LayerKind
 from nca_jax.models.decoder import Model
 from nca_jax.models.formats.pretrained import load_tokenizer
 from nca_jax.rollout import Response, read_response
@@ -78,9 +78,11 @@ def uncached_logits(model: Model, params: dict, ids: list[int], key_on=True) -> 
     return np.asarray(dense_logits(model, params, np.pad(np.int32(ids), fill), on))[: len(ids)]
 
 
-@pytest.mark.parametrize(
-    "changes", [dict(), dict(kinds=alike(window=5)), dict(tied_head=True)], ids=str
-)
+# Three layers of two kinds: one is left over where they are scanned.
+KINDS = dict(num_layers=3, kinds=(LayerKind(5), LayerKind(rope=None)), attn_cap=2.0, logit_cap=3.0)
+
+
+@pytest.mark.parametrize("changes", [dict(), KINDS, dict(tied_head=True)], ids=str)
 @pytest.mark.parametrize("scan_layers", [True, False])
 def test_greedy_tokens_are_those_of_an_uncached_forward(changes, scan_layers):
     model, params = tiny(**changes)

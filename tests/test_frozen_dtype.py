@@ -31,6 +31,7 @@ FAMILIES = {
     "qwen2": "biases, tied head",
     "qwen3": "norms of q and k, a head of its own",
     "mixtral": "experts and their router",
+    "gemma2": "norms of (1 + w), embeddings times a number that bfloat16 has not",
 }
 
 

@@ -1,6 +1,7 @@
 """Packed rows with shared prompts give what K separate rows with full logits give."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from nca_jax.data.plan import causal_bound
 from nca_jax.infra.compiler import compiler_options
 from nca_jax.infra.mesh import make_mesh
 from nca_jax.logprobs import sequence_logps
-from nca_jax.model_config import MODELS, alike
+from nca_jax.model_config import MODELS, LayerKind, Rope, alike
 from nca_jax.models.decoder import Model
 from nca_jax.models.logits import Logits
 
@@ -88,6 +89,11 @@ def model_of(name: str, **changes) -> Model:
     return Model(config)
 
 
+FEATURES = dict(  # all that Llama has not, in three layers of two kinds
+    num_layers=3, kinds=(LayerKind(7, Rope(1e3)), LayerKind(rope=None)), norm_offset=True,
+    norms="both", qk_norm="width", attn_scale=0.3, attn_cap=2.0, activation="gelu_tanh",
+    embed_scale=5.0, residual_scale=0.6, logit_divisor=0.5, logit_cap=3.0,
+)  # fmt: skip
 VARIANTS = {
     "plain": dict(),
     "window": dict(kinds=alike(window=7)),
@@ -95,6 +101,7 @@ VARIANTS = {
     "bias": dict(qkv_bias=True),
     "qk_norm": dict(qk_norm="head"),
     "moe": dict(),
+    "features": FEATURES,
     "keys off": dict(),
 }
 
@@ -123,6 +130,40 @@ def test_packed_shared_rows_equal_separate_rows_in_value_and_gradient(variant):
     np.testing.assert_allclose(got, want, rtol=1e-5)
     for got, want in zip(jax.tree.leaves(grads), jax.tree.leaves(plain_grads), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("axes", [{}, {"fsdp": 4}, {"fsdp": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_the_gradient_by_hand_goes_through_the_divisor_and_the_cap(monkeypatch, axes, is_trained):
+    length, width, vocab, columns = 16, 8, 90, 96  # several pieces where a head is split
+    monkeypatch.setattr(logprobs, "PIECE", 32)
+    sizes = dict.fromkeys(MESH_AXES, 1) | axes
+    mesh = make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, vocab, (4, length))
+    weights, hidden, head = (
+        rng.normal(size=shape).astype(np.float32)
+        for shape in ((4, length), (4, length, width), (width, columns))
+    )
+
+    def by_hand(hidden, head):
+        logits = Logits(vocab, divisor=0.5, cap=3.0)
+        logps = logprobs.head_logps(hidden, head, tokens, jnp.int32(2), logits, 8)
+        return jnp.sum(weights * logps)
+
+    def plainly(hidden, head):
+        logits = 3.0 * jnp.tanh(hidden @ head[:, :vocab] / 0.5 / 3.0)
+        logps = jax.nn.log_softmax(logits)
+        return jnp.sum(weights * jnp.take_along_axis(logps, tokens[..., None], axis=2)[..., 0])
+
+    of = (0, 1) if is_trained else (0,)
+    want = jax.value_and_grad(plainly, argnums=of)(hidden, head)
+    with jax.set_mesh(mesh):
+        specs = NamedSharding(mesh, P("fsdp")), NamedSharding(mesh, P("fsdp", "tensor"))
+        grad = jax.jit(jax.value_and_grad(by_hand, argnums=of), in_shardings=specs)
+        got = grad(*map(jax.device_put, (hidden, head), specs))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_no_array_of_tokens_by_vocabulary_exists_forward_or_backward():

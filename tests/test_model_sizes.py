@@ -8,7 +8,9 @@ from nca_jax.model_config import MODELS
 from nca_jax.models.formats import names
 
 # Billions, to the digits that are given: in the papers and model cards of Mistral, Mixtral, Llama 3
-# and SmolLM, the Qwen3 report (tables 1 and 2), the OLMo 2 and Olmo 3 cards, and those of Phi.
+# and SmolLM, the Qwen3 report (tables 1 and 2), the OLMo 2 and Olmo 3 cards, those of Phi, Granite's
+# files; the Gemma 2 and 3 reports, whose layers have 2,024,517,888 and 8,324,201,984 (arXiv:2408.00118,
+# table 2), 698M and 3,209M parameters (arXiv:2503.19786, table 1), with the embeddings of the files.
 PUBLISHED = {
     "smollm2_135m": "0.135",
     "smollm3_3b": "3.08",
@@ -23,6 +25,12 @@ PUBLISHED = {
     "olmo2_7b": "7.3",
     "olmo3_7b": "7.3",
     "olmo3_32b": "32.2",
+    "gemma2_2b": "2.61",
+    "gemma2_9b": "9.24",
+    "gemma3_1b": "1.00",
+    "gemma3_4b": "3.88",
+    "granite3_2b": "2.53",
+    "granite3_8b": "8.17",
     "phi3_mini_4k": "3.82",
     "phi4": "14.7",
 }

@@ -34,7 +34,7 @@ def read_gemma(raw: Fields, names: Sequence[str], ropes: Mapping[str, Rope]) -> 
 
 
 def write_gemma(config: ModelConfig) -> Fields:
-    """What `read_gemma` reads; transformers wants a whole number to divide scores by the root of."""
+    """What `read_gemma` reads. The root of query_pre_attn_scalar divides scores: a whole number."""
     return {
         **write_by_layer(config),
         "query_pre_attn_scalar": round(config.score_scale**-2),

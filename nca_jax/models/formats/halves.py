@@ -46,17 +46,15 @@ def read_model_json(folder: Path) -> dict[str, Any]:
     whole = WHOLES.get(model_type) if isinstance(model_type, str) else None
     if whole is None:
         return raw
-    try:
-        check_field("text_config", raw.get("text_config"), OBJECT)
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from None
+    check_field(f"{file}: text_config", raw.get("text_config"), OBJECT)
     if raw.get("architectures") not in (None, [whole.architecture]):
-        raise UserError(f"{file}: architectures must be {whole.architecture}.")
-    shared = {key: raw[key] for key in SHARED if raw.get(key) is not None}
-    architectures = [FAMILIES[whole.text].architecture]
+        raise UserError(f"{file}: architectures must be {whole.architecture} alone, or null.")
     return {
-        **raw["text_config"], **shared, "model_type": whole.text, "architectures": architectures
-    }  # fmt: skip
+        **raw["text_config"],
+        **{key: raw[key] for key in SHARED if raw.get(key) is not None},
+        "model_type": whole.text,
+        "architectures": [FAMILIES[whole.text].architecture],
+    }
 
 
 def text_half(naming: Naming, tensors: Mapping[str, T]) -> tuple[Naming, dict[str, T]]:
