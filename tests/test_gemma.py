@@ -127,9 +127,10 @@ def test_a_named_size_is_what_its_own_family_writes(name):
     assert family in (FAMILIES["gemma2"], FAMILIES["gemma3_text"], FAMILIES["granite"])
 
 
+@pytest.mark.slow
 def test_a_feature_that_is_off_costs_no_operation():
     model = Model(MODELS["tiny"])
-    rows = jax.tree.map(jnp.asarray, packed_rows())
+    rows = jax.tree.map(jax.numpy.asarray, packed_rows())
 
     def program(**changes) -> str:
         changed = Model(dataclasses.replace(model.config, **changes))

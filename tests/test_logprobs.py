@@ -132,8 +132,17 @@ def test_packed_shared_rows_equal_separate_rows_in_value_and_gradient(variant):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
 
 
-@pytest.mark.parametrize("axes", [{}, {"fsdp": 4}, {"fsdp": 2, "tensor": 2}], ids=str)
-@pytest.mark.parametrize("is_trained", [True, False])
+@pytest.mark.parametrize(
+    ("axes", "is_trained"),
+    [
+        ({}, True),
+        ({}, False),
+        pytest.param({"fsdp": 4}, True, marks=pytest.mark.slow),
+        pytest.param({"fsdp": 2, "tensor": 2}, True, marks=pytest.mark.slow),
+        pytest.param({"fsdp": 2, "tensor": 2}, False, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_the_gradient_by_hand_goes_through_the_divisor_and_the_cap(monkeypatch, axes, is_trained):
     length, width, vocab, columns = 16, 8, 90, 96  # several pieces where a head is split
     monkeypatch.setattr(logprobs, "PIECE", 32)
