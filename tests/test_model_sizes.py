@@ -8,9 +8,9 @@ from nca_jax.model_config import MODELS
 from nca_jax.models.formats import names
 
 # Billions, to the digits that are given: in the papers and model cards of Mistral, Mixtral, Llama 3
-# and SmolLM, the Qwen3 report (tables 1 and 2), the OLMo 2 and Olmo 3 cards, those of Phi, Granite's
+# and SmolLM, the Qwen3 report (tables 1, 2), the OLMo 2 and Olmo 3 cards, those of Phi, Granite's
 # files. Gemma's layers have 2,024,517,888 and 8,324,201,984 (arXiv:2408.00118, table 2), 698M and
-# 3,209M (arXiv:2503.19786, table 1); the embeddings of their files are larger or smaller than there.
+# 3,209M (arXiv:2503.19786, table 1); the embeddings are those of the files.
 PUBLISHED = {
     "smollm2_135m": "0.135",
     "smollm3_3b": "3.08",
