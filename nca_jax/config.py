@@ -219,8 +219,8 @@ FIELDS: dict[str, Field] = {
     "data.align": Field(
         1,
         ALIGN,
-        "in a row prompts end and responses start at multiples of this; 0: 1, on TPU 16, 64 in rows "
-        "over 8192 and 128 over 16384",
+        "in a row prompts end and responses start at multiples of this; 0: 1, on TPU 16, in rows "
+        "over 8192 64, over 16384 128",
         auto=0,
     ),
     "data.first_bonus": Field(

@@ -2,10 +2,10 @@
 
 Axes: R rows, T tokens of each, Q blocks of T / Q tokens.
 
-A window goes by positions; here it goes by places, as `data.pack` lays a row out: with a prompt of
-P tokens that ends at place A, a token at place k of it has position k - A + P, and one at place t of
-a response that starts at A + gap has position P + t - A - gap. So the two are t - k - gap positions
-apart, and two tokens of one segment t - k.
+A window goes by positions, and so by places, as `data.pack` lays a row out: of a prompt of P tokens
+that ends at place A the token at place k has position k - A + P; of a response that starts at place
+A + gap the token at t has position P + t - A - gap. So these two are t - k - gap positions apart,
+and two tokens of one segment t - k.
 """
 
 from typing import NamedTuple

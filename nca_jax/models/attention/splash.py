@@ -5,9 +5,9 @@ Axes: R rows, T tokens, N query heads, G kv heads, H head width, Q = T / block b
 The kernel of `jax.experimental` takes a mask function of one integer a query token. Here it is a
 code, made at run time, that says where the token's own segment starts and which tokens before it
 are other responses; prompt ids, as segment ids of the kernel, part the prompts of a row; and the
-live pairs of `Rows.pairs`, less those beyond a window, say which blocks are computed at all. So rows
-of any lengths share one compiled program. All of it is the kernel's `MaskInfo`, which is made here
-and not by the kernel's own functions: they would want a mask [T, T]. Hence the pinned jax.
+live pairs of `Rows.pairs`, without those beyond a window, say which blocks are computed at all. So
+rows of any lengths share one compiled program. All of it is the kernel's private `MaskInfo`, made
+here, as the kernel's own functions would go through a mask [T, T]: hence the pinned jax.
 """
 
 import math
