@@ -6,7 +6,8 @@ import json
 import jax
 import numpy as np
 import pytest
-from families import packed_rows, write_family
+from families import FAMILIES as TINY
+from families import SIZES, packed_logits, packed_rows, read_params, write_family
 from safetensors.numpy import load_file, save_file
 
 from nca_jax.checks import UserError
@@ -147,3 +148,27 @@ def test_a_feature_that_is_off_costs_no_operation():
         dict(logit_divisor=2.0), dict(logit_cap=3.0),
     ):  # fmt: skip
         assert len(program(**changes).split("\n")) > len(plain.split("\n")), changes
+
+
+@pytest.mark.torch
+def test_the_text_half_of_what_transformers_saved_gives_its_logits(tmp_path):
+    torch = pytest.importorskip("torch")
+    from make_families import torch_logits
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    vision = dict(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        image_size=8, patch_size=4,
+    )  # fmt: skip
+    config = Gemma3Config(
+        text_config=SIZES | TINY["gemma3"], vision_config=vision,
+        mm_tokens_per_image=4, image_token_index=60,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    theirs = Gemma3ForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape)
+    theirs.save_pretrained(tmp_path)
+    found = packed_logits(*read_params(tmp_path))
+    np.testing.assert_allclose(found, torch_logits(theirs), rtol=0, atol=1e-4)

@@ -21,7 +21,7 @@ from nca_jax.batch import Rows
 from nca_jax.model_config import ModelConfig
 from nca_jax.models import grouped, nf4
 from nca_jax.models.attention import cached, pairs, splash
-from nca_jax.models.attention.attend import ATTENDED, KEPT, Attend, Attends, Cache
+from nca_jax.models.attention.attend import ATTENDED, KEPT, Attend, Attends, Cache, Caches
 from nca_jax.models.layers import Attention, Kernel, Mlp, RMSNorm
 from nca_jax.models.logits import Logits
 from nca_jax.models.lora import Lora, split_adapters
@@ -227,10 +227,10 @@ class Model:
         tokens: jax.Array,
         positions: jax.Array,
         attends: Attends,
-        caches: tuple[Cache, ...] | None = None,
+        caches: Caches | None = None,
         *,
         lengths: jax.Array | None = None,
-    ) -> tuple[jax.Array, tuple[Cache, ...] | None]:
+    ) -> tuple[jax.Array, Caches]:
         """[R, T] int32 tokens and positions -> ([R, T, D] in `dtype`, the caches of `make_caches`).
 
         `lengths`, [R, T] or [R, 1] int32, are what `rope.sequence_lengths` says; a model without
@@ -272,7 +272,7 @@ class Model:
         stack = self._stack(is_cached=caches is not None)
         given = caches or (None,) * len(stack.cache_axes)
         x, after = stack.run(in_loop, left, x, layers, given, unroll=not self.scan_layers)
-        return decoder.norm(x), after if caches else None
+        return decoder.norm(x), after
 
     def _stack(self, *, is_cached: bool) -> Stack:
         """Unrolled layers that have caches are no loop: a new token is written in place."""
@@ -330,7 +330,7 @@ class Model:
             for window, seen in seen.items()
         }
 
-    def make_caches(self, num_rows: int, num_slots: int) -> tuple[Cache, ...]:
+    def make_caches(self, num_rows: int, num_slots: int) -> Caches:
         """Empty key-value caches, of `cached.empty_cache`, for the layers of `hidden`.
 
         Layers that a loop runs have theirs stacked on a leading axis, each kind its own.

@@ -4,13 +4,13 @@ A loop runs groups of a layer of each kind, so that a program is no larger than 
 layers that are left over, where their number is not a multiple, come after it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 
 from nca_jax.model_config import LayerKind, ModelConfig
-from nca_jax.models.attention.attend import Cache
+from nca_jax.models.attention.attend import Cache, Caches
 
 # layer(kind, x, its parameters, its cache) -> (x, cache)
 Layer = Callable[[LayerKind, jax.Array, Any, Cache | None], tuple[jax.Array, Cache | None]]
@@ -47,10 +47,10 @@ class Stack(NamedTuple):
         left: Layer,
         x: jax.Array,
         params: Any,
-        caches: Sequence[Cache | None],
+        caches: Caches,
         *,
         unroll: bool,
-    ) -> tuple[jax.Array, tuple[Cache | None, ...]]:
+    ) -> tuple[jax.Array, Caches]:
         """Returns x after all layers, and the caches as they are then.
 
         Args:
@@ -74,11 +74,11 @@ class Stack(NamedTuple):
         def by_group(p: jax.Array) -> jax.Array:  # a copy, where layers are left over
             return p[:num_looped].reshape(self.num_groups, period, *p.shape[1:])
 
-        looped: tuple[Cache | None, ...] = ()
+        looped: Caches = ()
         if self.num_groups:
             groups = params if period == 1 else jax.tree.map(by_group, params)
             times = self.num_groups if unroll else 1
-            x, looped = jax.lax.scan(group, x, (groups, tuple(caches[:period])), unroll=times)
+            x, looped = jax.lax.scan(group, x, (groups, caches[:period]), unroll=times)
         after = []
         for i, cache in enumerate(caches[len(looped) :]):
             of_layer = jax.tree.map(lambda p, i=i: p[num_looped + i], params)
