@@ -217,11 +217,7 @@ FIELDS: dict[str, Field] = {
     ),
     "data.row_pairs": Field(0, COUNT_OR_0, "attention block pairs that a row may hold; 0: all"),
     "data.align": Field(
-        1,
-        ALIGN,
-        "in a row prompts end and responses start at multiples of this; 0: 1, on TPU 16, in rows "
-        "over 8192 64, over 16384 128",
-        auto=0,
+        1, ALIGN, "prompts end and responses start at its multiples; 0: 1, on TPU 16 to 128", auto=0
     ),
     "data.first_bonus": Field(
         0.0, NOT_NEGATIVE, "added to the score of a record's first response; released: 0.01"

@@ -281,7 +281,7 @@ def test_next_live_is_the_next_pair_in_order_and_wraps():
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="wants libtpu")
 @pytest.mark.tpu_aot
 @pytest.mark.slow
-@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1"])
+@pytest.mark.parametrize("topology", ["v5e:2x2", pytest.param("v5p:2x2x1", marks=pytest.mark.long)])
 def test_layers_with_and_without_a_window_over_rows_of_32k_compile_for_tpus(topology):
     row_len, num_blocks = 32768, 64
     mesh = make_mesh(dict.fromkeys(MESH_AXES, 1) | {"data": 4}, topology_devices(topology, 1))
