@@ -28,7 +28,7 @@ VOCAB, EOS = 61, 2
 SIZES = {
     "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": EOS,
+    "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": EOS, "pad_token_id": 0,
 }  # fmt: skip
 _LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -69,8 +69,8 @@ FAMILIES = {  # their places are their seeds: another comes last
         "model_type": "smollm3", "no_rope_layers": [1, 0, 1], "tie_word_embeddings": True,
         "rope_theta": 2e6,
     },
-    "phi3": {"model_type": "phi3", "rope_theta": 1e5, "pad_token_id": 0} | _WINDOW,
-    "phi3 with longrope": {"model_type": "phi3", "pad_token_id": 0} | _LONGROPE,
+    "phi3": {"model_type": "phi3", "rope_theta": 1e5} | _WINDOW,
+    "phi3 with longrope": {"model_type": "phi3"} | _LONGROPE,
     "granite": {
         "model_type": "granite", "embedding_multiplier": 3.0, "attention_multiplier": 0.2,
         "residual_multiplier": 0.6, "logits_scaling": 2.0,
