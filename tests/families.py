@@ -4,10 +4,12 @@ What PyTorch computes with them is in data/families.npz, written by make_familie
 """
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 from safetensors.numpy import save_file
 
 from nca_jax.axes import flatten_paths
@@ -86,11 +88,23 @@ FAMILIES = {  # their places are their seeds: another comes last
         "rope_scaling": {"rope_type": "linear", "factor": 4.0},
     } | _WINDOW,
 }  # fmt: skip
+# Not made of what another has too.
+DISTINCT = (
+    *list(FAMILIES)[:10],
+    "qwen3_moe, shares of all", "olmo3", "smollm3", "phi3 with longrope", "granite", "gemma2",
+    "gemma3",
+)  # fmt: skip
 
 # Prompts with ragged responses; the longest goes beyond llama 3's old context.
 LENGTHS = [(9, (5, 2)), (1, (3,)), (21, (2, 4))]
 NEW_TOKENS = 12
 NUM_SLOTS = sum(len(responses) for _, responses in LENGTHS)
+
+
+def families(*, but: Collection[str], mark: str) -> list:
+    """Returns all FAMILIES to parametrise a test with, all but some of them marked."""
+    marks = [getattr(pytest.mark, mark)]
+    return [name if name in but else pytest.param(name, marks=marks) for name in FAMILIES]
 
 
 def pieces() -> list[Group]:

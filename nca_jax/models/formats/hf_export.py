@@ -105,6 +105,7 @@ def config_json(config: ModelConfig, family: Family) -> dict[str, Any]:
         "rms_norm_eps": c.norm_eps,
         "max_position_embeddings": c.max_position,
         "tie_word_embeddings": c.tied_head,
+        "pad_token_id": None,  # or it would be one of the class, which may be no token here
         **_token_ids(config),
         **family.wanted,
         **family.write(config),
