@@ -132,6 +132,23 @@ def test_packed_shared_rows_equal_separate_rows_in_value_and_gradient(variant):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
 
 
+@pytest.mark.slow
+def test_layers_of_two_kinds_are_the_same_unrolled_and_run_again():
+    kinds = {name: FEATURES[name] for name in ("num_layers", "kinds")}
+    base = model_of("kinds", **kinds)  # a group of two, and one that is left over
+    params = base.init(jax.random.key(0))
+    groups = make_groups(RAGGED[:2], seed=1, vocab_size=base.config.vocab_size)
+
+    def gradient(**how) -> dict:
+        model = dataclasses.replace(base, **how)
+        return jax.jit(jax.grad(lambda params: packed_logps(model, params, groups).sum()))(params)
+
+    want = gradient()
+    for got in (gradient(scan_layers=False), gradient(remat="full")):
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
+
+
 @pytest.mark.parametrize(
     ("axes", "is_trained"),
     [

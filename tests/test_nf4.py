@@ -165,10 +165,14 @@ def quantised(config: ModelConfig) -> tuple[dict, dict]:
     return nest_paths(codes), nest_paths(values)
 
 
-SLOW = [pytest.param(config, marks=pytest.mark.slow) for config in (MODELS["tiny_moe"], KINDS)]
-
-
-@pytest.mark.parametrize("config", [MODELS["tiny"], *SLOW], ids=["dense", "experts", "kinds"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(MODELS["tiny"], id="dense"),
+        pytest.param(MODELS["tiny_moe"], id="experts", marks=pytest.mark.slow),
+        pytest.param(KINDS, id="kinds", marks=pytest.mark.long),
+    ],
+)
 def test_a_model_of_4_bits_is_that_of_their_values_to_the_gradient_of_its_adapters(config):
     model = Model(config, Lora(4, 8.0, ("q", "o", "gate", "down")), remat="full")
     adapters, _ = split_adapters(model.init(jax.random.key(1)))
