@@ -72,7 +72,8 @@ class Stack(NamedTuple):
             return x, tuple(after)
 
         def by_group(p: jax.Array) -> jax.Array:  # a copy, where layers are left over
-            return p[:num_looped].reshape(self.num_groups, period, *p.shape[1:])
+            looped = jax.lax.dynamic_slice_in_dim(p, 0, num_looped)  # a static one has no gradient
+            return looped.reshape(self.num_groups, period, *p.shape[1:])  # that adds to a reference
 
         looped: Caches = ()
         if self.num_groups:
@@ -81,7 +82,8 @@ class Stack(NamedTuple):
             x, looped = jax.lax.scan(group, x, (groups, caches[:period]), unroll=times)
         after = []
         for i, cache in enumerate(caches[len(looped) :]):
-            of_layer = jax.tree.map(lambda p, i=i: p[num_looped + i], params)
+            at = jax.lax.dynamic_index_in_dim
+            of_layer = jax.tree.map(lambda p, i=i: at(p, num_looped + i, keepdims=False), params)
             x, cache = left(self.kinds[i % period], x, of_layer, cache)
             after.append(cache)
         return x, (*looped, *after)
