@@ -9,6 +9,8 @@ import pytest
 from helpers import CONFIGS, assert_parts_equal_the_whole, random_tensors, read_all, write_hf
 
 from nca_jax.checks import UserError
+from nca_jax.model_config import alike
+from nca_jax.models.families.gemma2 import GEMMA2
 from nca_jax.models.formats import names, pretrained
 from nca_jax.models.formats.gguf import SPLITTERS, gguf_tokenizer, open_gguf
 
@@ -16,6 +18,7 @@ TOKENS = [*"abcd 1", "Ġ", "Ġa", "ab", "Ċ", "<s>", "</s>", "<eot>"]
 OF_ARCH = CONFIGS | {
     "qwen3moe": dataclasses.replace(CONFIGS["qwen3_moe"], renormalise=True),
     "mixtral": CONFIGS["mistral"],
+    "gemma2": dataclasses.replace(CONFIGS["gemma2"], attn_scale=6**-0.5),
 }
 CHAT = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
 
@@ -44,6 +47,10 @@ def write_gguf(path, arch="llama", *, change=None, extra=None, drop=(), pre="smo
         else:
             writer.add_uint32(key, value)
     writer.add_layer_norm_rms_eps(c.norm_eps)
+    if arch == "gemma2":
+        writer.add_sliding_window(c.windows[-1])
+        writer.add_attn_logit_softcapping(c.attn_cap)
+        writer.add_final_logit_softcapping(c.logit_cap)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(TOKENS)
@@ -57,6 +64,8 @@ def write_gguf(path, arch="llama", *, change=None, extra=None, drop=(), pre="smo
         if arch == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
             heads = tensor.shape[0] // c.head_dim
             tensor = tensor.reshape(heads, 2, -1, c.width).swapaxes(1, 2).reshape(tensor.shape)
+        if arch == "gemma2" and name.endswith("norm.weight"):
+            tensor = tensor + 1
         if name.endswith("_exps.weight"):  # all experts of a layer
             tensor = tensor.reshape(c.num_experts, -1, tensor.shape[-1])
         if name.endswith("attn_output.weight"):
@@ -76,7 +85,7 @@ def write_gguf(path, arch="llama", *, change=None, extra=None, drop=(), pre="smo
     return tensors
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "qwen3moe"])
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "qwen3moe", "gemma2"])
 def test_a_gguf_file_reads_back_through_the_inverse_of_the_table(tmp_path, arch):
     path = tmp_path / "model.gguf"
     tensors = write_gguf(path, arch)
@@ -94,6 +103,15 @@ def test_a_gguf_file_reads_back_through_the_inverse_of_the_table(tmp_path, arch)
         found = np.concatenate(parts[name])
         np.testing.assert_allclose(found, expected, rtol=0, atol=atol, err_msg=name)
     assert_parts_equal_the_whole(params)
+
+
+def test_gemma_2_of_27b_divides_scores_by_another_root():
+    """Of google/gemma-2-27b; the metadata do not say it."""
+    sizes = {"kinds": alike(), "num_layers": 46, "width": 4608, "num_heads": 32, "head_dim": 128}
+    found = GEMMA2.gguf.read(lambda key, *check, default: default, sizes)
+    assert found["attn_scale"] == 144**-0.5
+    assert (found["attn_cap"], found["logit_cap"]) == (50, 30)
+    assert [kind.window for kind in found["kinds"]] == [4096, 0]
 
 
 def test_what_is_not_quantised_keeps_its_dtype(tmp_path):

@@ -30,7 +30,8 @@ def rotate(
     freqs, scaling = rotary_frequencies(rope, x.shape[-1]), rope.scaling
     at = positions.astype(jnp.float32)[..., None]
     if isinstance(scaling, LongRope):
-        assert lengths is not None
+        if lengths is None:
+            raise ValueError("LongRope goes by the lengths of sequences; give them to hidden().")
         is_long = (lengths > scaling.original_max_position)[..., None]
         angles = at * jnp.where(is_long, freqs[1][None, None], freqs[0][None, None])
     else:

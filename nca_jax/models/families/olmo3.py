@@ -28,8 +28,8 @@ def _read(raw: Fields) -> Fields:
     unsaid = any("rope_theta" not in rope for rope in ropes.values())
     if unsaid and raw["rope_theta"] != THETA:
         raise UserError(
-            f"rope_theta {reprlib.repr(raw['rope_theta'])} is of all layers or of the full ones, as "
-            f"the version of transformers has it; wanted {THETA}, or rope_parameters with a "
+            f"rope_theta {reprlib.repr(raw['rope_theta'])} is of all layers or of the full ones, "
+            f"as the version of transformers has it; wanted {THETA}, or rope_parameters with a "
             f"rope_theta for each of {SLIDING}, {FULL}."
         )
     ropes[FULL] |= raw["rope_scaling"] or {}

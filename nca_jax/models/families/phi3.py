@@ -1,5 +1,8 @@
 """Phi-3, 3.5 and 4: Llama with q, k and v in one tensor, gate and up in another; LongRope."""
 
+import reprlib
+from typing import Any
+
 from nca_jax.checks import UserError
 from nca_jax.model_config import LayerKind, LongRope, ModelConfig
 from nca_jax.models.families.family import DEFAULTS, Family, Fields, one_kind_of_layer, write_window
@@ -15,7 +18,7 @@ def _read(raw: Fields) -> Fields:
     rope = dict(rope_fields(raw))
     kind = rope.get("rope_type", rope.pop("type", "default"))
     if kind not in ("default", *LONG):
-        raise UserError(f"rope_type {kind!r} is not one of default, {', '.join(LONG)}.")
+        raise UserError(f"rope_type {reprlib.repr(kind)} is not one of default, {', '.join(LONG)}.")
     rope["rope_type"] = "longrope" if kind in LONG else kind
     turned = read_rope(raw, rope, partial=True)
     return {"kinds": (LayerKind(raw["sliding_window"] or 0, turned),)}
@@ -27,7 +30,7 @@ def _write(config: ModelConfig) -> Fields:
         return fields
     # Older versions want a type and the two lists alone.
     scaling, original = rope.scaling, rope.scaling.original_max_position
-    said = {"type": "longrope"}
+    said: dict[str, Any] = {"type": "longrope"}
     said |= {key: fields["rope_scaling"][key] for key in ("short_factor", "long_factor")}
     if scaling.attention_factor != longrope_attention(config.max_position / original, original):
         said["attention_factor"] = scaling.attention_factor
