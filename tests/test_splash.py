@@ -19,7 +19,7 @@ from nca_jax.compiled.topology import topology_devices
 from nca_jax.data.pack import RowLayout, pack
 from nca_jax.data.plan import causal_bound
 from nca_jax.infra.mesh import make_mesh
-from nca_jax.model_config import MODELS
+from nca_jax.model_config import MODELS, alike
 from nca_jax.models.attention import pairs, splash
 from nca_jax.models.decoder import Model
 
@@ -193,8 +193,9 @@ def grad_of_rows(**changes):
     return jax.grad(lambda params: jnp.sum(jnp.sin(model.rows(params, rows, block=BLOCK))))
 
 
-def test_a_model_with_a_window_is_the_same_by_both_kernels():
-    config = dataclasses.replace(TINY.config, num_layers=1, sliding_window=40)
+def test_layers_with_and_without_a_window_are_the_same_by_both_kernels():
+    kinds = (*alike(window=40), *alike())
+    config = dataclasses.replace(TINY.config, kinds=kinds)
     model, rows = dataclasses.replace(TINY, config=config), make_rows()
     params, real = model.init(jax.random.key(0)), np.asarray(rows.segments) > 0
     by_splash, by_pairs = (
