@@ -188,7 +188,7 @@ def open_model_config(model: ModelSection) -> ModelConfig:
         named = MODELS[model.name]
         differs = [
             f"{name} {getattr(found, name)} there, {getattr(named, name)} in {model.name}"
-            for name in (*sizes, "mlp_width", "tied_head", "num_experts", "sliding_window")
+            for name in (*sizes, "mlp_width", "tied_head", "num_experts", "windows")
             if getattr(found, name) != getattr(named, name)
         ]
         if differs:
