@@ -19,7 +19,7 @@ from nca_jax.compiled.topology import topology_devices
 from nca_jax.data.pack import RowLayout, pack
 from nca_jax.data.plan import causal_bound
 from nca_jax.infra.mesh import make_mesh
-from nca_jax.model_config import MODELS, alike
+from nca_jax.model_config import MODELS, LayerKind
 from nca_jax.models.attention import pairs, splash
 from nca_jax.models.decoder import Model
 
@@ -54,7 +54,7 @@ def allowed(rows: Rows, row: int, at: np.ndarray, window: int = 0) -> np.ndarray
 
 def alone(rows: Rows, *, scale: float, window: int = 0, cap: float = 0.0):
     """Each prompt with each of its responses as a row of its own, by dense attention."""
-    num_tokens, length = rows.tokens.size, max(p + max(responses) for p, responses in LENGTHS)
+    num_tokens, length = rows.tokens.size, np.asarray(rows.positions).max() + 1
     prompt_id = (np.asarray(rows.prompt_ids) + [[0], [100]]).reshape(-1)
     segment = np.asarray(rows.segments).reshape(-1)
     responses = sorted({(i, n) for i, n in zip(prompt_id, segment, strict=True) if n > 1})
@@ -121,17 +121,22 @@ def test_splash_equals_block_pairs_in_value_and_gradient():
 
 
 @pytest.mark.parametrize(
-    "how",
-    [  # prompts have up to 100 tokens
-        dict(window=40, cap=1.5, scale=0.3),
-        pytest.param(dict(window=150, scale=SCALE), marks=pytest.mark.slow),
+    ("lengths", "align", "how"),
+    [
+        (LENGTHS, ALIGN, dict(window=40, cap=1.5, scale=0.3)),
+        pytest.param(
+            [(100, (90, 50)), (61, (17, 150))],
+            128,
+            dict(window=150, scale=SCALE),
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["shorter than a prompt, soft cap", "shorter than prompt and response"],
+    ids=["shorter than a prompt, soft cap", "shorter than prompt and response, of long rows"],
 )
-def test_windows_and_soft_caps_with_shared_prompts_equal_rows_of_one_response(how):
-    rows, qkv = make_rows(), make_qkv()
+def test_windows_and_soft_caps_with_shared_prompts_equal_rows_of_one_response(lengths, align, how):
+    rows, qkv = make_rows(lengths, dataclasses.replace(LAYOUT, align=align)), make_qkv()
     want = value_and_grads(functools.partial(alone, **how), rows, *qkv)
-    for kernel in (PAIRS, SPLASH):
+    for kernel in (PAIRS, functools.partial(SPLASH, align=align)):
         assert_same(value_and_grads(functools.partial(kernel, **how), rows, *qkv), want)
 
 
@@ -193,14 +198,14 @@ def grad_of_rows(**changes):
     return jax.grad(lambda params: jnp.sum(jnp.sin(model.rows(params, rows, block=BLOCK))))
 
 
-def test_layers_with_and_without_a_window_are_the_same_by_both_kernels():
-    kinds = (*alike(window=40), *alike())
-    config = dataclasses.replace(TINY.config, kinds=kinds)
+@pytest.mark.slow
+def test_layers_with_and_without_a_window_in_one_scan_are_the_same_by_both_kernels():
+    config = dataclasses.replace(TINY.config, kinds=(LayerKind(window=40), LayerKind()))
     model, rows = dataclasses.replace(TINY, config=config), make_rows()
     params, real = model.init(jax.random.key(0)), np.asarray(rows.segments) > 0
     by_splash, by_pairs = (
-        dataclasses.replace(model, attention_kernel=kernel).rows(params, rows, block=BLOCK)[real]
-        for kernel in ("splash", "pairs")
+        jax.jit(functools.partial(one.rows, block=BLOCK))(params, rows)[real]
+        for one in (model, dataclasses.replace(model, attention_kernel="pairs"))
     )
     np.testing.assert_allclose(by_splash, by_pairs, rtol=1e-4, atol=1e-4)
 

@@ -8,7 +8,6 @@ cost follows the prompts and responses in a row, not the square of its length, a
 PAIRS_AT_ONCE blocks of scores, or of masks, exist at a time, forward or backward.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -74,8 +73,7 @@ def _only(pairs: jax.Array, seen: jax.Array) -> jax.Array:
     return jnp.where(stays[:, None], pairs, -1)[jnp.argsort(~stays)]  # a stable sort
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend_pairs(q, k, v, plan, cap) -> jax.Array:
+def _softmax_of_pairs(q, k, v, plan, cap) -> jax.Array:
     """softmax(q k) v over the pairs of a plan, blockwise.
 
     The running maximum and sum are those of Milakov and Gimelshein 2018 (arXiv:1805.02867); the
@@ -88,6 +86,9 @@ def _attend_pairs(q, k, v, plan, cap) -> jax.Array:
       [R, Q, G, JC, H] in the dtype of v.
     """
     return _attend_forward(q, k, v, plan, cap)[0]
+
+
+_attend_pairs = jax.custom_vjp(_softmax_of_pairs, nondiff_argnums=(4,))
 
 
 def _attend_forward(q, k, v, plan, cap):
