@@ -17,7 +17,7 @@ from nca_jax.data.pipeline import Dataset
 from nca_jax.data.table import table_of
 from nca_jax.flags import parse_flags
 from nca_jax.losses import LOSSES, Loss
-from nca_jax.model_config import MODELS
+from nca_jax.model_config import MODELS, alike
 from nca_jax.models.decoder import Model
 from nca_jax.train_step import (
     Frozen,
@@ -76,14 +76,15 @@ def test_the_gradient_is_that_of_the_weighted_mean_over_all_micro_batches(monkey
         np.testing.assert_allclose(old - new, grad, rtol=1e-4, atol=1e-6)
 
 
-def test_a_step_holds_one_sum_of_gradients_and_none_of_a_micro_batch():
+@pytest.mark.parametrize("kinds", [alike(), (*alike(window=7), *alike())], ids=["one", "two"])
+def test_a_step_holds_one_sum_of_gradients_and_none_of_a_micro_batch(kinds):
     data = data_config(row_len=32, rows=1, batch_size=4)
     config = ConfigDict(parse_flags(["x", "--config=configs/jsonl.py:files=x,smoke"])[0].to_dict())
     config.data, config.loss.logits_chunk = data, 32
     examples = table_of(encode_one(id_record(i + 1), data) for i in range(4))
     batch = Dataset([examples], data, seed=0).batch_at(0).batch
-    sizes = dataclasses.replace(SMALL, num_layers=4, mlp_width=2**13)  # most of it is layers
-    model = Model(sizes, remat="full")
+    sizes = dataclasses.replace(SMALL, num_layers=5, mlp_width=2**13)  # most of it is layers
+    model = Model(dataclasses.replace(sizes, kinds=kinds), remat="full")
     params, tx = model.abstract_params(), optax.sgd(1.0)
     step = make_train_step(model, tx, optax.constant_schedule(1.0), config)
     start = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, tx.init(params))
