@@ -78,7 +78,7 @@ def uncached_logits(model: Model, params: dict, ids: list[int], key_on=True) -> 
     return np.asarray(dense_logits(model, params, np.pad(np.int32(ids), fill), on))[: len(ids)]
 
 
-# Three layers of two kinds: one is left over where they are scanned.
+# Three layers of two kinds.
 KINDS = dict(num_layers=3, kinds=(LayerKind(5), LayerKind(rope=None)), attn_cap=2.0, logit_cap=3.0)
 
 

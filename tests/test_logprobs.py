@@ -135,7 +135,7 @@ def test_packed_shared_rows_equal_separate_rows_in_value_and_gradient(variant):
 @pytest.mark.slow
 def test_layers_of_two_kinds_are_the_same_unrolled_and_run_again():
     kinds = {name: FEATURES[name] for name in ("num_layers", "kinds")}
-    base = model_of("kinds", **kinds)  # a group of two, and one that is left over
+    base = model_of("kinds", **kinds)
     params = base.init(jax.random.key(0))
     groups = make_groups(RAGGED[:2], seed=1, vocab_size=base.config.vocab_size)
 

@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from nca_jax.axes import HOST_MEMORY, Params, constrain, flatten_paths, nest_paths
 from nca_jax.batch import Rows
-from nca_jax.model_config import ModelConfig
+from nca_jax.model_config import LayerKind, ModelConfig
 from nca_jax.models import grouped, nf4
 from nca_jax.models.attention import cached, pairs, splash
 from nca_jax.models.attention.attend import ATTENDED, KEPT, Attend, Attends, Cache, Caches
@@ -26,8 +26,7 @@ from nca_jax.models.layers import Attention, Kernel, Mlp, RMSNorm
 from nca_jax.models.logits import Logits
 from nca_jax.models.lora import Lora, split_adapters
 from nca_jax.models.moe import Mix, Moe, dense
-from nca_jax.models.rope import Turn, rotate, sequence_lengths
-from nca_jax.models.stack import Stack
+from nca_jax.models.rope import rotate, sequence_lengths
 
 INPUT = "input"  # the name of what comes into a layer
 ADAPTERS = 2**32 - 1  # folded into the key of adapters: no count of the base's numbers
@@ -64,11 +63,11 @@ class Layer(nnx.Module):
         self.residual_scale = config.residual_scale
 
     def __call__(
-        self, x: jax.Array, turn: Turn, attend: Attend, cache: Cache | None
+        self, x: jax.Array, attend: Attend, cache: Cache | None
     ) -> tuple[jax.Array, Cache | None]:
         """[R, T, D] -> [R, T, D]."""
         y = x if self.attn_norm is None else self.attn_norm(x)
-        y, cache = self.attn(y, turn, attend, cache)
+        y, cache = self.attn(y, attend, cache)
         x = self._add(x, y, self.attn_post_norm)
         y = x if self.mlp_norm is None else self.mlp_norm(x)
         feed_forward = self.moe if self.sparse else self.mlp
@@ -230,7 +229,7 @@ class Model:
         caches: Caches | None = None,
         *,
         lengths: jax.Array | None = None,
-    ) -> tuple[jax.Array, Caches]:
+    ) -> tuple[jax.Array, Caches | None]:
         """[R, T] int32 tokens and positions -> ([R, T, D] in `dtype`, the caches of `make_caches`).
 
         `lengths`, [R, T] or [R, 1] int32, are what `rope.sequence_lengths` says; a model without
@@ -253,30 +252,39 @@ class Model:
         x = constrain(x, "rows", None, None)
         graph, layers = nnx.split(decoder.layers)
 
-        def layer(kind, x, state, cache):
+        def attend_as(kind: LayerKind) -> Attend:
+            turn = functools.partial(rotate, positions=positions, rope=kind.rope, lengths=lengths)
+            return lambda q, k, v, cache: attends[kind.window](turn(q), turn(k), v, cache)
+
+        # One layer is compiled, whatever the kinds: parameters go through the scan as they are
+        # kept, so that their gradients are added up in place, and attention alone is chosen in it.
+        by_layer = self.config.layer_kinds
+        kinds = list(dict.fromkeys(by_layer))
+        ways = [attend_as(kind) for kind in kinds]
+        which = jnp.array([kinds.index(kind) for kind in by_layer]) if len(kinds) > 1 else None
+
+        def layer(x, of_layer):
+            state, way, cache = of_layer
             if self.grad_dtype != jnp.float32:
                 state = jax.tree_util.tree_map_with_path(self._in_grad_dtype, state)
             x = checkpoint_name(x, INPUT)
-            turn = functools.partial(rotate, positions=positions, rope=kind.rope, lengths=lengths)
-            return nnx.merge(graph, state)(x, turn, attends[kind.window], cache)
+            attend = ways[0] if way is None else functools.partial(jax.lax.switch, way, ways)
+            return nnx.merge(graph, state)(x, attend, cache)
 
-        in_loop, left = layer, layer
         if self.remat != "none":
-            # Outside a loop a compiler that sees both passes would keep what is to be run again.
-            in_loop, left = (
-                jax.checkpoint(
-                    layer, policy=REMAT[self.remat], prevent_cse=is_seen, static_argnums=0
-                )
-                for is_seen in (False, True)
-            )
-        stack = self._stack(is_cached=caches is not None)
-        given = caches or (None,) * len(stack.cache_axes)
-        x, after = stack.run(in_loop, left, x, layers, given, unroll=not self.scan_layers)
-        return decoder.norm(x), after
-
-    def _stack(self, *, is_cached: bool) -> Stack:
-        """Unrolled layers that have caches are no loop: a new token is written in place."""
-        return Stack.of(self.config, has_loop=self.scan_layers or not is_cached)
+            layer = jax.checkpoint(layer, policy=REMAT[self.remat], prevent_cse=False)
+        if self.scan_layers or caches is None:
+            # Unrolled too, a scan stacks the layers' gradients in place.
+            unroll = 1 if self.scan_layers else self.config.num_layers
+            x, caches = jax.lax.scan(layer, x, (layers, which, caches), unroll=unroll)
+        else:
+            after = []
+            for i, cache in enumerate(caches):
+                of_layer = jax.tree.map(lambda p, i=i: p[i], (layers, which))
+                x, cache = layer(x, (*of_layer, cache))
+                after.append(cache)
+            caches = tuple(after)
+        return decoder.norm(x), caches
 
     def _in_grad_dtype(self, path: tuple, param: jax.Array) -> jax.Array:
         """A layer's parameter, which has the dtype that its gradient is to come in.
@@ -331,16 +339,16 @@ class Model:
         }
 
     def make_caches(self, num_rows: int, num_slots: int) -> Caches:
-        """Empty key-value caches, of `cached.empty_cache`, for the layers of `hidden`.
+        """Empty key-value caches: one of `cached.empty_cache` a layer.
 
-        Layers that a loop runs have theirs stacked on a leading axis, each kind its own.
+        Scanned layers have theirs stacked on a leading L axis. Unrolled layers have their own
+        arrays, so that a new token is written in place.
         """
         c = self.config
         one = cached.empty_cache(num_rows, num_slots, c.num_kv_heads, c.head_dim, self.dtype)
-        return tuple(
-            jax.tree.map(lambda x, axes=axes: jnp.zeros((*axes, *x.shape), x.dtype), one)
-            for axes in self._stack(is_cached=True).cache_axes
-        )
+        if self.scan_layers:
+            return jax.tree.map(lambda x: jnp.zeros((c.num_layers, *x.shape), x.dtype), one)
+        return tuple(jax.tree.map(jnp.zeros_like, one) for _ in range(c.num_layers))
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
         """[..., D] -> [..., V] float32, see `Logits`: for decoding, a token at a time."""

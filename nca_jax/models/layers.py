@@ -17,7 +17,6 @@ from nca_jax.models import nf4
 from nca_jax.models.attention.attend import KEPT, Attend, Cache
 from nca_jax.models.lora import Adapter, Lora, adapter_of
 from nca_jax.models.product import Matrix, product
-from nca_jax.models.rope import Turn
 
 
 class Kernel(nnx.Module):
@@ -148,13 +147,13 @@ class Attention(nnx.Module):
         self.q_norm, self.k_norm = norm(c.num_heads), norm(c.num_kv_heads)
 
     def __call__(
-        self, x: jax.Array, turn: Turn, attend: Attend, cache: Cache | None
+        self, x: jax.Array, attend: Attend, cache: Cache | None
     ) -> tuple[jax.Array, Cache | None]:
         """[R, T, D] -> [R, T, D]."""
         q, k, v = self.q(x), self.k(x), self.v(x)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        out, cache = attend(turn(q), turn(k), v, cache)
+        out, cache = attend(q, k, v, cache)
         out = constrain(out, "rows", None, "heads", None)
         return self.o(out), cache
 

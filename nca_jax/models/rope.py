@@ -5,7 +5,6 @@ Axes: R rows, T tokens, H head width, P pairs that turn: of the first 2 P elemen
 """
 
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +12,6 @@ import numpy as np
 
 from nca_jax.batch import Rows
 from nca_jax.model_config import Linear, LongRope, Rope, RopeScaling, Yarn
-
-Turn = Callable[[jax.Array], jax.Array]  # of queries or keys, [R, T, heads, H] -> the same
 
 
 def rotate(

@@ -10,7 +10,7 @@ KEPT = "kept"  # products
 ATTENDED = "attended"  # the output of attention and its log-sum: without them it runs again
 
 Cache = dict[str, jax.Array]  # keys and values of one layer; only decoding has one
-Caches = tuple[Cache | None, ...]  # for the layers of a model, see `Stack.cache_axes`
+Caches = Cache | tuple[Cache, ...]  # of all layers: stacked, [L, ...], or one each
 
 # attend(q [R, T, N, H], k [R, T, G, H], v [R, T, G, H], cache) -> (out [R, T, N, H], cache)
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Cache | None], tuple[jax.Array, Cache | None]]
