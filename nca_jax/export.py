@@ -234,13 +234,15 @@ def model_card(workdir: AnyPath, config: ConfigDict, step: int, merging: str = "
     commit = read_run(workdir)["commit"]
     library = "peft" if merging == "none" else "transformers"
     base = f"base_model: {start}\n" if merging and config.model.init_from else ""
+    is_reward = config.model.head == "reward"
+    made = f"a reward model by {loss.name}" if is_reward else f"aligned by {loss.name}"
     return f"""---
 library_name: {library}
-{base}pipeline_tag: text-generation
-tags: [alignment, {loss.name}]
+{base}pipeline_tag: {"text-classification" if is_reward else "text-generation"}
+tags: [{"reward-model" if is_reward else "alignment"}, {loss.name}]
 ---
 
-# {config.model.init_from or config.model.name}, aligned by {loss.name}
+# {config.model.init_from or config.model.name}, {made}
 
 Trained with explicit rewards by nca_jax; the method is "Noise Contrastive Alignment of Language
 Models with Explicit Rewards" (arXiv:2402.05369).

@@ -94,12 +94,12 @@ def scored_rows(path, num: int, chars: int = 10) -> str:
 
 def test_real_rows_are_the_short_ones_and_too_few_of_them_are_refused(tmp_path):
     wanted = real.NUM_HELDOUT + real.NUM_TRAIN
-    found = real.read_short(Path(scored_rows(tmp_path / "a.gz", wanted)))
+    found = real.read_short(Path(scored_rows(tmp_path / "a.gz", wanted)), wanted)
     assert len(found) == wanted and set(found[0]) == {"prompt", "responses", "scores"}
     with pytest.raises(UserError, match=f"has 0 rows.*wanted {wanted}"):
-        real.read_short(Path(scored_rows(tmp_path / "b.gz", wanted, chars=real.MAX_CHARS)))
+        real.read_short(Path(scored_rows(tmp_path / "b.gz", wanted, chars=real.MAX_CHARS)), wanted)
     with pytest.raises(UserError, match="is not there"):
-        real.read_short(tmp_path / "c.gz")
+        real.read_short(tmp_path / "c.gz", wanted)
 
 
 def test_problems_of_rounds_differ_from_those_that_are_held_out():

@@ -13,8 +13,9 @@ from nca_jax.checks import UserError
 from nca_jax.data import chat, released, template, words
 from nca_jax.data.conversation import Messages, as_messages, canonical, read_prompt
 from nca_jax.data.group import Group
-from nca_jax.data.record import Parts, question, read_parts
+from nca_jax.data.record import ROLLOUT, Parts, question, read_parts
 from nca_jax.data.sources import RecordError
+from nca_jax.data.whole import num_read
 from nca_jax.protocols import DataSection, Tokenizer
 
 ENCODING = ("format", "join", "max_prompt_len", "max_response_len", "prompt_keep", "too_long")
@@ -60,6 +61,9 @@ class Encoder:
       least_responses: fewer teach the loss nothing.
       digest: of the tokenizer: ids in a record that has another are not used.
       date: YYYY-MM-DD, the day that a chat template may write; empty: today.
+      is_reward: for a reward model, which reads a response to the end of what the format writes,
+        whoever sampled it.
+      pad_id: what it does not read at the end of a text; None: it reads all.
     """
 
     tokenizer: Tokenizer | None
@@ -69,6 +73,8 @@ class Encoder:
     least_responses: int = 2
     digest: str = "none"
     date: str = ""
+    is_reward: bool = False
+    pad_id: int | None = None
 
     def prompt(self, prompt: str | list[dict]) -> np.ndarray:
         """Returns the ids of a prompt, cut to length, [P] int32: what a response is sampled from.
@@ -122,9 +128,12 @@ class Encoder:
             "eos_ids": list(self.eos_ids),
             "least_responses": self.least_responses,
             "date": self.date if template.writes_date(self.tokenizer) else "",
+            **({"pad_id": self.pad_id} if self.is_reward else {}),
         }
 
     def _example(self, where: str, record: dict[str, Any]) -> Example:
+        if self.is_reward and "tokenizer" in record:  # its text says what was sampled
+            record = {key: value for key, value in record.items() if key not in ROLLOUT}
         parts = read_parts(
             record,
             digest=self.digest,
@@ -209,9 +218,10 @@ class Encoder:
                 join=self.config.join,
                 date=self.date,
                 written=written,
+                whole=self.is_reward,
             )
             for k, of_text in zip(encoded, found, strict=True):
-                ids[k] = of_text
+                ids[k] = of_text[: num_read(of_text, self.pad_id)] if self.is_reward else of_text
         ended = parts.finished or [True] * len(ids)
         stay = [k for k, is_ended in enumerate(ended) if is_ended or ids[k] != []]
         if len(stay) < self.least_responses:

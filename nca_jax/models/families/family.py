@@ -101,3 +101,8 @@ class Family(NamedTuple):
     tensors: Mapping[str, str] = {}
     in_gguf: bool = False
     gguf_interleaves: bool = False
+
+    @property
+    def classifier(self) -> str:
+        """The class in transformers of its reward models."""
+        return self.architecture.replace("ForCausalLM", "ForSequenceClassification")

@@ -95,7 +95,6 @@ def config_json(config: ModelConfig, family: Family) -> dict[str, Any]:
     """
     c = config
     content = {
-        "architectures": [family.architecture],
         "model_type": family.model_type,
         "vocab_size": c.vocab_size,
         "hidden_size": c.width,
@@ -110,7 +109,9 @@ def config_json(config: ModelConfig, family: Family) -> dict[str, Any]:
         "rope_scaling": None,
         "max_position_embeddings": c.max_position,
         "tie_word_embeddings": c.tied_head,
+        "pad_token_id": c.pad_id,
         **_token_ids(config),
+        **_head(config, family),
     }
     if c.rope_scaling is not None:
         content["rope_scaling"] = {
@@ -121,6 +122,18 @@ def config_json(config: ModelConfig, family: Family) -> dict[str, Any]:
             "original_max_position_embeddings": c.rope_scaling.original_max_position,
         }
     return {**content, **family.write(config)}
+
+
+def _head(config: ModelConfig, family: Family) -> dict[str, Any]:
+    """The class in transformers, by the head that the model has, and the labels of that."""
+    if not config.num_labels:
+        return {"architectures": [family.architecture]}
+    labels = [f"LABEL_{i}" for i in range(config.num_labels)]
+    return {
+        "architectures": [family.classifier],
+        "id2label": {str(i): label for i, label in enumerate(labels)},
+        "label2id": {label: i for i, label in enumerate(labels)},
+    }
 
 
 def _token_ids(config: ModelConfig) -> dict[str, Any]:
@@ -142,6 +155,9 @@ def _json_files(config: ModelConfig, origin: Path | None) -> tuple[dict, dict]:
     ends = {"eos_token_id": _token_ids(config)["eos_token_id"]}
     content = read_json(origin / "config.json")
     content |= ends | {"tie_word_embeddings": config.tied_head}
+    if config.num_labels:
+        family = FAMILIES[content["model_type"]]
+        content |= _head(config, family) | {"pad_token_id": config.pad_id}
     content.pop("auto_map", None)  # names code in files that are not copied
     content.pop("quantization_config", None)  # what is written is not quantised
     generation = origin / "generation_config.json"

@@ -1,7 +1,8 @@
 """One table: every parameter, and the tensors it is made of in a Hugging Face or GGUF checkpoint.
 
 Axes: V vocabulary, D width, N query heads, G kv heads, H head width, F MLP width, L layers,
-      E experts. Parameters pad V to `config.padded_vocab` with zeros; tensors do not.
+      E experts, S labels of a reward model. Parameters pad V to `config.padded_vocab` with zeros;
+      tensors do not.
 
 Reading and writing take the same entries, so a name or a transpose is stated once. A family that
 names some tensors otherwise says so in its record; whoever opens or writes a checkpoint brings a
@@ -103,13 +104,14 @@ class Place(NamedTuple):
 
 _HF, _GGUF = "model.layers.{L}.", "blk.{L}."
 _HF_EXPERT = _HF + "mlp.experts.{E}."
-# GGUF merges the experts of a layer; no family with experts is `in_gguf`.
+# GGUF merges the experts of a layer; no family with experts is `in_gguf`, and no reward model.
 _NO_GGUF = ""
 
 # fmt: off
 TABLE = (
     Entry("embed/table", "VD", "V D", "model.embed_tokens.weight", "token_embd.weight"),
     Entry("head/kernel", "DV", "V D", "lm_head.weight", "output.weight"),
+    Entry("score/kernel", "DS", "S D", "score.weight", _NO_GGUF),
     Entry("norm/scale", "D", "D", "model.norm.weight", "output_norm.weight"),
     Entry("layers/attn_norm/scale", "LD", "D",
         _HF + "input_layernorm.weight", _GGUF + "attn_norm.weight"),
@@ -154,14 +156,15 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
     c = config
     return {
         "V": c.vocab_size, "D": c.width, "N": c.num_heads, "G": c.num_kv_heads, "H": c.head_dim,
-        "F": c.mlp_width, "L": c.num_layers, "E": c.num_experts,
+        "F": c.mlp_width, "L": c.num_layers, "E": c.num_experts, "S": c.num_labels,
     }  # fmt: skip
 
 
 def entries(config: ModelConfig) -> tuple[Entry, ...]:
     """Returns the entries of the table that this model has."""
     absent = {
-        "head/": config.tied_head,
+        "head/": config.tied_head or config.num_labels > 0,
+        "score/": config.num_labels == 0,
         "/bias": not config.qkv_bias,
         "/q_norm/": not config.qk_norm,
         "/k_norm/": not config.qk_norm,
