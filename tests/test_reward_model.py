@@ -4,23 +4,22 @@ import dataclasses
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import metric_lines, write_records
 from helpers import CONFIGS, data_config, encode_one, hf_json, make_encoder, read_all, write_hf
-from test_logprobs import LAYOUT, RAGGED, make_groups, slots_of
-from test_readme import CHATML, IM_END, chat_tokenizer, write_chat_model
+from test_logprobs import LAYOUT, make_groups, slots_of
+from test_readme import IM_END, chat_tokenizer, write_chat_model
 
-from nca_jax import evaluate, export, logps, score, train
+from nca_jax import evaluate, export, generate, logps, score, train
 from nca_jax.batch import Rows
 from nca_jax.checks import UserError
+from nca_jax.data.group import Group
 from nca_jax.data.pack import pack
 from nca_jax.data.sources import RecordError
 from nca_jax.data.whole import encode_whole, num_read, share_start
 from nca_jax.flags import parse_flags
 from nca_jax.model_config import MODELS
-from nca_jax.models.attention.cached import cached
 from nca_jax.models.decoder import Model
 from nca_jax.models.formats import hf
 from nca_jax.values import sequence_values
@@ -44,12 +43,14 @@ def test_a_value_is_the_head_at_the_last_token_of_prompt_and_response(align):
     assert num_micro == 1
     found = jax.jit(lambda p: sequence_values(model, p, rows, shape=(3, 3), block=16))(params)
 
-    def alone(ids):  # whole and by itself
-        place = jnp.arange(len(ids))
-        attend = cached((place[:, None] >= place)[None], jnp.int32(0))
-        cache = model.make_cache(1, len(ids))
-        hidden, _ = model.hidden(params, jnp.asarray(ids)[None], place[None], attend, cache)
-        return hidden[0, -1] @ params["score"]["kernel"][:, 0]
+    @jax.jit
+    def head_of(rows):
+        return model.rows(params, rows, block=16) @ params["score"]["kernel"]
+
+    def alone(ids):  # whole, and in a row by itself
+        one = Group(ids[:-1], [ids[-1:]])
+        packed, _, _ = pack([one], LAYOUT, slots=[[0]], num_slots=1)
+        return head_of(Rows(*(x[0] for x in packed)))[0, len(ids) - 1, 0]
 
     for b, group in enumerate(groups):
         wanted = [alone(np.concatenate([group.prompt, ids])) for ids in group.responses]
@@ -188,10 +189,6 @@ def test_what_a_reward_model_has_not_is_refused(flags, said):
 # Commands
 
 
-def write_scorer(folder, labels: int = 1) -> None:
-    """Writes a reward model of random weights; its scores are of some size."""
-    write_chat_model(folder, num_labels=labels)
-
 
 def run_score(tmp_path, scorer: str, *flags: str, name: str = "scored") -> list[list[float]]:
     out = tmp_path / f"{name}.jsonl"
@@ -211,7 +208,7 @@ def write_rows(path, num_rows: int = 3) -> list[dict]:
 
 def test_score_gives_each_label_its_scores_in_rows_of_any_length(tmp_path):
     write_rows(tmp_path / "rows.jsonl")
-    write_scorer(tmp_path / "rm", labels=2)
+    write_chat_model(tmp_path / "rm", num_labels=2)
     scorer = f"reward_model:{tmp_path / 'rm'}"
     first = run_score(tmp_path, f"{scorer}:label=0", "--row_len=64", name="first")
     second = run_score(tmp_path, f"{scorer}:label=1", "--row_len=128", name="second")
@@ -239,7 +236,7 @@ def test_a_policy_is_no_scorer_and_a_reward_model_no_policy(tmp_path):
         run_score(tmp_path, "length", "--row_len=64")
     with pytest.raises(UserError, match="names no model"):
         run_score(tmp_path, "reward_model:")
-    write_scorer(tmp_path / "rm")
+    write_chat_model(tmp_path / "rm", num_labels=1)
     records = write_records(tmp_path / "records.jsonl")
     arg = f"files={records},init_from={tmp_path / 'rm'}"
     with pytest.raises(UserError, match=r"is a reward model, which writes nothing: name it as a"):
@@ -275,9 +272,6 @@ def test_a_reward_model_that_was_trained_and_exported_scores_as_it_did_here(tmp_
     assert metrics["accuracy_half_ties"] == pytest.approx(after["accuracy_half_ties"])
 
     export.main(["export", f"--workdir={workdir}", f"--out={out}"])
-    assert json.loads((out / "config.json").read_text())["architectures"] == [
-        "MistralForSequenceClassification"
-    ] or hf.open_hf(out)[0].num_labels == 1
     logps.main(["logps", f"--workdir={workdir}", f"--out={tmp_path / 'logps.jsonl'}"])
     lines = [json.loads(line) for line in (tmp_path / "logps.jsonl").read_text().splitlines()]
     here = {line["where"].rpartition(":")[2]: line["logps"] for line in lines}
@@ -285,13 +279,13 @@ def test_a_reward_model_that_was_trained_and_exported_scores_as_it_did_here(tmp_
     for n, scores in enumerate(scored, start=1):
         np.testing.assert_allclose(scores, here[str(n)], rtol=0, atol=1e-4)
 
-    # The run that samples and is scored by it, and goes on from it.
-    generate = ["generate", f"--config=configs/jsonl.py:files=x,init_from={tmp_path / 'policy'}"]
-    generate += [f"--prompts={tmp_path / 'rows.jsonl'}", f"--out={tmp_path / 'sampled.jsonl'}"]
-    from nca_jax import generate as command
-
+    # The next run is scored by it while it samples, and another goes on from it.
     small = ("max_new_tokens=4", "num_samples=2", f"scorer=reward_model:{out}")
-    command.main(generate + [f"--config.generate.{flag}" for flag in small])
+    generate.main(
+        ["generate", f"--config=configs/jsonl.py:files=x,init_from={tmp_path / 'policy'}"]
+        + [f"--prompts={tmp_path / 'rows.jsonl'}", f"--out={tmp_path / 'sampled.jsonl'}"]
+        + [f"--config.generate.{flag}" for flag in small]
+    )
     sampled = [json.loads(x) for x in (tmp_path / "sampled.jsonl").read_text().splitlines()]
     assert len(sampled) == 48 and all(len(record["scores"]) == 2 for record in sampled)
     more = [flag.replace(str(tmp_path / "policy"), str(out)) for flag in flags]

@@ -106,7 +106,7 @@ def their_scores(folder: Path, records: list[dict]) -> list[np.ndarray]:
                 ids = tokenizer.apply_chat_template(said, return_tensors="pt", return_dict=True)
             else:
                 ids = tokenizer(said + response, return_tensors="pt")
-            scores.append(model.eval()(**ids).logits[0].numpy())
+            scores.append(model.eval()(input_ids=ids["input_ids"]).logits[0].numpy())
         found.append(np.stack(scores))
     return found
 

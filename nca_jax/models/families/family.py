@@ -89,6 +89,7 @@ class Family(NamedTuple):
         one name are one tensor: in the table's order, one below the other.
       in_gguf: whether a GGUF file may name it as its architecture.
       gguf_interleaves: llama.cpp stores the halves that the rotary embedding pairs interleaved.
+      reward_architecture: as architecture, of its reward models; "": it has the name that follows.
     """
 
     model_type: str
@@ -101,8 +102,10 @@ class Family(NamedTuple):
     tensors: Mapping[str, str] = {}
     in_gguf: bool = False
     gguf_interleaves: bool = False
+    reward_architecture: str = ""
 
     @property
     def classifier(self) -> str:
         """The class in transformers of its reward models."""
-        return self.architecture.replace("ForCausalLM", "ForSequenceClassification")
+        usual = self.architecture.replace("ForCausalLM", "ForSequenceClassification")
+        return self.reward_architecture or usual
