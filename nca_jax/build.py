@@ -283,11 +283,6 @@ def open_tokenizer(config: ConfigDict, model_config: ModelConfig) -> Tokenizer |
     tokenizer = load_tokenizer(where, config.data.chat_template)
     if config.data.format == "chat":
         check_template(tokenizer)
-    elif config.model.head == "reward" and tokenizer.chat_template:
-        raise UserError(
-            "The tokenizer has a chat template, by which a reward model's texts are written: set "
-            "config.data.format='chat'."
-        )
     if len(tokenizer) > model_config.vocab_size:  # often an added token that is never used
         print(
             f"The tokenizer {where!r} has {len(tokenizer)} ids, the model's vocabulary "

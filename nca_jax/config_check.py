@@ -78,9 +78,9 @@ def _check_together(config: ConfigDict) -> None:
             "config.model.head='reward' is trained whole: leave config.lora out",
         ),
         (
-            is_reward and data.format == "released",
-            "config.data.format='released' is of the policies of the PyTorch release: set it to "
-            "chat or plain for config.model.head='reward'",
+            is_reward and (data.format == "released" or data.join == "apart"),
+            "config.model.head='reward' reads prompt and response as one text: set "
+            "config.data.format to chat or plain, and config.data.join='together'",
         ),
         (
             best == "excess" and (record.floor is None or loss.get("nll_weight", 0) > 0),

@@ -8,7 +8,8 @@ reference, with their length and repetition: a reward may be bought by breaking 
 mean over prompts has its standard error, and on the screen an interval of 95%, which for what both
 have is that of the differences at each prompt. Of a held-out set with a name
 (data.eval_files=NAME=FILE) a metric is NAME/metric.
-Without --workdir it evaluates the model of init_from. A reward model has the held-out metrics alone.
+Without --workdir it evaluates the model of init_from. Of a reward model there are the held-out
+metrics alone.
 
     --config       a config file or nca_jax:NAME, with its arguments; by default that of the run in
                    --workdir; --help_config lists all fields

@@ -14,7 +14,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from nca_jax import auto, build, programs
-from nca_jax.axes import Params
 from nca_jax.checks import UserError
 from nca_jax.config import default_config
 from nca_jax.data.group import Group

@@ -82,7 +82,6 @@ def encode_responses(
     join: str = "together",
     date: str = "",
     written: str | None = None,
-    whole: bool = False,
 ) -> Encoded:
     """Returns the ids of each response, ended by its end-of-turn token if it ended its turn.
 
@@ -98,8 +97,6 @@ def encode_responses(
       join: "together" with the prompt, as one text, where that is possible, or "apart".
       date: as in `encode_prompt`.
       written: what `write_prompt` made of the prompt, where it is known.
-      whole: a response that ended goes to the end of all that the format writes after it, and no
-        more: to what its tokenizer puts after a text in plain format.
     Raises:
       RecordError: a response is malformed, empty where it must not be, names a token that ends a
         turn, or the template does not write it as it is.
@@ -110,9 +107,7 @@ def encode_responses(
     is_written = [yes and content != "" for yes, content in zip(is_ended, contents, strict=True)]
     if written is None:
         written = write_prompt(prompt, tokenizer, format, date=date)
-    texts = _write(
-        prompt, written, responses, is_written, tokenizer, format, eos_ids, date, whole=whole
-    )
+    texts = _write(prompt, written, responses, is_written, tokenizer, format, eos_ids, date)
     ids, notes = None, texts.notes
     if format != "released":
         _check_names(texts, contents, tokenizer, eos_ids)
@@ -124,7 +119,7 @@ def encode_responses(
     for k, text_ids in enumerate(ids):
         if is_ended[k]:
             ids[k] = text_ids + texts.appended
-            if not is_written[k] or len(ids[k]) < (1 if whole else 2):
+            if not is_written[k] or len(ids[k]) < 2:
                 if finished is None:
                     raise RecordError(f"response {k} is empty; leave it out", reason="response")
                 ids[k] = [texts.end_id]
@@ -218,8 +213,6 @@ def _write(
     format: str,
     eos_ids: Sequence[int],
     date: str,
-    *,
-    whole: bool = False,
 ) -> _Written:
     """Returns texts; those of responses that are not `is_written` are as they came."""
     texts, notes = [_response_content(response) for response in responses], ()
@@ -229,14 +222,13 @@ def _write(
         turn = learn_turn(messages, written, tokenizer, eos_ids, date)
         asked = [texts[k] for k in places]
         if asked:
-            asked, notes = write_responses(turn, messages, asked, tokenizer, date, whole=whole)
+            asked, notes = write_responses(turn, messages, asked, tokenizer, date)
         for k, text in zip(places, asked, strict=True):
             texts[k] = text
         return _Written(texts, [], turn.end_id, notes)
     eos, eos_id = _eos(tokenizer, format)
     if format == "plain":
-        added = [eos_id] if not whole or tokenizer("a")["input_ids"][-1:] == [eos_id] else []
-        return _Written(texts, added, eos_id, ())
+        return _Written(texts, [eos_id], eos_id, ())
     for k in places:
         texts[k] = released.response_text(_response_turns(responses[k]), eos)
     return _Written(texts, [eos_id], eos_id, ())

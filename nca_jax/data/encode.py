@@ -13,9 +13,9 @@ from nca_jax.checks import UserError
 from nca_jax.data import chat, released, template, words
 from nca_jax.data.conversation import Messages, as_messages, canonical, read_prompt
 from nca_jax.data.group import Group
-from nca_jax.data.record import ROLLOUT, Parts, question, read_parts
+from nca_jax.data.record import Parts, question, read_parts
 from nca_jax.data.sources import RecordError
-from nca_jax.data.whole import num_read
+from nca_jax.data.whole import encode_whole, share_start
 from nca_jax.protocols import DataSection, Tokenizer
 
 ENCODING = ("format", "join", "max_prompt_len", "max_response_len", "prompt_keep", "too_long")
@@ -61,9 +61,8 @@ class Encoder:
       least_responses: fewer teach the loss nothing.
       digest: of the tokenizer: ids in a record that has another are not used.
       date: YYYY-MM-DD, the day that a chat template may write; empty: today.
-      is_reward: for a reward model, which reads a response to the end of what the format writes,
-        whoever sampled it.
-      pad_id: what it does not read at the end of a text; None: it reads all.
+      is_reward: for a reward model: texts are whole conversations, see `data.whole`.
+      pad_id: what a reward model does not read at the end of a text; None: it reads all.
     """
 
     tokenizer: Tokenizer | None
@@ -132,15 +131,15 @@ class Encoder:
         }
 
     def _example(self, where: str, record: dict[str, Any]) -> Example:
-        if self.is_reward and "tokenizer" in record:  # its text says what was sampled
-            record = {key: value for key, value in record.items() if key not in ROLLOUT}
         parts = read_parts(
             record,
             digest=self.digest,
             least_responses=self.least_responses,
             released=self.config.format == "released",
         )
-        if self.config.train_on == "all_assistant":
+        if self.is_reward and parts.texts is not None:
+            whole, scores, notes = self._conversations_of(parts), self._scores_of(parts), ()
+        elif self.config.train_on == "all_assistant":
             whole, notes = self._turns_of(parts)
             scores = parts.scores
         else:
@@ -193,6 +192,45 @@ class Encoder:
         prompt, rest = self._checked(turns.prompt, "the prompt"), self._checked(turns.rest, "it")
         return Group(prompt, (rest,), scored=(np.array(turns.scored),)), turns.notes
 
+    def _conversations_of(self, parts: Parts) -> Group:
+        """Returns whole conversations before cutting; their "prompt" is what all begin with.
+
+        Raises:
+          RecordError: as `encode_whole`, or they begin differently.
+          UserError: the tokenizer has a template and config.format is plain, or the reverse.
+        """
+        tokenizer, has_template = self._its_tokenizer(), self.config.format == "chat"
+        if bool(tokenizer.chat_template) != has_template:
+            raise UserError(
+                "A reward model reads what its tokenizer's chat template writes, and a plain text "
+                f"where there is none: set data.format={'plain' if has_template else 'chat'}."
+            )
+        conversations = encode_whole(
+            parts.prompt,
+            parts.texts or [],
+            tokenizer,
+            vocab_size=self.vocab_size,
+            pad_id=self.pad_id,
+            date=self.date,
+        )
+        whole, *others = share_start(conversations)
+        if others:
+            raise RecordError("the conversations begin with different tokens", reason="template")
+        return whole
+
+    def _scores_of(self, parts: Parts) -> np.ndarray:
+        """Returns the scores with the bonus of the first. RecordError unless float32 holds it."""
+        scores = parts.scores.copy()
+        with np.errstate(over="ignore"):  # said next
+            scores[0] += self.config.first_bonus
+        if not np.isfinite(scores[0]):
+            raise RecordError(
+                f"the first score is {parts.scores[0]:g}, and float32 does not hold it with "
+                f"data.first_bonus={self.config.first_bonus} added; scale the scores",
+                reason="scores",
+            )
+        return scores
+
     def _responses_of(
         self, parts: Parts, written: str | None
     ) -> tuple[list[np.ndarray], np.ndarray, tuple[str, ...]]:
@@ -218,10 +256,9 @@ class Encoder:
                 join=self.config.join,
                 date=self.date,
                 written=written,
-                whole=self.is_reward,
             )
             for k, of_text in zip(encoded, found, strict=True):
-                ids[k] = of_text[: num_read(of_text, self.pad_id)] if self.is_reward else of_text
+                ids[k] = of_text
         ended = parts.finished or [True] * len(ids)
         stay = [k for k, is_ended in enumerate(ended) if is_ended or ids[k] != []]
         if len(stay) < self.least_responses:
@@ -229,15 +266,7 @@ class Encoder:
                 f"has {len(stay)} responses of one token or more, wanted {self.least_responses}",
                 reason=TOO_FEW_LEFT,
             )
-        scores = parts.scores.copy()
-        with np.errstate(over="ignore"):  # said next
-            scores[0] += self.config.first_bonus
-        if not np.isfinite(scores[0]):
-            raise RecordError(
-                f"the first score is {parts.scores[0]:g}, and float32 does not hold it with "
-                f"data.first_bonus={self.config.first_bonus} added; scale the scores",
-                reason="scores",
-            )
+        scores = self._scores_of(parts)
         arrays = [self._checked(ids[k], f"response {k}") for k in stay]
         return arrays, scores[stay], notes + (NO_TOKEN,) * (len(ids) - len(stay))
 

@@ -89,28 +89,19 @@ def usual_turn(tokenizer: Tokenizer | None, eos_ids: Sequence[int]) -> Turn | No
 
 
 def write_responses(
-    turn: Turn,
-    messages: list[dict],
-    responses: Sequence[str],
-    tokenizer: Tokenizer,
-    date: str,
-    *,
-    whole: bool = False,
+    turn: Turn, messages: list[dict], responses: Sequence[str], tokenizer: Tokenizer, date: str
 ) -> tuple[list[str], tuple[str, ...]]:
     """Returns what each response adds to the prompt's text, and notes.
 
     It is what the template renders, which must hold the response as it is, white space aside. A
     template that begins the response in the prompt, and would drop what was begun, is not asked.
 
-    Args:
-      whole: with all that the template writes after the response, and no more.
     Raises:
       RecordError: the template refuses a response, drops or rewrites some of it, or begins it
         otherwise.
     """
-    ending = turn.tail if whole else turn.closing + turn.end
     if turn.prefill:
-        return [_prefilled(turn, response) + ending for response in responses], ()
+        return [_prefilled(turn, response) for response in responses], ()
     wholes = render(messages, responses, tokenizer, date)
     texts, notes = [], ()
     for response, whole in zip(responses, wholes, strict=True):
@@ -124,20 +115,20 @@ def write_responses(
                 "data.format=plain",
                 reason="template",
             )
-        texts.append(written[len(turn.prompt) :] + ending)
+        texts.append(written[len(turn.prompt) :] + turn.closing + turn.end)
         notes += () if as_it_is else (SPACES_CHANGED,)
     return texts, notes
 
 
 def _prefilled(turn: Turn, response: str) -> str:
-    """Returns the rest of a response that the prompt begins. RecordError unless it begins so."""
+    """Returns what a response adds to a prompt that begins it. RecordError unless it begins so."""
     if not response.startswith(turn.prefill):
         raise RecordError(
             f"the chat template begins a response with {turn.prefill!r}, and this one begins "
             f"with {response[:40]!r}; write it with that beginning, or set data.format=plain",
             reason="template",
         )
-    return response.removeprefix(turn.prefill)
+    return response.removeprefix(turn.prefill) + turn.closing + turn.end
 
 
 def apply_template(messages: list[dict], tokenizer: Tokenizer, *, generate: bool, date: str) -> str:

@@ -89,9 +89,9 @@ def num_read(ids: Sequence[int], pad_id: int | None) -> int:
 def share_start(conversations: Sequence[np.ndarray]) -> list[Group]:
     """Returns conversations as groups, in order: one, of what all begin with and how each goes on.
 
-    Those that begin with different tokens are groups of their own.
+    Each goes on by a token at least. Where they begin with different ones each is its own group.
     """
-    most = min(map(len, conversations)) - 1  # of each a token is left
+    most = min(map(len, conversations)) - 1
     starts = np.stack([ids[:most] for ids in conversations])
     differ = (starts != starts[0]).any(axis=0)
     shared = int(differ.argmax()) if differ.any() else most
