@@ -83,7 +83,7 @@ class Run(NamedTuple):
             least_responses=LOSSES[self.config.loss.name].k[0],
             digest=tokenizer_fingerprint(self.tokenizer),
             date=self.date,
-            is_reward=self.config.model.head == "reward",
+            is_reward=self.model.config.num_labels > 0,
             pad_id=self.model.config.pad_id,
         )
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -243,52 +244,68 @@ def test_a_policy_is_no_scorer_and_a_reward_model_no_policy(tmp_path):
         train.main(["train", f"--config=configs/jsonl.py:{arg}", f"--workdir={tmp_path / 'run'}"])
 
 
-@pytest.mark.slow
-def test_a_reward_model_that_was_trained_and_exported_scores_as_it_did_here(tmp_path):
-    write_chat_model(tmp_path / "policy")
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Returns a folder with policy, rows.jsonl, and run: a reward model that likes suns."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_chat_model(folder / "policy")
     words = ["sun", "moon", "river", "stone", "cloud", "ember"]
-    with open(tmp_path / "rows.jsonl", "w") as file:  # the more suns the better
+    with open(folder / "rows.jsonl", "w") as file:
         for n in range(48):
             texts = [" ".join(words[(n * i + j) % 6 * (j > i)] for j in range(4)) for i in range(4)]
             scores = [text.count("sun") / 4 for text in texts]
             record = {"prompt": f"Say {n}.", "responses": texts, "scores": scores}
             file.write(json.dumps(record) + "\n")
-    workdir, out = tmp_path / "run", tmp_path / "rm"
-    arg = f"files={tmp_path / 'rows.jsonl'},init_from={tmp_path / 'policy'}"
+    train_reward_model(folder, folder / "policy", folder / "run")
+    return folder
+
+
+def train_reward_model(folder, start, workdir) -> None:
     flags = ("data.eval_fraction=0.2", "data.batch_size=8", "data.row_len=512", "eval_every=20")
     flags += ("steps=20", "epochs=0", "optim.lr=2e-3", "log.tensorboard=False", "data.block=64")
-    flags = [f"--config.{flag}" for flag in flags]
-    flags = [f"--config=configs/reward_model.py:{arg}", f"--workdir={workdir}", *flags]
-    train.main(["train", *flags])
-    first, *_ = metric_lines(workdir, "train")
+    arg = f"files={folder / 'rows.jsonl'},init_from={start}"
+    train.main(
+        ["train", f"--config=configs/reward_model.py:{arg}", f"--workdir={workdir}"]
+        + [f"--config.{flag}" for flag in flags]
+    )
+
+
+@pytest.mark.slow
+def test_a_reward_model_learns_and_scores_the_next_run_as_it_did_here(trained, tmp_path):
+    first, *_ = metric_lines(trained / "run", "train")
     assert first["loss"] == pytest.approx(np.log(4), abs=1e-5)  # nobody is preferred
     assert not {"perplexity", "logps/0", "start_loss"} & first.keys()
-    before, *_, after = metric_lines(workdir, "eval")
+    before, *_, after = metric_lines(trained / "run", "eval")
     assert before["accuracy_half_ties"] == 0.5
     assert after["accuracy_half_ties"] > 0.8 and after["rewards/0"] > after["rewards/3"]
 
-    evaluate.main(["evaluate", f"--workdir={workdir}"])
-    metrics = json.loads((workdir / "evaluation.json").read_text())["metrics"]
-    assert metrics["accuracy_half_ties"] == pytest.approx(after["accuracy_half_ties"])
-
-    export.main(["export", f"--workdir={workdir}", f"--out={out}"])
-    logps.main(["logps", f"--workdir={workdir}", f"--out={tmp_path / 'logps.jsonl'}"])
+    export.main(["export", f"--workdir={trained / 'run'}", f"--out={tmp_path / 'rm'}"])
+    logps.main(["logps", f"--workdir={trained / 'run'}", f"--out={tmp_path / 'logps.jsonl'}"])
     lines = [json.loads(line) for line in (tmp_path / "logps.jsonl").read_text().splitlines()]
-    here = {line["where"].rpartition(":")[2]: line["logps"] for line in lines}
-    scored = run_score(tmp_path, f"reward_model:{out}")
-    for n, scores in enumerate(scored, start=1):
-        np.testing.assert_allclose(scores, here[str(n)], rtol=0, atol=1e-4)
+    here = {int(line["where"].rpartition(":")[2]): line["logps"] for line in lines}
+    shutil.copy(trained / "rows.jsonl", tmp_path)
+    scored = run_score(tmp_path, f"reward_model:{tmp_path / 'rm'}")
+    wanted = [here[n] for n in range(1, 49)]
+    np.testing.assert_allclose(scored, wanted, rtol=0, atol=1e-4)
 
-    # The next run is scored by it while it samples, and another goes on from it.
-    small = ("max_new_tokens=4", "num_samples=2", f"scorer=reward_model:{out}")
+    small = ("max_new_tokens=4", "num_samples=2", f"scorer=reward_model:{tmp_path / 'rm'}")
     generate.main(
-        ["generate", f"--config=configs/jsonl.py:files=x,init_from={tmp_path / 'policy'}"]
+        ["generate", f"--config=configs/jsonl.py:files=x,init_from={trained / 'policy'}"]
         + [f"--prompts={tmp_path / 'rows.jsonl'}", f"--out={tmp_path / 'sampled.jsonl'}"]
         + [f"--config.generate.{flag}" for flag in small]
     )
     sampled = [json.loads(x) for x in (tmp_path / "sampled.jsonl").read_text().splitlines()]
     assert len(sampled) == 48 and all(len(record["scores"]) == 2 for record in sampled)
-    more = [flag.replace(str(tmp_path / "policy"), str(out)) for flag in flags]
-    more = [flag.replace(str(workdir), str(tmp_path / "more")) for flag in more]
-    train.main(["train", *more])
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_a_reward_model_is_evaluated_and_another_run_goes_on_from_it(trained, tmp_path):
+    *_, after = metric_lines(trained / "run", "eval")
+    evaluate.main(["evaluate", f"--workdir={trained / 'run'}", f"--out={tmp_path / 'found.json'}"])
+    metrics = json.loads((tmp_path / "found.json").read_text())["metrics"]
+    assert metrics["accuracy_half_ties"] == pytest.approx(after["accuracy_half_ties"])
+    assert not {"kl", "length"} & metrics.keys()
+    export.main(["export", f"--workdir={trained / 'run'}", f"--out={tmp_path / 'rm'}"])
+    train_reward_model(trained, tmp_path / "rm", tmp_path / "more")
     assert metric_lines(tmp_path / "more", "eval")[0]["loss"] == pytest.approx(after["loss"], 1e-3)
