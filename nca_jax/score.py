@@ -13,10 +13,10 @@ r"""Score sampled responses, so that they can be trained on.
                     id of a ForSequenceClassification), with the tokenizer and chat template there;
                     of one with several labels reward_model:DIR:label=I
 Of a reward model alone:
---dtype   of its activations: float32, or bfloat16, which is faster on a TPU or GPU
---row_len tokens of a row, in which conversations are packed; by default as the texts want
---config  a config file or nca_jax:NAME, whose mesh it is split over (config.mesh); by default all
-          devices of this host
+--dtype    of its activations: float32, or bfloat16, which is faster on a TPU or GPU
+--row_len  tokens of a row, in which conversations are packed; by default as the texts want
+--config   a config file or nca_jax:NAME, whose mesh it is split over (config.mesh); by default all
+           devices of this host
 
 What is scored is kept in OUT.pieces until OUT is whole: after a stop the same command goes on.
 Generate, score, train, and again with --workdir of the last run: that is learning on-policy.
@@ -33,13 +33,13 @@ import jax
 import numpy as np
 
 from nca_jax.checks import UserError, run_main
-from nca_jax.config import DTYPES, default_config
+from nca_jax.config import DTYPES
 from nca_jax.data import pieces
 from nca_jax.data.encode import check_prompt
 from nca_jax.data.record import question
 from nca_jax.data.sources import JsonlSource, RecordError
 from nca_jax.files import is_file, out_file, out_folder
-from nca_jax.flags import parse_flags, parse_own_flags
+from nca_jax.flags import parse_flags
 from nca_jax.infra import distributed, lock
 from nca_jax.infra.fingerprint import files_fingerprint, text_fingerprint
 from nca_jax.infra.progress import phase
@@ -47,15 +47,12 @@ from nca_jax.rewards.scorers import COMMAND, KNOWN, Scorer, score_each
 from nca_jax.rollout import open_scorer
 
 PIECE = 64  # records that a stop can lose
-FLAGS = {"rows": None, "out": None, "scorer": None, "dtype": "", "row_len": 0}
 
 
 def main(argv: list[str]) -> int:
-    has_config = any(arg.lstrip("-").partition("=")[0] == "config" for arg in argv[1:])
-    if has_config:
-        config, flags = parse_flags(argv, sections=(), **FLAGS)
-    else:
-        config, flags = default_config(), parse_own_flags(argv, **FLAGS)
+    config, flags = parse_flags(
+        argv, needs_config=False, rows=None, out=None, scorer=None, dtype="", row_len=0
+    )
     if flags.dtype not in ("", *DTYPES):
         raise UserError(f"--dtype must be one of {', '.join(DTYPES)}; it is {flags.dtype!r}.")
     out, source = out_file(flags.out), JsonlSource(flags.rows)
@@ -64,7 +61,7 @@ def main(argv: list[str]) -> int:
     )
     if scorer is None:
         raise UserError(f"--scorer is empty; give one of {KNOWN}.")
-    if not scorer.digest and (has_config or flags.dtype or flags.row_len):
+    if not scorer.digest and ("config" in flags or flags.dtype or flags.row_len):
         raise UserError("--config, --dtype and --row_len are of a reward model: leave them out.")
     records = [check_record(*source[i], scorer) for i in range(len(source))]
     made_from = {
