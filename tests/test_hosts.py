@@ -152,7 +152,8 @@ def test_a_number_of_processes_over_which_the_rows_do_not_divide_is_refused_by_n
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("by", ["generate", pytest.param("score", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("by", ["generate", "score"])
 def test_a_reward_model_over_two_processes_scores_as_by_one(tmp_path, rows, by):
     policy, scorer = tmp_path / "policy", f"reward_model:{tmp_path / 'rm'}"
     write_chat_model(policy)
