@@ -1,4 +1,4 @@
-r"""Write a trained policy as a Hugging Face folder.
+r"""Write a trained policy, or a reward model, as a Hugging Face folder.
 
     python -m nca_jax.export --workdir=DIR --out=HF_DIR [--dtype=float32|bfloat16] [--step=N|best]
         [--merge=none|dequantised|original]
@@ -247,7 +247,7 @@ tags: [{"reward-model" if is_reward else "alignment"}, {loss.name}]
 Trained with explicit rewards by nca_jax; the method is "Noise Contrastive Alignment of Language
 Models with Explicit Rewards" (arXiv:2402.05369).
 
-- start, and reference where the config names no other: {start}
+- start{"" if is_reward else ", and reference where the config names no other"}: {start}
 {_adapters(config, merging)}- step {step}; K = {config.data.num_responses}, {hyperparameters}
 - commit of nca_jax: {commit}
 
