@@ -29,7 +29,7 @@ test: lint
 
 # Those that compare with PyTorch as it runs.
 test-torch: $(VENV)/installed-torch
-	$(BIN)/python -m pytest -m torch
+	$(BIN)/python -m pytest -m "torch and not long"
 
 # Those that train or compile for minutes; alone those that are several processes each.
 HOSTS := tests/test_hosts.py

@@ -67,7 +67,7 @@ def choose(
         of_model.remat = of_layer if of_model.scan_layers else "none"
     times = ADAPTERS if "lora" in config else 1
     config.optim.lr = config.optim.lr or times * (LR_LARGE if is_large else LR)
-    data.align = data.align or (16 if platform == "tpu" else 1)
+    data.align = data.align or (_align(data.row_len) if platform == "tpu" else 1)
     data.block = data.block or math.gcd(512 if platform == "tpu" else 64, data.row_len)
     data.rows = data.rows or shards
     if "generate" in config:
@@ -86,6 +86,11 @@ def choose(
             config.eval_every = tenth if num_heldout else 0
     check_config(config)
     return config.lock()
+
+
+def _align(row_len: int) -> int:
+    """Returns the least alignment that the codes of splash attention take, from 16 on."""
+    return 16 if row_len <= 8192 else 64 if row_len <= 16384 else 128
 
 
 def row_len_for(sizes: Sequence[int], data: DataSection, *, multiple: int) -> int:

@@ -11,7 +11,8 @@ One row holds prompts, each followed by all its responses: a prompt is computed 
     segments      1 ...... 1       2 ..           3 ...            1 ...         2 ...        0
 
 Token q attends to token k when k <= q in the row, their prompt ids agree, k's segment is 1 (the
-prompt) or q's own, and k's key is on. What is padding is known from lengths, never from token ids.
+prompt) or q's own, and k's key is on; a layer with a window hides what is further back by position.
+What is padding is known from lengths, never from token ids; it may also lie before a segment.
 The same pytrees hold numpy arrays on the host and jax ones on the device, and the shapes or the
 shardings of either: Rows[np.ndarray], Rows[jax.Array], Rows[jax.ShapeDtypeStruct],
 Rows[NamedSharding]; a plain Rows is of any.

@@ -146,7 +146,7 @@ def _assemble(
         jax.config.update("jax_default_matmul_precision", "highest")
     check_divides(mesh, model_config, config.data.rows)
     compiler.check_options(mesh, config.compiler_options)
-    kernel = _attention_kernel(config, model_config, mesh)
+    kernel = _attention_kernel(config, mesh)
     model = Model(
         model_config,
         lora=adapters_of(config, model_config),
@@ -211,7 +211,7 @@ def _sizes_of(model: ModelSection) -> ModelConfig:
         named = MODELS[model.name]
         differs = [
             f"{name} {getattr(found, name)} there, {getattr(named, name)} in {model.name}"
-            for name in (*sizes, "mlp_width", "tied_head", "num_experts", "sliding_window")
+            for name in (*sizes, "mlp_width", "tied_head", "num_experts", "windows")
             if getattr(found, name) != getattr(named, name)
         ]
         if differs:
@@ -227,10 +227,9 @@ def platform_of(mesh: Mesh) -> str:
     return mesh.devices.flat[0].platform
 
 
-def _attention_kernel(config: ConfigDict, model_config: ModelConfig, mesh: Mesh) -> str:
+def _attention_kernel(config: ConfigDict, mesh: Mesh) -> str:
     """Returns "pairs" or "splash". Raises UserError where splash cannot compute these rows."""
-    data, window = config.data, model_config.sliding_window
-    asked = config.model.attention
+    data, asked = config.data, config.model.attention
     if asked == "pairs" or (asked == "auto" and platform_of(mesh) != "tpu"):
         return "pairs"
     for is_bad, message in (
@@ -240,13 +239,9 @@ def _attention_kernel(config: ConfigDict, model_config: ModelConfig, mesh: Mesh)
         ),
         (
             data.row_len > 0 and splash.Code.of(data.row_len, data.align) is None,
-            f"of config.data.row_len={data.row_len} wants segments that start at larger multiples "
-            f"than config.data.align={data.align}: 8 up to rows of 4096, 16 up to 8192",
-        ),
-        (
-            0 < window < data.max_prompt_len + data.max_response_len,
-            f"cannot hide keys beyond the model's sliding window of {window}; lower "
-            "config.data.max_prompt_len or max_response_len",
+            f"of config.data.row_len={data.row_len} wants segments that lie at larger multiples "
+            f"than config.data.align={data.align}: 8 up to rows of 4096, 16 up to 8192, 64 up to "
+            "16384, 128 up to 32768",
         ),
     ):
         if is_bad:

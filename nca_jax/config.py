@@ -39,7 +39,7 @@ from nca_jax.model_config import MODELS, TARGETS
 OPTIONAL = {"lora": "without adapters", "generate": "where nothing is sampled"}
 
 DTYPES = ("float32", "bfloat16")
-ALIGN = Check(int, lambda x: x in (0, 1, 8, 16), "0, 1, 8 or 16")
+ALIGN = Check(int, lambda x: x in (0, 1, 8, 16, 64, 128), "0, 1, 8, 16, 64 or 128")
 EVERY = Check(int, lambda x: x >= 1 or x == -1, "a whole number of at least 1, or -1")
 EVERY_OR_0 = Check(int, lambda x: x >= -1, "a whole number of at least -1")
 LOSS = Check(str, lambda x: x in LOSSES, one_of(*LOSSES).wanted)  # of what is there when asked
@@ -216,7 +216,7 @@ FIELDS: dict[str, Field] = {
     ),
     "data.row_pairs": Field(0, COUNT_OR_0, "attention block pairs that a row may hold; 0: all"),
     "data.align": Field(
-        1, ALIGN, "segments of a row start at multiples of this; 0: 1, on TPU 16", auto=0
+        1, ALIGN, "prompts end and responses start at its multiples; 0: 1, on TPU 16 to 128", auto=0
     ),
     "data.first_bonus": Field(
         0.0, NOT_NEGATIVE, "added to the score of a record's first response; released: 0.01"

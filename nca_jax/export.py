@@ -42,6 +42,7 @@ from nca_jax.losses import LOSSES
 from nca_jax.model_config import ModelConfig
 from nca_jax.models import nf4
 from nca_jax.models.decoder import Model
+from nca_jax.models.formats.hf import fuses
 from nca_jax.models.formats.hf_export import DTYPES, write_hf
 from nca_jax.models.formats.merge import merge
 from nca_jax.models.formats.names import Param, param_shapes
@@ -123,6 +124,12 @@ def chosen_merge(config: ConfigDict, asked: str, dtype: str) -> str:
         raise UserError(
             f"--merge=none: {where} is an adapter too, so no folder has the base of this run's; "
             "give --merge=dequantised."
+        )
+    start = origin(config.model)
+    if asked == "none" and start is not None and fuses(start):
+        raise UserError(
+            f"--merge=none: {where} has q, k and v in one tensor, which peft adapts as one; give "
+            "--merge=dequantised."
         )
     if asked == "none" and dtype != "float32":
         raise UserError(

@@ -9,6 +9,7 @@ is its own loss: `needed` says what the work is, not what a program does.
 Axes: D width, N query heads, G kv heads, H head width, F MLP width, L layers, E experts.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -49,12 +50,14 @@ def forward_flops(config: ModelConfig, prompt_len: int, response_lens: Sequence[
       response_lens: tokens of each response; all of them are scored.
     """
     scored = sum(response_lens)
-    pairs = _attended(0, prompt_len, config.sliding_window)
-    for length in response_lens:
-        pairs += _attended(prompt_len, length, config.sliding_window)
+    pairs = 0
+    for window, num_layers in Counter(kind.window for kind in config.layer_kinds).items():
+        of_layer = _attended(0, prompt_len, window)
+        of_layer += sum(_attended(prompt_len, length, window) for length in response_lens)
+        pairs += num_layers * of_layer
     return Flops(
         trunk=2 * trunk_params(config) * (prompt_len + scored),
-        attention=4 * config.num_layers * config.num_heads * config.head_dim * pairs,
+        attention=4 * config.num_heads * config.head_dim * pairs,
         head=2 * head_params(config) * scored,
     )
 

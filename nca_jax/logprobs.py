@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from nca_jax.axes import ROWS, WIDTH, Params, constrain
 from nca_jax.batch import Rows
 from nca_jax.models.decoder import Model
+from nca_jax.models.logits import Logits, token_of
 
 PIECE = 16384  # columns of a head that is split, which a device has whole at once
 
@@ -33,7 +34,7 @@ def sequence_logps(
     """log pi(y|x) of every response in the rows, summed over its tokens.
 
     Args:
-      model: has `rows(params, rows, block=...)`, `head(params)` and `config.vocab_size`.
+      model: has `rows(params, rows, block=...)`, `head(params)` and `config`.
       rows: one micro-batch of the step, [R, T].
       shape: (B, K) of the step, which `rows.logp_slot` points into.
       block: tokens in an attention block.
@@ -68,7 +69,7 @@ def token_logps(
     scored = rows.logp_slot < num_slots  # the scored tokens come first
     num_chunks = -(-jnp.max(jnp.sum(scored, axis=1)) // chunk)
     logps = head_logps(
-        hidden, model.head(params), rows.logp_token, num_chunks, model.config.vocab_size, chunk
+        hidden, model.head(params), rows.logp_token, num_chunks, Logits.of(model.config), chunk
     )
     return jnp.where(scored, logps, 0.0)
 
@@ -78,10 +79,10 @@ def head_logps(
     head: jax.Array,
     tokens: jax.Array,
     num_chunks: jax.Array,
-    vocab_size: int,
+    to_logits: Logits,
     chunk: int,
 ) -> jax.Array:
-    """log softmax(hidden @ head)[tokens], [R, T]; what lies beyond `num_chunks` chunks is 0.
+    """log softmax(to_logits(hidden @ head))[tokens], [R, T]; beyond `num_chunks` chunks it is 0.
 
     Over a mesh each device does its own rows with the slice of D that it holds of the head. Left to
     the partitioner, the head's gradient would be whole on every device, or summed over devices in
@@ -90,7 +91,7 @@ def head_logps(
     """
 
     def of_rows(hidden, head, tokens, num_chunks):
-        return _chunked_logps(hidden, head, tokens, num_chunks, vocab_size, chunk)
+        return _chunked_logps(hidden, head, tokens, num_chunks, to_logits, chunk)
 
     if not _is_split():
         return of_rows(hidden, head, tokens, num_chunks)
@@ -139,31 +140,31 @@ def _to_slices(sums: jax.Array) -> jax.Array:
     return jax.lax.psum_scatter(sums, WIDTH, tiled=True) if _is_split() else sums
 
 
-def _plain_logps(hidden, head, tokens, num_chunks, vocab_size, chunk) -> jax.Array:
+def _plain_logps(hidden, head, tokens, num_chunks, to_logits, chunk) -> jax.Array:
     """`head_logps` of the rows that are here.
 
     The number of chunks is known at run time only, so that no chunk of filler is computed; hence
-    the gradient by hand: d logp = onehot(token) - softmax. A head that is trained wants the logits
-    again, when the gradient of each logp is known. Through one that is frozen a logp has the slope
-    (onehot - softmax) head^T, which needs no more than the logits that are there: no pass but this
-    one computes any.
+    the gradient by hand: d logp = onehot(token) - softmax, times the slope of `to_logits`. A head
+    that is trained wants the logits again, when the gradient of each logp is known. Through one
+    that is frozen a logp has the slope (onehot - softmax) head^T, which needs no more than the
+    logits that are there: no pass but this one computes any.
     """
-    return _with_totals(hidden, head, tokens, num_chunks, vocab_size, chunk)[0]
+    return _with_totals(hidden, head, tokens, num_chunks, to_logits, chunk)[0]
 
 
 _chunked_logps = jax.custom_vjp(_plain_logps, nondiff_argnums=(4, 5))
 
 
-def _forward(hidden, head, tokens, num_chunks, vocab_size, chunk):
+def _forward(hidden, head, tokens, num_chunks, to_logits, chunk):
     is_trained = head.perturbed
     hidden, head, tokens, num_chunks = (x.value for x in (hidden, head, tokens, num_chunks))
     if not is_trained:
-        return _with_slopes(hidden, head, tokens, num_chunks, vocab_size, chunk)
-    logps, log_totals = _with_totals(hidden, head, tokens, num_chunks, vocab_size, chunk)
+        return _with_slopes(hidden, head, tokens, num_chunks, to_logits, chunk)
+    logps, log_totals = _with_totals(hidden, head, tokens, num_chunks, to_logits, chunk)
     return logps, (hidden, head, tokens, num_chunks, log_totals)
 
 
-def _with_totals(hidden, head, tokens, num_chunks, vocab_size, chunk):
+def _with_totals(hidden, head, tokens, num_chunks, to_logits, chunk):
     """Returns the log-probabilities and the log-sum-exps, [R, T] each."""
     rest = head
     picked = log_totals = jnp.zeros(tokens.shape, jnp.float32)
@@ -172,7 +173,7 @@ def _with_totals(hidden, head, tokens, num_chunks, vocab_size, chunk):
 
         def one_chunk(i, carry, columns=columns, weights=weights):
             picked, log_totals = carry
-            logits = _logits(_chunk(hidden, i, chunk), weights, columns, vocab_size)  # [R, C, .]
+            logits = _logits(_chunk(hidden, i, chunk), weights, columns, to_logits)  # [R, C, .]
             here = _picked(logits, tokens, i, chunk, columns)
             log_total = jax.nn.logsumexp(logits, axis=-1)
             if columns.start:
@@ -185,24 +186,25 @@ def _with_totals(hidden, head, tokens, num_chunks, vocab_size, chunk):
     return picked - log_totals, log_totals
 
 
-def _with_slopes(hidden, head, tokens, num_chunks, vocab_size, chunk):
+def _with_slopes(hidden, head, tokens, num_chunks, to_logits, chunk):
     """Returns the log-probabilities [R, T] and their gradients with respect to `hidden`."""
     columns, weights = slice(0, head.shape[1]), _whole(head.astype(hidden.dtype))
 
     def one_chunk(i, carry):
         logps, slopes = carry
-        logits = _logits(_chunk(hidden, i, chunk), weights, columns, vocab_size)
+        logits = _logits(_chunk(hidden, i, chunk), weights, columns, to_logits)
         log_total = jax.nn.logsumexp(logits, axis=-1)
         logp = _picked(logits, tokens, i, chunk, columns) - log_total
         of_logits = _slopes_of_logits(logits, log_total, tokens, i, chunk, columns)
-        slope = _float32("rcv,dv->rcd", of_logits.astype(hidden.dtype), weights)
+        of_product = to_logits.slope(logits, of_logits).astype(hidden.dtype)
+        slope = _float32("rcv,dv->rcd", of_product, weights)
         return _put(logps, logp, i), _put(slopes, slope.astype(hidden.dtype), i)
 
     start = jnp.zeros(tokens.shape, jnp.float32), jnp.zeros_like(hidden)
     return jax.lax.fori_loop(0, num_chunks, one_chunk, start)
 
 
-def _backward(vocab_size, chunk, saved, grad_logps):
+def _backward(to_logits, chunk, saved, grad_logps):
     if isinstance(saved, jax.Array):  # slopes
         grad_hidden = grad_logps[..., None] * saved
         return grad_hidden.astype(saved.dtype), None, None, None
@@ -214,12 +216,13 @@ def _backward(vocab_size, chunk, saved, grad_logps):
         def one_chunk(i, carry, columns=columns, weights=weights):
             grad_hidden, grad_head = carry
             x = _chunk(hidden, i, chunk)
-            logits = _logits(x, weights, columns, vocab_size)
+            logits = _logits(x, weights, columns, to_logits)
             log_total = _chunk(log_totals, i, chunk)
-            grad_logits = _slopes_of_logits(logits, log_total, tokens, i, chunk, columns)
-            grad_logits = (grad_logits * _chunk(grad_logps, i, chunk)[..., None]).astype(x.dtype)
-            grad_x = _chunk(grad_hidden, i, chunk) + _float32("rcv,dv->rcd", grad_logits, weights)
-            return _put(grad_hidden, grad_x, i), grad_head + _float32("rcd,rcv->dv", x, grad_logits)
+            of_logits = _slopes_of_logits(logits, log_total, tokens, i, chunk, columns)
+            grad = to_logits.slope(logits, of_logits) * _chunk(grad_logps, i, chunk)[..., None]
+            grad = grad.astype(x.dtype)
+            grad_x = _chunk(grad_hidden, i, chunk) + _float32("rcv,dv->rcd", grad, weights)
+            return _put(grad_hidden, grad_x, i), grad_head + _float32("rcd,rcv->dv", x, grad)
 
         start = grad_hidden, jnp.zeros(weights.shape, jnp.float32)
         grad_hidden, grad_head = jax.lax.fori_loop(0, num_chunks, one_chunk, start)
@@ -244,12 +247,10 @@ def _float32(equation: str, *operands: jax.Array) -> jax.Array:
     return jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)
 
 
-def _logits(x: jax.Array, weights: jax.Array, columns: slice, vocab_size: int) -> jax.Array:
+def _logits(x: jax.Array, weights: jax.Array, columns: slice, to_logits: Logits) -> jax.Array:
     """[R, C, D] -> [R, C, columns] float32, padded columns far below every token."""
-    logits = constrain(_float32("rcd,dv->rcv", x, weights), None, None, "vocab")
-    if columns.stop <= vocab_size:
-        return logits
-    return jnp.where(_token_of(logits, columns) < vocab_size, logits, -1e30)
+    product = constrain(_float32("rcd,dv->rcv", x, weights), None, None, "vocab")
+    return to_logits(product, columns.start)
 
 
 def _picked(
@@ -276,8 +277,4 @@ def _is_token(
     tokens: jax.Array, i: jax.Array, chunk: int, logits: jax.Array, columns: slice
 ) -> jax.Array:
     """[R, C, columns] bool, never materialised: fused into the sum or product that reads it."""
-    return _token_of(logits, columns) == _chunk(tokens, i, chunk)[..., None]
-
-
-def _token_of(logits: jax.Array, columns: slice) -> jax.Array:
-    return columns.start + jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
+    return token_of(logits, columns.start) == _chunk(tokens, i, chunk)[..., None]

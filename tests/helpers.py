@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from nca_jax.data.encode import Encoder
 from nca_jax.infra.preemption import Stop
-from nca_jax.model_config import ModelConfig
+from nca_jax.model_config import LayerKind, Linear, LongRope, ModelConfig, Rope, Yarn, alike
 from nca_jax.models.formats import names
 from nca_jax.models.formats.hf import tensor_names
 
@@ -87,13 +87,74 @@ DENSE = ModelConfig(
     vocab_size=130, num_layers=3, width=32, num_heads=4, num_kv_heads=2, head_dim=6,
     mlp_width=10, norm_eps=1e-6, max_position=64, bos_id=1, eos_ids=(2,),
 )  # fmt: skip
+GEMMA = dataclasses.replace(
+    DENSE, norm_offset=True, norms="both", activation="gelu_tanh", attn_scale=9**-0.5,
+    embed_scale=32**0.5, tied_head=True,
+)  # fmt: skip
 CONFIGS = {
     "llama": dataclasses.replace(DENSE, tied_head=True),
-    "mistral": dataclasses.replace(DENSE, sliding_window=7),
+    "mistral": dataclasses.replace(DENSE, kinds=alike(window=7)),
     "qwen2": dataclasses.replace(DENSE, qkv_bias=True),
-    "qwen3": dataclasses.replace(DENSE, qk_norm=True),
+    "qwen3": dataclasses.replace(DENSE, qk_norm="head"),
     "mixtral": dataclasses.replace(DENSE, num_experts=3, experts_per_token=2),
-}
+    "qwen3_moe": dataclasses.replace(
+        DENSE, num_experts=3, experts_per_token=2, renormalise=False, qk_norm="head"
+    ),
+    "smollm3": dataclasses.replace(DENSE, kinds=(*alike(), LayerKind(rope=None)), tied_head=True),
+    "olmo2": dataclasses.replace(DENSE, norms="after", qk_norm="width"),
+    "olmo3": dataclasses.replace(
+        DENSE, norms="after", qk_norm="width",
+        kinds=(*alike(5e5, 7), LayerKind(rope=Rope(5e5, Yarn(4.0, 16, 0.9)))),
+    ),
+    "phi3": dataclasses.replace(
+        DENSE, kinds=(LayerKind(rope=Rope(1e4, LongRope((1.0, 2.0), (3.0, 4.0), 16, 1.2), 0.75)),)
+    ),
+    "granite": dataclasses.replace(
+        DENSE, embed_scale=12.0, attn_scale=0.2, residual_scale=0.22, logit_divisor=8.0
+    ),
+    "gemma2": dataclasses.replace(
+        GEMMA, kinds=(*alike(window=7), *alike()), attn_cap=5.0, logit_cap=6.0
+    ),
+    "gemma3_text": dataclasses.replace(
+        GEMMA, kinds=(*alike(1e3, 7) * 2, LayerKind(rope=Rope(1e4, Linear(8.0)))), qk_norm="head"
+    ),
+}  # fmt: skip
+OWN = {  # fields of config.json that other families have not got
+    "qwen3_moe": {
+        "num_experts": 3, "num_local_experts": None, "moe_intermediate_size": 10,
+        "norm_topk_prob": False,
+    },
+    "granite": {
+        "embedding_multiplier": 12, "attention_multiplier": 0.2, "residual_multiplier": 0.22,
+        "logits_scaling": 8,
+    },
+    "gemma2": {
+        "query_pre_attn_scalar": 9, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 6.0,
+    },
+    "gemma3_text": {
+        "query_pre_attn_scalar": 9, "rope_local_base_freq": 1e3, "layer_types": [
+            "sliding_attention", "sliding_attention", "full_attention",
+        ],
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
+    "olmo3": {
+        "rope_theta": 5e5, "layer_types": [
+            "sliding_attention", "full_attention", "sliding_attention",
+        ],
+        "rope_scaling": {
+            "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16,
+            "attention_factor": 0.9,
+        },
+    },
+    "phi3": {
+        "original_max_position_embeddings": 16, "partial_rotary_factor": 0.75,
+        "rope_scaling": {
+            "type": "longrope", "short_factor": [1.0, 2.0], "long_factor": [3.0, 4.0],
+            "attention_factor": 1.2,
+        },
+    },
+}  # fmt: skip
 
 
 def hf_json(model_type: str, config: ModelConfig) -> dict:
@@ -104,10 +165,11 @@ def hf_json(model_type: str, config: ModelConfig) -> dict:
         "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim, "rms_norm_eps": config.norm_eps, "rope_theta": 10000.0,
         "max_position_embeddings": config.max_position, "hidden_act": "silu",
-        "tie_word_embeddings": config.tied_head, "sliding_window": config.sliding_window or None,
+        "tie_word_embeddings": config.tied_head, "sliding_window": config.kinds[0].window or None,
         "num_local_experts": config.num_experts, "num_experts_per_tok": config.experts_per_token,
         "bos_token_id": config.bos_id, "eos_token_id": list(config.eos_ids),
-    }  # fmt: skip
+        "pad_token_id": config.pad_id,
+    } | OWN.get(model_type, {})  # fmt: skip
 
 
 def random_tensors(config: ModelConfig, naming: names.Naming, dtype=np.float32) -> dict:

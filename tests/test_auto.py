@@ -57,6 +57,23 @@ def test_precision_recomputation_blocks_and_rate_go_by_model_and_platform(
 
 
 @pytest.mark.parametrize(
+    ("row_len", "align"), [(0, 16), (8192, 16), (16384, 64), (24576, 128), (32768, 128)]
+)
+def test_on_a_tpu_segments_of_longer_rows_lie_at_larger_multiples(row_len, align):
+    assert chosen(f"data.row_len={row_len}", platform="tpu")["data.align"] == align
+
+
+def test_rows_that_are_too_long_for_splash_attention_are_refused_with_what_to_set():
+    flags = ("model.attention=splash", "data.row_len=32768", "data.block=512")
+    with pytest.raises(
+        UserError, match=r"larger multiples than config.data.align=64: .* 128 up to"
+    ):
+        build.build_for(jsonl(*flags, "data.align=64"), jax.devices())
+    model = build.build_for(jsonl(*flags, "data.align=128"), jax.devices()).model
+    assert (model.attention_kernel, model.align) == ("splash", 128)
+
+
+@pytest.mark.parametrize(
     ("sizes", "flags", "row_len"),
     [
         ([1300, 200], (), 1536),  # the longest, rounded up

@@ -19,8 +19,7 @@ from nca_jax.data.plan import causal_bound
 from nca_jax.evaluators import make_kl, repetition, score_responses, text_perplexity
 from nca_jax.infra.mesh import make_mesh
 from nca_jax.logprobs import sequence_logps
-from nca_jax.model_config import MODELS
-from nca_jax.models.attention.cached import cached
+from nca_jax.model_config import MODELS, LayerKind
 from nca_jax.models.decoder import Model
 from nca_jax.models.formats.pretrained import load_tokenizer
 from nca_jax.rollout import Response, read_response
@@ -65,11 +64,10 @@ def keys(seed: int = 0) -> jax.Array:
 def dense_logits(model: Model, params: dict, ids: jax.Array, key_on: jax.Array) -> jax.Array:
     """[T] int32, [T] bool -> [T, V]: one dense causal forward, no earlier state."""
     place = jnp.arange(len(ids))
-    mask = (place[:, None] >= place[None]) & key_on[None]
-    if model.config.sliding_window:
-        mask &= place[:, None] - place[None] < model.config.sliding_window
-    attend = cached(mask[None], jnp.int32(0))
-    hidden, _ = model.hidden(params, ids[None], place[None], attend, model.make_cache(1, len(ids)))
+    distance = (place[:, None] - place[None])[None]
+    attends = model.over_caches((distance >= 0) & key_on[None, None], distance, jnp.int32(0))
+    caches = model.make_caches(1, len(ids))
+    hidden, _ = model.hidden(params, ids[None], place[None], attends, caches)
     return model.logits(params, hidden)[0]
 
 
@@ -80,7 +78,11 @@ def uncached_logits(model: Model, params: dict, ids: list[int], key_on=True) -> 
     return np.asarray(dense_logits(model, params, np.pad(np.int32(ids), fill), on))[: len(ids)]
 
 
-@pytest.mark.parametrize("changes", [dict(), dict(sliding_window=5), dict(tied_head=True)], ids=str)
+# Three layers of two kinds.
+KINDS = dict(num_layers=3, kinds=(LayerKind(5), LayerKind(rope=None)), attn_cap=2.0, logit_cap=3.0)
+
+
+@pytest.mark.parametrize("changes", [dict(), KINDS, dict(tied_head=True)], ids=str)
 @pytest.mark.parametrize("scan_layers", [True, False])
 def test_greedy_tokens_are_those_of_an_uncached_forward(changes, scan_layers):
     model, params = tiny(**changes)

@@ -17,16 +17,16 @@ from nca_jax import export, train
 from nca_jax.checks import UserError
 from nca_jax.infra.checkpoint import restore_params
 from nca_jax.infra.mesh import host_mesh
-from nca_jax.model_config import MODELS, ModelConfig, RopeScaling
+from nca_jax.model_config import MODELS, LayerKind, ModelConfig, Rope, RopeScaling, alike
 from nca_jax.models.decoder import Model
 from nca_jax.models.formats import hf, hf_export, names
 from nca_jax.models.formats.pretrained import load_tokenizer
 
 STRETCHED = RopeScaling(8.0, 1.0, 4.0, 32)
 EXPORTED = CONFIGS | {
-    "llama3": dataclasses.replace(DENSE, rope_scaling=STRETCHED, rope_theta=5e5),
-    "qwen2 with a window": dataclasses.replace(CONFIGS["qwen2"], sliding_window=5),
-    "mixtral with a window": dataclasses.replace(CONFIGS["mixtral"], sliding_window=5),
+    "llama3": dataclasses.replace(DENSE, kinds=(LayerKind(rope=Rope(5e5, STRETCHED)),)),
+    "qwen2 with a window": dataclasses.replace(CONFIGS["qwen2"], kinds=alike(window=5)),
+    "mixtral with a window": dataclasses.replace(CONFIGS["mixtral"], kinds=alike(window=5)),
     "two ends, no bos": dataclasses.replace(DENSE, eos_ids=(2, 5), bos_id=None),
     "no end": dataclasses.replace(DENSE, eos_ids=()),
     "a reward model": dataclasses.replace(DENSE, num_labels=3, pad_id=2),
@@ -163,7 +163,7 @@ def test_an_origin_of_another_config_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"qk_norm": True}, {"num_experts": 4, "experts_per_token": 2}], ids=str
+    "changes", [{"qk_norm": "head"}, {"num_experts": 4, "experts_per_token": 2}], ids=str
 )
 def test_a_config_that_no_architecture_computes_is_refused(changes):
     config = dataclasses.replace(CONFIGS["qwen2"], **changes)

@@ -75,6 +75,14 @@ def test_a_merge_that_cannot_be_is_one_line(tmp_path, asked, dtype, message):
         export.chosen_merge(default_config(), asked, "float32")
 
 
+def test_adapters_on_parts_of_one_tensor_are_merged_alone(tmp_path):
+    """As `phi3` is the config of a `mistral`, but for what its folder calls the tensors."""
+    config = lora_config(str(write_family(tmp_path, "phi3")))
+    assert export.chosen_merge(config, "", "float32") == "dequantised"
+    with pytest.raises(UserError, match="--merge=none: .* has q, k and v in one tensor"):
+        export.chosen_merge(config, "none", "float32")
+
+
 PARITY = next(path for path in CONFIG_FILES if path.name == "torch_parity.py")
 RELEASE = next(path for path in CONFIG_FILES if path.name == "ultrafeedback.py")
 

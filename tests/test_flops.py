@@ -11,7 +11,7 @@ import pytest
 from nca_jax.chips import CHIPS
 from nca_jax.flops import forward_flops, head_params, mfu, needed_flops, trunk_params
 from nca_jax.infra.optim import merge_trained
-from nca_jax.model_config import MODELS
+from nca_jax.model_config import MODELS, alike
 from nca_jax.models.decoder import Model
 from nca_jax.models.formats import names
 from nca_jax.models.lora import Lora, split_adapters
@@ -26,13 +26,16 @@ def without_products(q, k, v, cache):
     return q + (k + v).repeat(groups, axis=2), cache
 
 
+ATTENDS = {0: without_products}
+
+
 @pytest.mark.parametrize(("passes", "is_gradient"), [(1, False), (3, True)])
 def test_the_trunk_is_what_xla_counts_in_an_unrolled_model(passes, is_gradient):
     model, num_tokens = Model(WIDE, scan_layers=False), 256
     tokens = jax.ShapeDtypeStruct((1, num_tokens), jnp.int32)
 
     def total(params, tokens):
-        return model.hidden(params, tokens, jnp.zeros_like(tokens), without_products)[0].sum()
+        return model.hidden(params, tokens, jnp.zeros_like(tokens), ATTENDS)[0].sum()
 
     run = jax.grad(total) if is_gradient else total
     compiled = jax.jit(run).lower(model.abstract_params(), tokens).compile()
@@ -49,7 +52,7 @@ def test_adapters_leave_the_trunk_two_passes_and_their_own_products():
 
     def total(adapters, base, tokens):
         params = merge_trained(adapters, base)
-        return model.hidden(params, tokens, jnp.zeros_like(tokens), without_products)[0].sum()
+        return model.hidden(params, tokens, jnp.zeros_like(tokens), ATTENDS)[0].sum()
 
     compiled = jax.jit(jax.grad(total)).lower(adapters, base, tokens).compile()
     needed = needed_flops(WIDE, num_tokens, [], adapters=model.adapter_params).trunk
@@ -78,7 +81,7 @@ def test_a_token_is_multiplied_with_the_experts_that_it_is_routed_to():
 
 @pytest.mark.parametrize("window", [0, 1, 5, 100])
 def test_attention_is_counted_over_the_pairs_that_may_attend(window):
-    config = dataclasses.replace(MODELS["tiny"], sliding_window=window)
+    config = dataclasses.replace(MODELS["tiny"], kinds=alike(window=window))
     prompt, responses = 7, [3, 1, 9]
     segment = np.repeat(range(4), [prompt, *responses])
     position = np.concatenate([np.arange(prompt), *(prompt + np.arange(n) for n in responses)])

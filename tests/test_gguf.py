@@ -9,16 +9,23 @@ import pytest
 from helpers import CONFIGS, assert_parts_equal_the_whole, random_tensors, read_all, write_hf
 
 from nca_jax.checks import UserError
+from nca_jax.model_config import alike
+from nca_jax.models.families.gemma2 import GEMMA2
 from nca_jax.models.formats import names, pretrained
 from nca_jax.models.formats.gguf import SPLITTERS, gguf_tokenizer, open_gguf
 
 TOKENS = [*"abcd 1", "Ġ", "Ġa", "ab", "Ċ", "<s>", "</s>", "<eot>"]
+OF_ARCH = CONFIGS | {
+    "qwen3moe": dataclasses.replace(CONFIGS["qwen3_moe"], renormalise=True),
+    "mixtral": CONFIGS["mistral"],
+    "gemma2": dataclasses.replace(CONFIGS["gemma2"], attn_scale=6**-0.5),
+}
 CHAT = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
 
 
 def write_gguf(path, arch="llama", *, change=None, extra=None, drop=(), pre="smollm"):
     """Writes a GGUF file as llama.cpp would, and returns the tensors before its permutation."""
-    config = CONFIGS["mistral" if arch == "mixtral" else arch]
+    config = OF_ARCH[arch]
     c = config
     writer = gguf.GGUFWriter(path, arch)
     numbers = {
@@ -27,6 +34,10 @@ def write_gguf(path, arch="llama", *, change=None, extra=None, drop=(), pre="smo
         f"{arch}.attention.head_count": c.num_heads,
         f"{arch}.attention.head_count_kv": c.num_kv_heads,
         f"{arch}.attention.key_length": c.head_dim, f"{arch}.attention.value_length": c.head_dim,
+        **({
+            f"{arch}.expert_count": c.num_experts, f"{arch}.expert_used_count": c.experts_per_token,
+            f"{arch}.expert_feed_forward_length": c.mlp_width,
+        } if c.num_experts else {}),
         f"{arch}.rope.dimension_count": c.head_dim, "tokenizer.ggml.bos_token_id": 10,
         "tokenizer.ggml.eos_token_id": 11, "tokenizer.ggml.eot_token_id": 12,
     } | (change or {})  # fmt: skip
@@ -36,6 +47,10 @@ def write_gguf(path, arch="llama", *, change=None, extra=None, drop=(), pre="smo
         else:
             writer.add_uint32(key, value)
     writer.add_layer_norm_rms_eps(c.norm_eps)
+    if arch == "gemma2":
+        writer.add_sliding_window(c.windows[-1])
+        writer.add_attn_logit_softcapping(c.attn_cap)
+        writer.add_final_logit_softcapping(c.logit_cap)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(TOKENS)
@@ -49,6 +64,10 @@ def write_gguf(path, arch="llama", *, change=None, extra=None, drop=(), pre="smo
         if arch == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
             heads = tensor.shape[0] // c.head_dim
             tensor = tensor.reshape(heads, 2, -1, c.width).swapaxes(1, 2).reshape(tensor.shape)
+        if arch == "gemma2" and name.endswith("norm.weight"):
+            tensor = tensor + 1
+        if name.endswith("_exps.weight"):  # all experts of a layer
+            tensor = tensor.reshape(c.num_experts, -1, tensor.shape[-1])
         if name.endswith("attn_output.weight"):
             tensor = tensor.astype(np.float16)
         if name == "blk.1.attn_v.weight":  # 32 columns are one block
@@ -66,20 +85,33 @@ def write_gguf(path, arch="llama", *, change=None, extra=None, drop=(), pre="smo
     return tensors
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "qwen3moe", "gemma2"])
 def test_a_gguf_file_reads_back_through_the_inverse_of_the_table(tmp_path, arch):
     path = tmp_path / "model.gguf"
     tensors = write_gguf(path, arch)
     config, params = open_gguf(path)
-    assert config == dataclasses.replace(CONFIGS[arch], bos_id=10, eos_ids=(11, 12))
-    values = read_all(params)
+    assert config == dataclasses.replace(OF_ARCH[arch], bos_id=10, eos_ids=(11, 12))
+    values, parts = read_all(params), {}
     for entry in names.entries(config):
         for place in np.ndindex(values[entry.path].shape[: len(entry.stacked)]):
             name = entry.gguf.format(**dict(zip(entry.stacked, place, strict=True)))
             tensor = names.to_tensor(entry, config, values[entry.path][place])
-            atol = 0.5 if name == "blk.1.attn_v.weight" else 0  # half a step of Q8_0 at 127
-            np.testing.assert_allclose(tensor, tensors[name], rtol=0, atol=atol, err_msg=name)
+            parts.setdefault(name, []).append(tensor)
+    assert parts.keys() == tensors.keys()
+    for name, expected in tensors.items():
+        atol = 0.5 if name == "blk.1.attn_v.weight" else 0  # half a step of Q8_0 at 127
+        found = np.concatenate(parts[name])
+        np.testing.assert_allclose(found, expected, rtol=0, atol=atol, err_msg=name)
     assert_parts_equal_the_whole(params)
+
+
+def test_gemma_2_of_27b_divides_scores_by_another_root():
+    """Of google/gemma-2-27b; the metadata do not say it."""
+    sizes = {"kinds": alike(), "num_layers": 46, "width": 4608, "num_heads": 32, "head_dim": 128}
+    found = GEMMA2.gguf.read(lambda key, *check, default: default, sizes)
+    assert found["attn_scale"] == 144**-0.5
+    assert (found["attn_cap"], found["logit_cap"]) == (50, 30)
+    assert [kind.window for kind in found["kinds"]] == [4096, 0]
 
 
 def test_what_is_not_quantised_keeps_its_dtype(tmp_path):
@@ -100,6 +132,11 @@ def test_what_is_not_quantised_keeps_its_dtype(tmp_path):
     [
         ("mixtral", {}, "architecture 'mixtral'"),
         ("llama", {"change": {"llama.expert_count": 8}}, "expert_count"),
+        (
+            "qwen3moe",
+            {"change": {"qwen3moe.expert_used_count": 4}},
+            "4 is more than expert_count 3",
+        ),
         ("llama", {"change": {"llama.rope.scaling.type": "yarn"}}, "rope.scaling.type"),
         ("llama", {"extra": {"rope_freqs.weight": np.ones(3, np.float32)}}, "rope_freqs.weight"),
         ("llama", {"change": {"llama.rope.dimension_count": 4}}, "rope.dimension_count"),

@@ -1,6 +1,7 @@
 """Packed rows with shared prompts give what K separate rows with full logits give."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +19,9 @@ from nca_jax.data.plan import causal_bound
 from nca_jax.infra.compiler import compiler_options
 from nca_jax.infra.mesh import make_mesh
 from nca_jax.logprobs import sequence_logps
-from nca_jax.model_config import MODELS
-from nca_jax.models.attention.cached import cached
+from nca_jax.model_config import MODELS, LayerKind, Rope, alike
 from nca_jax.models.decoder import Model
+from nca_jax.models.logits import Logits
 
 BLOCK, CHUNK, ROW_LEN = 16, 8, 128
 LAYOUT = RowLayout(ROW_LEN, rows=2, block=BLOCK, num_pairs=causal_bound(ROW_LEN, BLOCK), align=1)
@@ -63,13 +64,11 @@ def plain_logps(model: Model, params: dict, groups: list[Group], k: int = 3) -> 
         scored[i, len(prompt) - 1 : len(prompt) + len(response) - 1] = True
         key_on[i, : len(prompt) + len(response)] = np.concatenate(pairs_on[i])
     place = jnp.arange(length)
-    mask = place[:, None] >= place[None]
-    if model.config.sliding_window:
-        mask &= place[:, None] - place[None] < model.config.sliding_window
-    attend = cached(mask[None] & key_on[:, None], jnp.int32(0))
+    distance = (place[:, None] - place[None])[None]
+    attends = model.over_caches((distance >= 0) & key_on[:, None], distance, jnp.int32(0))
     positions = jnp.broadcast_to(place[None], ids.shape)
-    cache = model.make_cache(*ids.shape)
-    hidden, _ = model.hidden(params, jnp.asarray(ids), positions, attend, cache)
+    caches = model.make_caches(*ids.shape)
+    hidden, _ = model.hidden(params, jnp.asarray(ids), positions, attends, caches)
     logps = jax.nn.log_softmax(model.logits(params, hidden), axis=-1)[:, :-1]
     picked = jnp.take_along_axis(logps, jnp.asarray(ids)[:, 1:, None], axis=2)[..., 0]
     sums = jnp.sum(picked, axis=1, where=scored)
@@ -90,13 +89,19 @@ def model_of(name: str, **changes) -> Model:
     return Model(config)
 
 
+FEATURES = dict(  # all that Llama has not, in three layers of two kinds
+    num_layers=3, kinds=(LayerKind(7, Rope(1e3)), LayerKind(rope=None)), norm_offset=True,
+    norms="both", qk_norm="width", attn_scale=0.3, attn_cap=2.0, activation="gelu_tanh",
+    embed_scale=5.0, residual_scale=0.6, logit_divisor=0.5, logit_cap=3.0,
+)  # fmt: skip
 VARIANTS = {
     "plain": dict(),
-    "window": dict(sliding_window=7),
+    "window": dict(kinds=alike(window=7)),
     "tied": dict(tied_head=True),
     "bias": dict(qkv_bias=True),
-    "qk_norm": dict(qk_norm=True),
+    "qk_norm": dict(qk_norm="head"),
     "moe": dict(),
+    "features": FEATURES,
     "keys off": dict(),
 }
 
@@ -127,6 +132,66 @@ def test_packed_shared_rows_equal_separate_rows_in_value_and_gradient(variant):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
 
 
+@pytest.mark.slow
+def test_layers_of_two_kinds_are_the_same_unrolled_and_run_again():
+    kinds = {name: FEATURES[name] for name in ("num_layers", "kinds")}
+    base = model_of("kinds", **kinds)
+    params = base.init(jax.random.key(0))
+    groups = make_groups(RAGGED[:2], seed=1, vocab_size=base.config.vocab_size)
+
+    def gradient(**how) -> dict:
+        model = dataclasses.replace(base, **how)
+        return jax.jit(jax.grad(lambda params: packed_logps(model, params, groups).sum()))(params)
+
+    want = gradient()
+    for got in (gradient(scan_layers=False), gradient(remat="full")):
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
+
+
+@pytest.mark.parametrize(
+    ("axes", "is_trained"),
+    [
+        ({}, True),
+        ({}, False),
+        pytest.param({"fsdp": 4}, True, marks=pytest.mark.slow),
+        pytest.param({"fsdp": 2, "tensor": 2}, True, marks=pytest.mark.slow),
+        pytest.param({"fsdp": 2, "tensor": 2}, False, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_the_gradient_by_hand_goes_through_the_divisor_and_the_cap(monkeypatch, axes, is_trained):
+    length, width, vocab, columns = 16, 8, 90, 96  # several pieces where a head is split
+    monkeypatch.setattr(logprobs, "PIECE", 32)
+    sizes = dict.fromkeys(MESH_AXES, 1) | axes
+    mesh = make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, vocab, (4, length))
+    weights, hidden, head = (
+        rng.normal(size=shape).astype(np.float32)
+        for shape in ((4, length), (4, length, width), (width, columns))
+    )
+
+    def by_hand(hidden, head):
+        logits = Logits(vocab, divisor=0.5, cap=3.0)
+        logps = logprobs.head_logps(hidden, head, tokens, jnp.int32(2), logits, 8)
+        return jnp.sum(weights * logps)
+
+    def plainly(hidden, head):
+        logits = 3.0 * jnp.tanh(hidden @ head[:, :vocab] / 0.5 / 3.0)
+        logps = jax.nn.log_softmax(logits)
+        return jnp.sum(weights * jnp.take_along_axis(logps, tokens[..., None], axis=2)[..., 0])
+
+    of = (0, 1) if is_trained else (0,)
+    want = jax.value_and_grad(plainly, argnums=of)(hidden, head)
+    with jax.set_mesh(mesh):
+        specs = NamedSharding(mesh, P("fsdp")), NamedSharding(mesh, P("fsdp", "tensor"))
+        grad = jax.jit(jax.value_and_grad(by_hand, argnums=of), in_shardings=specs)
+        got = grad(*map(jax.device_put, (hidden, head), specs))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
 def test_no_array_of_tokens_by_vocabulary_exists_forward_or_backward():
     model = model_of("plain")
     params = model.init(jax.random.key(0))
@@ -155,7 +220,7 @@ def test_a_frozen_head_gives_the_same_gradient_by_half_the_products():
     weights = jax.random.normal(keys[3], (2, length))
 
     def total(hidden, head):
-        logps = logprobs.head_logps(hidden, head, tokens, jnp.int32(3), vocab - 2, chunk)
+        logps = logprobs.head_logps(hidden, head, tokens, jnp.int32(3), Logits(vocab - 2), chunk)
         return jnp.sum(weights * logps)
 
     value, (of_hidden, _) = jax.value_and_grad(total, argnums=(0, 1))(hidden, head)
@@ -176,7 +241,7 @@ def test_the_head_keeps_three_chunks_of_logits_at_most_and_its_gradient(tensor):
     mesh = make_mesh(sizes, jax.devices()[:tensor])
 
     def total(hidden, head, tokens, num_chunks):
-        logps = logprobs.head_logps(hidden, head, tokens, num_chunks, vocab, chunk)
+        logps = logprobs.head_logps(hidden, head, tokens, num_chunks, Logits(vocab), chunk)
         return jnp.sum(logps)
 
     shapes = [(1, length, width), (width, vocab), (1, length), ()]
@@ -206,7 +271,7 @@ def test_a_split_head_is_never_whole_on_a_device_and_gives_the_numbers_of_a_whol
     )
 
     def total(hidden, head, tokens, num_chunks):
-        logps = logprobs.head_logps(hidden, head, tokens, num_chunks, vocab, 16)
+        logps = logprobs.head_logps(hidden, head, tokens, num_chunks, Logits(vocab), 16)
         return jnp.sum(weights * logps), logps
 
     def numbers(piece: int) -> tuple:

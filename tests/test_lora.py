@@ -25,13 +25,17 @@ from nca_jax.flags import parse_flags
 from nca_jax.infra.mesh import make_mesh, param_shardings
 from nca_jax.infra.optim import make_optimizer, merge_trained
 from nca_jax.logprobs import token_logps
-from nca_jax.model_config import MODELS, TARGETS
+from nca_jax.model_config import MODELS, TARGETS, alike
 from nca_jax.models.decoder import Model
 from nca_jax.models.lora import Lora, split_adapters
 from nca_jax.train_step import Frozen, TrainState, make_train_step
 
-TINY = dataclasses.replace(MODELS["tiny"], qkv_bias=True, qk_norm=True, mlp_width=96)
+TINY = dataclasses.replace(MODELS["tiny"], qkv_bias=True, qk_norm="head", mlp_width=96)
 MOE = MODELS["tiny_moe"]
+KINDS = dataclasses.replace(
+    TINY, num_layers=3, kinds=(*alike(window=5), *alike()), norms="both", norm_offset=True,
+    attn_cap=2.0, logit_cap=3.0,
+)  # fmt: skip
 DENSE_TARGETS = tuple(name for name in TARGETS if name != "router")
 CASES = {
     "all": (TINY, Lora(4, 8.0, DENSE_TARGETS)),
@@ -39,6 +43,7 @@ CASES = {
     "dora": (TINY, Lora(4, 8.0, DENSE_TARGETS, dora=True)),
     "experts and router": (MOE, Lora(4, 8.0, TARGETS)),
     "dora beside experts": (MOE, Lora(4, 8.0, ("q", "o", "router"), dora=True)),
+    "layers of two kinds": (KINDS, Lora(4, 8.0, DENSE_TARGETS)),
 }
 SLOW = pytest.mark.slow
 

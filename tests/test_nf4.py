@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from helpers import assert_parts_equal_the_whole, write_hf
 from safetensors.numpy import load_file, save_file
-from test_lora import logps, random_adapters, shapes_made
+from test_lora import KINDS, logps, random_adapters, shapes_made
 
 from nca_jax import build
 from nca_jax.aot import prepare_train
@@ -165,16 +165,23 @@ def quantised(config: ModelConfig) -> tuple[dict, dict]:
     return nest_paths(codes), nest_paths(values)
 
 
-@pytest.mark.parametrize("name", ["tiny", pytest.param("tiny_moe", marks=pytest.mark.slow)])
-def test_a_model_of_4_bits_is_that_of_their_values_to_the_gradient_of_its_adapters(name):
-    model = Model(MODELS[name], Lora(4, 8.0, ("q", "o", "gate", "down")), remat="full")
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(MODELS["tiny"], id="dense"),
+        pytest.param(MODELS["tiny_moe"], id="experts", marks=pytest.mark.slow),
+        pytest.param(KINDS, id="kinds", marks=pytest.mark.long),
+    ],
+)
+def test_a_model_of_4_bits_is_that_of_their_values_to_the_gradient_of_its_adapters(config):
+    model = Model(config, Lora(4, 8.0, ("q", "o", "gate", "down")), remat="full")
     adapters, _ = split_adapters(model.init(jax.random.key(1)))
     adapters = random_adapters(adapters)
 
     def loss(adapters, base):
         return jnp.sum(logps(model, merge_trained(adapters, base)))
 
-    of_codes, of_values = (jax.jit(jax.grad(loss))(adapters, x) for x in quantised(MODELS[name]))
+    of_codes, of_values = (jax.jit(jax.grad(loss))(adapters, x) for x in quantised(config))
     jax.tree.map(np.testing.assert_array_equal, of_codes, of_values)
 
 

@@ -21,7 +21,6 @@ from nca_jax.flags import parse_flags
 from nca_jax.losses import LOSSES, Responses
 from nca_jax.losses.likelihood import num_tokens
 from nca_jax.model_config import MODELS
-from nca_jax.models.attention.cached import cached
 from nca_jax.models.decoder import Model
 from nca_jax.train_step import make_step_logps
 
@@ -128,9 +127,10 @@ def test_packed_log_probabilities_are_those_of_the_scored_tokens_alone(tokenizer
     for b, text in enumerate(texts):
         ids[b, : len(text)] = text
     place = jnp.arange(ids.shape[1])
-    attend = cached((place[:, None] >= place[None])[None], jnp.int32(0))
+    distance = (place[:, None] - place[None])[None]
+    attends = model.over_caches(distance >= 0, distance, jnp.int32(0))
     positions = jnp.broadcast_to(place[None], ids.shape)
-    hidden, _ = model.hidden(params, ids, positions, attend, model.make_cache(*ids.shape))
+    hidden, _ = model.hidden(params, ids, positions, attends, model.make_caches(*ids.shape))
     logps = jax.nn.log_softmax(model.logits(params, hidden))
     for b, group in enumerate(groups):
         at = len(group.prompt) + np.flatnonzero(group.scored[0])

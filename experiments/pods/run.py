@@ -63,6 +63,9 @@ ADAPTED = (
     ("nf4", "mixtral_8x7b", "v5e:2x4"),
     ("nf4", "mixtral_8x7b", "v6e:2x4"),
 )
+# T of rows, each a prompt of T / 16 tokens (2048 of 32768) with 8 responses of 7 T / 64 (3584).
+ROW_LENS = {4096: 16, 8192: 16, 16384: 64, 32768: 128}  # data.align
+LONG_ROWS = ("v5p:4x4x4", "v6e:8x8")
 HOSTS = ("v5e:2x4", "v6e:2x4")
 ON_A_HOST = ("smollm2_135m", "qwen3_0_6b", "mistral_7b", "llama3_8b")
 
@@ -109,6 +112,22 @@ def cells() -> list[Cell]:
         Cell(f"host-{model}-{topology}", model, "live", topology, flags=SIZES, config=OWN_RECORDS)
         for topology in HOSTS
         for model in ON_A_HOST
+    ]
+    table += [
+        Cell(
+            f"rows-{row_len}-qwen3_8b-{topology}",
+            "qwen3_8b",
+            "cached",
+            topology,
+            flags=(
+                *("--config.mesh.data=2", "--config.data.num_responses=8"),
+                *(f"--config.data.row_len={row_len}", f"--config.data.align={align}"),
+                f"--config.data.max_prompt_len={row_len // 16}",
+                f"--config.data.max_response_len={7 * row_len // 64}",
+            ),
+        )
+        for topology in LONG_ROWS
+        for row_len, align in ROW_LENS.items()
     ]
     lora = ("--config.reference.kind=base", "--config.lora.rank=16")
     attention = (
@@ -243,7 +262,8 @@ def plot(reports: dict[str, dict], out: Path) -> None:
     series: dict[tuple[str, str], list[tuple]] = {}
     for cell in cells():
         report = reports.get(cell.name)
-        is_series = cell.programs == ("train",) and not cell.name.startswith(("choice", "host"))
+        others = ("choice", "host", "rows")
+        is_series = cell.programs == ("train",) and not cell.name.startswith(others)
         if report is None or not is_series or cell.num_slices > 1:
             continue
         program = report["programs"]["train"]

@@ -23,7 +23,7 @@ class RowLayout:
     rows: int  # R, rows in a micro-batch
     block: int  # attention block
     num_pairs: int  # P, live block pairs that a row may hold
-    align: int  # segments start at multiples of this
+    align: int  # prompts end and responses start at multiples of this
 
 
 @dataclass
@@ -79,12 +79,18 @@ def pack(
 
 
 def segment_spans(lengths: Sequence[int], start: int, align: int) -> list[plan.Span]:
-    """Returns the spans of segments laid out from `start` on, each at a multiple of `align`."""
-    spans = []
-    for length in lengths:
-        start = -(-start // align) * align
-        spans.append((start, start + length))
-        start += length
+    """Returns the spans of a prompt and its responses, laid out from `start` on.
+
+    The prompt ends, and each response starts, at a multiple of `align`: so places in the row are as
+    far apart as positions are, but for what lies between the prompt and the response.
+    """
+    prompt, *responses = lengths
+    end = -(-(start + prompt) // align) * align
+    spans = [(end - prompt, end)]
+    for length in responses:
+        start = -(-end // align) * align
+        end = start + length
+        spans.append((start, end))
     return spans
 
 
@@ -118,8 +124,8 @@ def _assign(lengths: list[list[int]], layout: RowLayout) -> list[_Row]:
     rows: list[_Row] = []
     filled: list[tuple[int, int]] = []  # (end, -index) of each row, ascending
     for g in by_size:
-        size = segment_spans(lengths[g], 0, align)[-1][1]
-        latest = (t - size) // align * align  # where the group may begin
+        (_, prompt_end), *_, (_, end) = segment_spans(lengths[g], 0, align)
+        latest = (t - (end - prompt_end)) // align * align - lengths[g][0]  # where it may begin
         for at in range(bisect.bisect_right(filled, (latest, 0)) - 1, -1, -1):
             r = -filled[at][1]
             if _put(rows[r], g, lengths[g], layout):

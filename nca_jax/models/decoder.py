@@ -18,13 +18,15 @@ from jax.ad_checkpoint import checkpoint_name
 
 from nca_jax.axes import HOST_MEMORY, Params, constrain, flatten_paths, nest_paths
 from nca_jax.batch import Rows
-from nca_jax.model_config import ModelConfig
+from nca_jax.model_config import LayerKind, ModelConfig
 from nca_jax.models import grouped, nf4
 from nca_jax.models.attention import cached, pairs, splash
-from nca_jax.models.attention.attend import ATTENDED, KEPT, Attend, Cache
+from nca_jax.models.attention.attend import ATTENDED, KEPT, Attend, Attends, Cache, Caches
 from nca_jax.models.layers import Attention, Kernel, Mlp, RMSNorm
+from nca_jax.models.logits import Logits
 from nca_jax.models.lora import Lora, split_adapters
 from nca_jax.models.moe import Mix, Moe, dense
+from nca_jax.models.rope import rotate, sequence_lengths
 
 INPUT = "input"  # the name of what comes into a layer
 ADAPTERS = 2**32 - 1  # folded into the key of adapters: no count of the base's numbers
@@ -44,26 +46,39 @@ REMAT = {  # what the backward pass keeps of a layer, from fastest to leanest
 
 
 class Layer(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); or x + norm(attention(x)), or both norms."""
 
     def __init__(self, config: ModelConfig, lora: Lora | None, mix: Mix, rngs: nnx.Rngs):
-        self.attn_norm = RMSNorm(config.width, config.norm_eps)
+        def norm(where: str) -> RMSNorm | None:
+            return RMSNorm(config, config.width) if config.norms in (where, "both") else None
+
+        self.attn_norm, self.attn_post_norm = norm("before"), norm("after")
         self.attn = Attention(config, lora, rngs)
-        self.mlp_norm = RMSNorm(config.width, config.norm_eps)
+        self.mlp_norm, self.mlp_post_norm = norm("before"), norm("after")
         if config.num_experts:
             self.moe = Moe(config, lora, rngs, mix)
         else:
             self.mlp = Mlp(config, lora, rngs)
         self.sparse = bool(config.num_experts)
+        self.residual_scale = config.residual_scale
 
     def __call__(
-        self, x: jax.Array, positions: jax.Array, attend: Attend, cache: Cache | None
+        self, x: jax.Array, attend: Attend, cache: Cache | None
     ) -> tuple[jax.Array, Cache | None]:
-        """[R, T, D] and positions [R, T] -> [R, T, D]."""
-        y, cache = self.attn(self.attn_norm(x), positions, attend, cache)
-        x = constrain(x + y, "rows", None, None)
+        """[R, T, D] -> [R, T, D]."""
+        y = x if self.attn_norm is None else self.attn_norm(x)
+        y, cache = self.attn(y, attend, cache)
+        x = self._add(x, y, self.attn_post_norm)
+        y = x if self.mlp_norm is None else self.mlp_norm(x)
         feed_forward = self.moe if self.sparse else self.mlp
-        return constrain(x + feed_forward(self.mlp_norm(x)), "rows", None, None), cache
+        return self._add(x, feed_forward(y), self.mlp_post_norm), cache
+
+    def _add(self, x: jax.Array, y: jax.Array, norm: RMSNorm | None) -> jax.Array:
+        if norm is not None:
+            y = norm(y)
+        if self.residual_scale != 1:  # a number that bfloat16 does not have
+            y = (y.astype(jnp.float32) * self.residual_scale).astype(y.dtype)
+        return constrain(x + y, "rows", None, None)
 
 
 class Embed(nnx.Module):
@@ -87,7 +102,7 @@ class Decoder(nnx.Module):
         split = nnx.split_rngs(splits=config.num_layers)
         make_layers = split(nnx.vmap(functools.partial(Layer, config, lora, mix)))
         self.layers = make_layers(rngs)
-        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.norm = RMSNorm(config, config.width)
         if config.num_labels:
             self.score = Score(config)
         elif not config.tied_head:
@@ -111,7 +126,7 @@ class Model:
       scan_layers: one compiled layer run L times, or L layers unrolled over the same params.
       attention_kernel: of packed rows: "pairs" (XLA, any platform) or "splash" (Pallas, for TPU).
       expert_kernel: "dense" (XLA, any platform) or "grouped" (Pallas, for TPU).
-      align: for splash, what the segments' starts in a row are multiples of.
+      align: for splash, what segments of a row lie at multiples of, see `data.pack`.
       splash_blocks: for splash, see `splash.parse_blocks`.
       interpret: run Pallas kernels in Python, where there is no TPU.
     """
@@ -219,41 +234,66 @@ class Model:
         params: Params,
         tokens: jax.Array,
         positions: jax.Array,
-        attend: Attend,
-        cache: Cache | tuple[Cache, ...] | None = None,
-    ) -> tuple[jax.Array, Cache | tuple[Cache, ...] | None]:
-        """[R, T] int32 tokens and positions -> ([R, T, D] in `dtype`, the cache with [L, ...])."""
+        attends: Attends,
+        caches: Caches | None = None,
+        *,
+        lengths: jax.Array | None = None,
+    ) -> tuple[jax.Array, Caches | None]:
+        """[R, T] int32 tokens and positions -> ([R, T, D] in `dtype`, the caches of `make_caches`).
+
+        `lengths`, [R, T] or [R, 1] int32, are what `rope.sequence_lengths` says; a model without
+        LongRope needs none.
+
+        What is looked up is multiplied with `config.embed_scale` in the dtype of activations,
+        whatever that of the table: a policy in float32 and its reference in bfloat16 round it
+        alike, as do models that run in the dtype of their file.
+        """
         decoder = self._merge(params)
         # Each device looks all tokens of its group up in its own slice of D, then gives its part of
         # other devices' rows away: the table is gathered nowhere. Cast after the look-up, so that
         # the gradient is summed in float32.
         tokens = constrain(tokens, "groups", None)
         x = constrain(decoder.embed.table[...][tokens], "groups", None, "width")
-        x = constrain(x.astype(self.dtype), "groups", None, "width")
+        x = x.astype(self.dtype)
+        if self.config.embed_scale != 1:
+            x *= jnp.asarray(self.config.embed_scale, self.dtype)
+        x = constrain(x, "groups", None, "width")
         x = constrain(x, "rows", None, None)
         graph, layers = nnx.split(decoder.layers)
 
-        def layer(x, layer_and_cache):
-            state, layer_cache = layer_and_cache
+        def attend_as(kind: LayerKind) -> Attend:
+            turn = functools.partial(rotate, positions=positions, rope=kind.rope, lengths=lengths)
+            return lambda q, k, v, cache: attends[kind.window](turn(q), turn(k), v, cache)
+
+        # One layer is compiled, whatever the kinds: parameters go through the scan as they are
+        # kept, so that their gradients are added up in place, and attention alone is chosen in it.
+        by_layer = self.config.layer_kinds
+        kinds = list(dict.fromkeys(by_layer))
+        ways = [attend_as(kind) for kind in kinds]
+        which = jnp.array([kinds.index(kind) for kind in by_layer]) if len(kinds) > 1 else None
+
+        def layer(x, of_layer):
+            state, way, cache = of_layer
             if self.grad_dtype != jnp.float32:
                 state = jax.tree_util.tree_map_with_path(self._in_grad_dtype, state)
             x = checkpoint_name(x, INPUT)
-            return nnx.merge(graph, state)(x, positions, attend, layer_cache)
+            attend = ways[0] if way is None else functools.partial(jax.lax.switch, way, ways)
+            return nnx.merge(graph, state)(x, attend, cache)
 
         if self.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT[self.remat], prevent_cse=False)
-        if self.scan_layers or cache is None:
+        if self.scan_layers or caches is None:
             # Unrolled too, a scan stacks the layers' gradients in place.
             unroll = 1 if self.scan_layers else self.config.num_layers
-            x, cache = jax.lax.scan(layer, x, (layers, cache), unroll=unroll)
+            x, caches = jax.lax.scan(layer, x, (layers, which, caches), unroll=unroll)
         else:
-            caches = []
-            for i, layer_cache in enumerate(cache):
-                of_layer = jax.tree.map(lambda p, i=i: p[i], layers)
-                x, layer_cache = layer(x, (of_layer, layer_cache))
-                caches.append(layer_cache)
-            cache = tuple(caches)
-        return decoder.norm(x), cache
+            after = []
+            for i, cache in enumerate(caches):
+                of_layer = jax.tree.map(lambda p, i=i: p[i], (layers, which))
+                x, cache = layer(x, (*of_layer, cache))
+                after.append(cache)
+            caches = tuple(after)
+        return decoder.norm(x), caches
 
     def _in_grad_dtype(self, path: tuple, param: jax.Array) -> jax.Array:
         """A layer's parameter, which has the dtype that its gradient is to come in.
@@ -271,22 +311,44 @@ class Model:
 
     def rows(self, params: Params, rows: Rows[jax.Array], *, block: int) -> jax.Array:
         """[R, T, D]: the hidden states of packed rows, attention in blocks of `block` tokens."""
-        num_blocks = rows.tokens.shape[1] // block
+        packed = pairs.packed
         if self.attention_kernel == "splash":
-            attend = splash.packed(
-                rows,
-                num_blocks=num_blocks,
+            packed = functools.partial(
+                splash.packed,
                 align=self.align,
                 blocks=self.splash_blocks,
                 interpret=self.interpret,
             )
-        else:
-            window = self.config.sliding_window
-            attend = pairs.packed(rows, sliding_window=window, num_blocks=num_blocks)
-        return self.hidden(params, rows.tokens, rows.positions, attend)[0]
+        attends = {
+            window: packed(
+                rows,
+                num_blocks=rows.tokens.shape[1] // block,
+                scale=self.config.score_scale,
+                window=window,
+                cap=self.config.attn_cap,
+            )
+            for window in self.config.windows
+        }
+        lengths = sequence_lengths(rows) if self.config.has_longrope else None
+        return self.hidden(params, rows.tokens, rows.positions, attends, lengths=lengths)[0]
 
-    def make_cache(self, num_rows: int, num_slots: int) -> Cache | tuple[Cache, ...]:
-        """An empty key-value cache: one of `cached.empty_cache` a layer.
+    def over_caches(self, mask: jax.Array, distance: jax.Array, write_at: jax.Array) -> Attends:
+        """Returns attention over the caches.
+
+        Args:
+          mask: which slots each query may see after the write, were there no window, [R, T, S].
+          distance: how many positions a slot lies behind a query, [R, T, S] or what broadcasts.
+          write_at: see `cached.cached`.
+        """
+        c = self.config
+        seen = {window: mask & (distance < window) if window else mask for window in c.windows}
+        return {
+            window: cached.cached(seen, write_at, scale=c.score_scale, cap=c.attn_cap)
+            for window, seen in seen.items()
+        }
+
+    def make_caches(self, num_rows: int, num_slots: int) -> Caches:
+        """Empty key-value caches: one of `cached.empty_cache` a layer.
 
         Scanned layers have theirs stacked on a leading L axis. Unrolled layers have their own
         arrays, so that a new token is written in place.
@@ -298,8 +360,7 @@ class Model:
         return tuple(jax.tree.map(jnp.zeros_like, one) for _ in range(c.num_layers))
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
-        """[..., D] -> [..., V] float32, padded columns at -inf: for decoding, a token at a time."""
+        """[..., D] -> [..., V] float32, see `Logits`: for decoding, a token at a time."""
         head = self.head(params).astype(self.dtype)
-        logits = jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=jnp.float32)
-        real = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-        return jnp.where(real < self.config.vocab_size, logits, -jnp.inf)
+        product = jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=jnp.float32)
+        return Logits.of(self.config)(product)

@@ -1,4 +1,4 @@
-"""The layers of a decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+"""The layers of a decoder: RMSNorm, grouped-query attention, a gated MLP.
 
 Axes: R rows, T tokens, V padded vocabulary, D width, N query heads, G kv heads, H head width,
       F MLP width. Parameters are cast to the activations' dtype where used.
@@ -8,7 +8,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
@@ -104,44 +103,24 @@ class Projection(Linear):
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale over the last axis, in float32."""
+    """x / rms(x) * scale over the last axes, in float32; * (1 + scale) where the config says so.
 
-    def __init__(self, width: int, eps: float):
-        self.scale, self.eps = nnx.Param(jnp.ones(width)), eps
+    Args:
+      shape: of those axes.
+    """
+
+    def __init__(self, config: ModelConfig, *shape: int):
+        self.has_offset, self.eps = config.norm_offset, config.norm_eps
+        self.scale = nnx.Param(jnp.zeros(shape) if self.has_offset else jnp.ones(shape))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x.astype(jnp.float32)
-        y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        scale = self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))
+        y, scale = x.astype(jnp.float32), self.scale[...]
+        axes = tuple(range(-scale.ndim, 0))
+        y *= jax.lax.rsqrt(jnp.mean(y * y, axis=axes, keepdims=True) + self.eps)
+        if self.has_offset:
+            scale = 1 + scale.astype(jnp.float32)
+        scale = scale.reshape((1,) * (x.ndim - scale.ndim) + scale.shape)
         return (y * scale).astype(x.dtype)
-
-
-def rotary_frequencies(config: ModelConfig) -> np.ndarray:
-    """[H / 2] float32 radians a position: theta^(-2i/H), stretched as Llama 3 does where asked.
-
-    Made on the host, each step rounded to float32 as where the models were trained: at position
-    4000 one rounding of a frequency is 2e-4 radians.
-    """
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    powers = (config.rope_theta ** exponents.astype(np.float64)).astype(np.float32)
-    freqs = np.float32(1) / powers
-    scaling = config.rope_scaling
-    if scaling is None:
-        return freqs
-    # Long wavelengths are slowed by `factor`, short ones kept, those between blended linearly in
-    # the number of turns over the original context.
-    turns = scaling.original_max_position / (np.float32(2 * math.pi) / freqs)
-    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    keep = np.clip(keep, 0, 1)
-    return (1 - keep) * freqs / np.float32(scaling.factor) + keep * freqs
-
-
-def rotate(x: jax.Array, positions: jax.Array, freqs: np.ndarray) -> jax.Array:
-    """Rotary embedding of [R, T, heads, H], halves rotated; float32, as bfloat16 has no 257."""
-    angles = positions.astype(jnp.float32)[..., None] * freqs[None, None]  # [R, T, H/2]
-    sin, cos = jnp.sin(angles)[:, :, None], jnp.cos(angles)[:, :, None]
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -149,7 +128,6 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, lora: Lora | None, rngs: nnx.Rngs):
         c = config
-        self.config = config
 
         def projection(name: str, heads: int) -> Projection:
             on = adapter_of(lora, name)
@@ -160,31 +138,39 @@ class Attention(nnx.Module):
         self.v = projection("v", c.num_kv_heads)
         heads = (c.num_heads, c.head_dim)
         self.o = Linear(heads, (c.width,), rngs, lora=adapter_of(lora, "o"))
-        self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
-        self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
+
+        def norm(heads: int) -> RMSNorm | None:
+            if c.qk_norm is None:
+                return None
+            return RMSNorm(c, *((heads,) if c.qk_norm == "width" else ()), c.head_dim)
+
+        self.q_norm, self.k_norm = norm(c.num_heads), norm(c.num_kv_heads)
 
     def __call__(
-        self, x: jax.Array, positions: jax.Array, attend: Attend, cache: Cache | None
+        self, x: jax.Array, attend: Attend, cache: Cache | None
     ) -> tuple[jax.Array, Cache | None]:
-        """[R, T, D] and positions [R, T] -> [R, T, D]."""
+        """[R, T, D] -> [R, T, D]."""
         q, k, v = self.q(x), self.k(x), self.v(x)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        freqs = rotary_frequencies(self.config)
-        out, cache = attend(rotate(q, positions, freqs), rotate(k, positions, freqs), v, cache)
+        out, cache = attend(q, k, v, cache)
         out = constrain(out, "rows", None, "heads", None)
         return self.o(out), cache
 
 
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu}
+
+
 class Mlp(nnx.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
+    """A gated MLP: down(activation(gate(x)) * up(x)), SwiGLU by default."""
 
     def __init__(self, config: ModelConfig, lora: Lora | None, rngs: nnx.Rngs):
         d, f = (config.width,), (config.mlp_width,)
         self.gate = Linear(d, f, rngs, lora=adapter_of(lora, "gate"))
         self.up = Linear(d, f, rngs, lora=adapter_of(lora, "up"))
         self.down = Linear(f, d, rngs, lora=adapter_of(lora, "down"))
+        self.activation = ACTIVATIONS[config.activation]
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        hidden = jax.nn.silu(self.gate(x)) * self.up(x)
+        hidden = self.activation(self.gate(x)) * self.up(x)
         return self.down(constrain(hidden, "rows", None, "mlp"))

@@ -1,4 +1,4 @@
-"""Mixture of experts as in Mixtral: each token goes to its top experts, and none is dropped.
+"""Mixture of experts: each token goes to its top experts, and none is dropped.
 
 Axes: R rows, T tokens, D width, F MLP width, E experts, C experts a token is routed to.
 """
@@ -34,7 +34,11 @@ class Experts(Kernel):
 
 
 class Moe(nnx.Module):
-    """y = sum over the top experts e of softmax(router logits of the top)_e * MLP_e(x)."""
+    """y = sum over the top experts e of share_e * MLP_e(x).
+
+    The shares are the softmax of the router's logits: of those of the top experts, or of all where
+    the config says that they are not renormalised.
+    """
 
     def __init__(self, config: ModelConfig, lora: Lora | None, rngs: nnx.Rngs, mix: Mix):
         e, d, f = (config.num_experts,), (config.width,), (config.mlp_width,)
@@ -42,15 +46,18 @@ class Moe(nnx.Module):
         self.gate = Experts(d, f, rngs, lora=adapter_of(lora, "gate"), lead=e)
         self.up = Experts(d, f, rngs, lora=adapter_of(lora, "up"), lead=e)
         self.down = Experts(f, d, rngs, lora=adapter_of(lora, "down"), lead=e)
-        self.experts_per_token = config.experts_per_token
+        self.config = config
         self.mix = mix
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[R, T, D] -> [R, T, D]."""
         router = self.router.matrix().astype(x.dtype)
         logits = self.router.adapted(x, jnp.einsum("rtd,de->rte", x, router)).astype(jnp.float32)
-        top, chosen = jax.lax.top_k(logits, self.experts_per_token)  # [R, T, C]
-        shares = jax.nn.softmax(top, axis=-1)
+        top, chosen = jax.lax.top_k(logits, self.config.experts_per_token)  # [R, T, C]
+        if self.config.renormalise:
+            shares = jax.nn.softmax(top, axis=-1)
+        else:
+            shares = jnp.exp(top - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
         gate, up, down = (experts(x.dtype) for experts in (self.gate, self.up, self.down))
         return self.mix(x, shares, chosen, gate, up, down)
 

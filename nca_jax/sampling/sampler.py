@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 
 from nca_jax.axes import Params
-from nca_jax.models.attention.cached import cached
 from nca_jax.models.decoder import Model
 
 Sample = Callable[
@@ -43,20 +42,23 @@ def make_sampler(
     ) -> tuple[jax.Array, jax.Array]:
         num_prompts, width = prompts.shape
         slot = jnp.arange(width + max_new_tokens)  # [P + T]
-        cache = model.make_cache(num_prompts, width + max_new_tokens)
+        caches = model.make_caches(num_prompts, width + max_new_tokens)
         positions = jnp.broadcast_to(slot[None, :width], prompts.shape)
         key_on = positions < lengths[:, None]  # [N, P]
         key_on &= ~jnp.isin(prompts, jnp.array(key_off_ids, jnp.int32))
-        mask = _visible(model, positions, positions, key_on, slot)
-        attend = cached(mask, jnp.int32(0))
-        hidden, cache = model.hidden(params, prompts, positions, attend, cache)
+        mask, distance = _visible(positions, positions, key_on, slot)
+        attends = model.over_caches(mask, distance, jnp.int32(0))
+        # The keys of a prompt are kept: what its samples may read decides how they are turned.
+        most = lengths[:, None] + max_new_tokens - 1
+        hidden, caches = model.hidden(params, prompts, positions, attends, caches, lengths=most)
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]  # [N, D]
 
         # From here on a row is one sample.
-        rows_axis = 1 if model.scan_layers else 0
-        cache = jax.tree.map(lambda x: jnp.repeat(x, num_samples, axis=rows_axis), cache)
+        caches = jax.tree.map(lambda x: jnp.repeat(x, num_samples, axis=x.ndim - 4), caches)
         logits = jnp.repeat(model.logits(params, last), num_samples, axis=0)  # [N * S, V]
-        lengths, key_on = (jnp.repeat(x, num_samples, axis=0) for x in (lengths, key_on))
+        lengths, most, key_on = (
+            jnp.repeat(x, num_samples, axis=0) for x in (lengths, most, key_on)
+        )
         split = jax.vmap(lambda key: jax.random.split(key, num_samples))
         keys = split(keys).reshape(-1)  # [N * S]
         prompt_positions = jnp.repeat(positions, num_samples, axis=0)
@@ -71,7 +73,7 @@ def make_sampler(
             return (step < max_new_tokens) & ~jnp.all(done)
 
         def next_token(carry):
-            step, logits, cache, done, tokens, num_tokens = carry
+            step, logits, caches, done, tokens, num_tokens = carry
             step_keys = jax.vmap(lambda key: jax.random.fold_in(key, step))(keys)
             token = _draw(logits, step_keys, temperature, top_p)  # [N * S]
             tokens = tokens.at[:, step].set(jnp.where(done, 0, token))
@@ -79,17 +81,19 @@ def make_sampler(
             done |= jnp.any(token[:, None] == ends[None], axis=1)
 
             position = (lengths + step)[:, None]
-            mask = _visible(model, position, slot_positions, key_on, slot)
+            mask, distance = _visible(position, slot_positions, key_on, slot)
             mask &= (slot <= width + step)[None, None]
-            attend = cached(mask, width + step)
-            hidden, cache = model.hidden(params, token[:, None], position, attend, cache)
-            return step + 1, model.logits(params, hidden[:, 0]), cache, done, tokens, num_tokens
+            attends = model.over_caches(mask, distance, width + step)
+            hidden, caches = model.hidden(
+                params, token[:, None], position, attends, caches, lengths=most
+            )
+            return step + 1, model.logits(params, hidden[:, 0]), caches, done, tokens, num_tokens
 
         rows = num_prompts * num_samples
         start = (
             jnp.int32(0),
             logits,
-            cache,
+            caches,
             jnp.zeros(rows, bool),
             jnp.zeros((rows, max_new_tokens), jnp.int32),
             jnp.zeros(rows, jnp.int32),
@@ -102,22 +106,15 @@ def make_sampler(
 
 
 def _visible(
-    model: Model,
-    query_positions: jax.Array,
-    slot_positions: jax.Array,
-    key_on: jax.Array,
-    slot: jax.Array,
-) -> jax.Array:
-    """[rows, queries, slots] bool: keys that are on and lie behind the query, within the window."""
+    query_positions: jax.Array, slot_positions: jax.Array, key_on: jax.Array, slot: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Which keys are on and lie behind the query, and how far: [rows, queries, slots] each."""
     new = slot.shape[0] - key_on.shape[1]
     in_use = jnp.pad(key_on, ((0, 0), (0, new)), constant_values=True)  # [rows, P + T]
     pad = slot.shape[0] - slot_positions.shape[1]  # before the first new token: all later slots
     slot_positions = jnp.pad(slot_positions, ((0, 0), (0, pad)), constant_values=2**30)
     distance = query_positions[:, :, None] - slot_positions[:, None]
-    mask = in_use[:, None] & (distance >= 0)
-    if model.config.sliding_window:
-        mask &= distance < model.config.sliding_window
-    return mask
+    return in_use[:, None] & (distance >= 0), distance
 
 
 def _draw(logits: jax.Array, keys: jax.Array, temperature: float, top_p: float) -> jax.Array:

@@ -10,12 +10,14 @@ import jax.numpy as jnp
 from nca_jax.models.attention.attend import NEVER, Attend, Cache
 
 
-def cached(mask: jax.Array, write_at: jax.Array) -> Attend:
+def cached(mask: jax.Array, write_at: jax.Array, *, scale: float, cap: float = 0.0) -> Attend:
     """Returns attention over a cache {"k", "v"}, into which the new k and v are written.
 
     Args:
       mask: which slots each query sees after the write, [R, T, S] bool.
       write_at: the slot of the first of the T tokens, [] int32, the same in every row.
+      scale: of the scores q k.
+      cap: scaled scores s become cap tanh(s / cap); 0: they stay.
     """
 
     def attend(q, k, v, cache):
@@ -28,7 +30,10 @@ def cached(mask: jax.Array, write_at: jax.Array) -> Attend:
         rows, length, num_heads, head_dim = q.shape
         q = q.reshape(rows, length, k.shape[1], -1, head_dim)  # [R, T, G, J, H]
         scores = jnp.einsum("rtgjh,rghs->rgjts", q, cache["k"], preferred_element_type=jnp.float32)
-        scores = jnp.where(mask[:, None, None], scores * head_dim**-0.5, NEVER)
+        scores *= scale
+        if cap:
+            scores = cap * jnp.tanh(scores / cap)
+        scores = jnp.where(mask[:, None, None], scores, NEVER)
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
         out = jnp.einsum("rgjts,rgsh->rtgjh", weights, cache["v"])
         return out.reshape(rows, length, num_heads, head_dim), cache

@@ -5,8 +5,9 @@ Axes: R rows, T tokens, N query heads, G kv heads, H head width, Q = T / block b
 The kernel of `jax.experimental` takes a mask function of one integer a query token. Here it is a
 code, made at run time, that says where the token's own segment starts and which tokens before it
 are other responses; prompt ids, as segment ids of the kernel, part the prompts of a row; and the
-live pairs of `Rows.pairs` say which blocks are computed at all. So rows of any lengths share one
-compiled program. The codes lean on private fields of the kernel (`MaskInfo`), hence the pinned jax.
+live pairs of `Rows.pairs`, without those beyond a window, say which blocks are computed at all. So
+rows of any lengths share one compiled program. All of it is the kernel's private `MaskInfo`, made
+here, as the kernel's own functions would go through a mask [T, T]: hence the pinned jax.
 """
 
 import math
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 from jax.sharding import PartitionSpec as P
 
 from nca_jax.axes import ACTIVATION_RULES
@@ -24,6 +25,7 @@ from nca_jax.batch import PROMPT_SEGMENT, Rows
 from nca_jax.checks import UserError
 from nca_jax.field import parse_pairs
 from nca_jax.models.attention.attend import ATTENDED, Attend
+from nca_jax.models.attention.seen import seen_by_blocks, seen_by_tokens
 
 LANES = 128  # the kernel wants blocks that are multiples of this
 CODE_BITS = 31  # a code is a non-negative int32
@@ -37,47 +39,41 @@ FUSED = "use_fused_bwd_kernel"
 class Code(NamedTuple):
     """How a query token's integer is laid out: [gap / align | start / align | place in the row].
 
-    `start` is the first token of its segment, `gap` how many tokens between the first response's
-    start and its own are hidden from it (those of other responses); both 0 in a prompt.
+    `start` is the first token of its segment, `gap` how many tokens between its prompt and its
+    segment are hidden from it (those of other responses); both 0 in a prompt. A prompt ends and a
+    response starts at a multiple of `align`, so both are whole numbers of it.
+
+    A window, which is the same in all layers of a kind, needs no bit more: see `seen`.
     """
 
     place_bits: int
     span_bits: int
     align: int
+    window: int  # positions that a query sees, its own included; 0: all
 
     @classmethod
-    def of(cls, row_len: int, align: int) -> "Code | None":
-        """Returns the layout for rows whose segments start at multiples of `align`, if one fits."""
+    def of(cls, row_len: int, align: int, window: int = 0) -> "Code | None":
+        """Returns the layout for rows of segments at multiples of `align`, if one fits."""
         place_bits = max(1, math.ceil(math.log2(row_len)))
         span_bits = max(1, math.ceil(math.log2(row_len / align)))
         fits = place_bits + 2 * span_bits <= CODE_BITS
-        return cls(place_bits, span_bits, align) if fits else None
+        return cls(place_bits, span_bits, align, window) if fits else None
 
     def pack(self, place: jax.Array, start: jax.Array, gap: jax.Array) -> jax.Array:
         start, gap = start // self.align, gap // self.align
         return place | start << self.place_bits | gap << (self.place_bits + self.span_bits)
 
-    def allows(self, code: jax.Array, key: jax.Array) -> jax.Array:
+    def __call__(self, code: jax.Array, key: jax.Array) -> jax.Array:
         """Whether the query of this code may attend to the token at `key`, prompt ids aside."""
         place = code & ((1 << self.place_bits) - 1)
         span = (1 << self.span_bits) - 1
         start = (code >> self.place_bits & span) * self.align
         gap = (code >> (self.place_bits + self.span_bits) & span) * self.align
-        return (key <= place) & ((key >= start) | (key < start - gap))
-
-
-class _CodeMask(masks._ComputableMask):
-    """A mask of [T, T] that the kernel computes from the codes it is given at run time."""
-
-    def __init__(self, row_len: int, code: Code):
-        self.code = code
-        super().__init__((row_len, row_len), code.allows)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _CodeMask) and (self.shape, self.code) == (other.shape, other.code)
-
-    def __hash__(self) -> int:
-        return hash((self.shape, self.code))
+        own, of_prompt = key >= start, key < start - gap
+        if self.window:
+            own &= place - key < self.window
+            of_prompt &= place - gap - key < self.window
+        return (key <= place) & (own | of_prompt)
 
 
 def parse_blocks(text: str, *, block: int, row_len: int) -> Blocks:
@@ -151,26 +147,34 @@ def packed(
     num_blocks: int,
     align: int,
     interpret: bool,
+    scale: float,
     blocks: Blocks = (),
+    window: int = 0,
+    cap: float = 0.0,
 ) -> Attend:
     """Returns the attention of these rows by the rule of `nca_jax.batch`; the cache is unused.
 
-    Codes and block masks are made here, once for all layers.
+    Codes and block masks are made here, once for all layers of one window.
 
     Args:
       rows: one micro-batch; T / num_blocks is a multiple of LANES.
       num_blocks: Q, blocks a row.
-      align: segments start at multiples of this, and `Code.of(T, align)` fits.
+      align: segments lie at multiples of this, and `Code.of(T, align)` fits.
       interpret: run the kernel in Python, on any platform.
+      scale: of the scores q k.
       blocks: of the kernels, those that have not T / num_blocks tokens; see `parse_blocks`.
+      window: positions that a query sees, its own included; 0: all.
+      cap: scaled scores s become cap tanh(s / cap); 0: they stay.
     """
     row_len = rows.tokens.shape[1]
-    code = Code.of(row_len, align)
+    code = Code.of(row_len, align, window)
     if code is None:
         raise ValueError(f"No code for rows of {row_len} tokens, segments at multiples of {align}.")
     block = row_len // num_blocks
     sizes = _block_sizes(block, blocks)
     live = jax.vmap(lambda pairs: _live_blocks(pairs, num_blocks))(rows.pairs)  # [R, Q, Q]
+    if window:
+        live &= seen_by_blocks(seen_by_tokens(rows, window), num_blocks)
 
     def blocks_of(block_q: int | None, block_kv: int | None, *, by_key: bool = False) -> _Blocks:
         coarse = _coarser(live, (block_q or block) // block, (block_kv or block) // block)
@@ -178,7 +182,7 @@ def packed(
         return _Blocks(coarse.astype(jnp.int8), following)
 
     plan = _Plan(
-        jax.vmap(lambda rows: _codes(rows, code))(rows),
+        _codes(rows, code),
         rows.prompt_ids,
         jnp.where(rows.key_on, rows.prompt_ids, -1),
         forward=blocks_of(sizes.block_q, sizes.block_kv),
@@ -189,8 +193,8 @@ def packed(
     def attend(q, k, v, cache):
         by_head = P(ACTIVATION_RULES["rows"], ACTIVATION_RULES["heads"], None, None)
         by_row = P(ACTIVATION_RULES["rows"])
-        heads_first = [x.transpose(0, 2, 1, 3) for x in (q * q.shape[-1] ** -0.5, k, v)]
-        attend_here = _local(code, sizes, interpret)
+        heads_first = [x.transpose(0, 2, 1, 3) for x in (q * scale, k, v)]
+        attend_here = _local(code, sizes, cap, interpret)
         if not jax.sharding.get_abstract_mesh().empty:
             attend_here = jax.shard_map(
                 attend_here,
@@ -203,61 +207,46 @@ def packed(
     return attend
 
 
-def _local(code: Code, sizes: kernels.BlockSizes, interpret: bool) -> Callable[..., jax.Array]:
+def _local(
+    code: Code, sizes: kernels.BlockSizes, cap: float, interpret: bool
+) -> Callable[..., jax.Array]:
     """Returns the attention of the rows and heads that one device holds, q [R, N, T, H]."""
 
-    def attend(q, k, v, plan):
-        num_heads, row_len = q.shape[1:3]
-        kernel = kernels.make_splash_mha(
-            masks.MultiHeadMask([_CodeMask(row_len, code)] * num_heads),
+    def one_row(q, k, v, plan):
+        def info(blocks):
+            return MaskInfo(
+                data_next=blocks.following[None],
+                mask_next=None,
+                block_mask=blocks.live[None],
+                partial_mask_blocks=None,
+                q_sequence=plan.codes,
+            )
+
+        of_row = kernels.SplashAttentionKernel(
+            info(plan.forward),
+            None if sizes.use_fused_bwd_kernel else info(plan.dq),
+            info(plan.dkv),
             block_sizes=sizes,
-            head_shards=1,
-            q_seq_shards=1,
+            is_mqa=False,
+            save_residuals=False,
+            mask_value=kernels.DEFAULT_MASK_VALUE,
+            attn_logits_soft_cap=cap or None,
             residual_checkpoint_name=ATTENDED,
+            mask_function=code,
             interpret=interpret,
         )
+        out = of_row(q, k, v, kernels.SegmentIds(plan.query_ids, plan.key_ids))
+        assert not isinstance(out, tuple)  # that would have the residuals, which nobody asked for
+        return out
 
-        def one_row(q, k, v, plan):
-            def with_plan(info, blocks):
-                return info._replace(
-                    q_sequence=plan.codes,
-                    block_mask=blocks.live[None],
-                    data_next=blocks.following[None],
-                )
-
-            of_row = kernels.SplashAttentionKernel(
-                with_plan(kernel.fwd_mask_info, plan.forward),
-                kernel.dq_mask_info and with_plan(kernel.dq_mask_info, plan.dq),
-                with_plan(kernel.dkv_mask_info, plan.dkv),
-                **kernel.kwargs,
-            )
-            out = of_row(q, k, v, kernels.SegmentIds(plan.query_ids, plan.key_ids))
-            assert not isinstance(
-                out, tuple
-            )  # that would have the residuals, which nobody asked for
-            return out
-
-        return jax.vmap(one_row)(q, k, v, plan)
-
-    return attend
+    return jax.vmap(one_row)
 
 
 def _codes(rows: Rows, code: Code) -> jax.Array:
-    """Returns the code of each token of one row, [T] int32."""
-    place = jnp.arange(rows.tokens.shape[0], dtype=jnp.int32)
-
-    def differs(x):  # from the token before
-        return jnp.diff(x, prepend=-1) != 0
-
-    def last(there):  # where the latest one was
-        return jax.lax.cummax(jnp.where(there, place, 0))
-
-    begins = differs(rows.segments) | differs(rows.prompt_ids)
-    start = last(begins)
-    first_response = last(begins & (rows.segments == PROMPT_SEGMENT + 1))
-    is_response = rows.segments > PROMPT_SEGMENT
-    start = jnp.where(is_response, start, 0)
-    return code.pack(place, start, jnp.where(is_response, start - first_response, 0))
+    """Returns the code of each token, [R, T] int32."""
+    place, seen = jnp.arange(rows.tokens.shape[1], dtype=jnp.int32)[None], seen_by_tokens(rows, 0)
+    start = jnp.where(rows.segments > PROMPT_SEGMENT, seen.own, 0)
+    return code.pack(place, start, jnp.maximum(start - seen.prompt_end, 0))
 
 
 def _live_blocks(pairs: jax.Array, num_blocks: int) -> jax.Array:

@@ -1,6 +1,6 @@
 """Llama 2 and 3, and what says it is one: SmolLM2, TinyLlama, ..."""
 
-from nca_jax.models.families.family import DEFAULTS, Family
+from nca_jax.models.families.family import DEFAULTS, Family, Gguf
 
 LLAMA = Family(
     model_type="llama",
@@ -12,6 +12,5 @@ LLAMA = Family(
         "bos_token_id": 1,
         "eos_token_id": 2,
     },
-    in_gguf=True,  # Mistral and SmolLM2 files say llama
-    gguf_interleaves=True,
+    gguf=Gguf("llama", interleaves=True),  # Mistral and SmolLM2 files say llama
 )

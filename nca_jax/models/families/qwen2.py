@@ -1,7 +1,17 @@
 """Qwen2 and Qwen2.5: Llama with biases on q, k and v, and a window that a field switches on."""
 
 from nca_jax.model_config import ModelConfig
-from nca_jax.models.families.family import DEFAULTS, Family, Fields, one_kind_of_layer
+from nca_jax.models.families.family import (
+    DEFAULTS,
+    FULL,
+    SLIDING,
+    Family,
+    Fields,
+    Gguf,
+    one_kind_of_layer,
+    read_alike,
+    write_window,
+)
 
 
 def read_switched_window(raw: Fields) -> Fields:
@@ -9,17 +19,19 @@ def read_switched_window(raw: Fields) -> Fields:
     kinds = raw["layer_types"]
     if raw["use_sliding_window"] and not kinds:
         full, layers = raw["max_window_layers"], range(raw["num_hidden_layers"])
-        kinds = ["sliding_attention" if i >= full else "full_attention" for i in layers]
-    windowed = one_kind_of_layer(kinds) == "sliding_attention" and raw["use_sliding_window"]
-    return {"sliding_window": (windowed and raw["sliding_window"]) or 0}
+        kinds = [SLIDING if i >= full else FULL for i in layers]
+    windowed = one_kind_of_layer(kinds) == SLIDING and raw["use_sliding_window"]
+    return read_alike(raw, raw["sliding_window"] if windowed else 0)
 
 
 def write_switched_window(config: ModelConfig) -> Fields:
     """What `read_switched_window` reads."""
+    fields = write_window(config)
+    windowed = fields["sliding_window"] is not None
     return {
-        "sliding_window": config.sliding_window or None,
-        "use_sliding_window": config.sliding_window > 0,
-        "max_window_layers": 0 if config.sliding_window else config.num_layers,
+        **fields,
+        "use_sliding_window": windowed,
+        "max_window_layers": 0 if windowed else config.num_layers,
     }
 
 
@@ -37,5 +49,5 @@ QWEN2 = Family(
     read=read_switched_window,
     write=write_switched_window,
     has={"qkv_bias": True},
-    in_gguf=True,
+    gguf=Gguf("qwen2"),
 )

@@ -3,20 +3,21 @@
 The dequantised weights are what is trained and what the reference is; nothing is requantised.
 """
 
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFReader, QuantError, TokenType, dequantize
+from gguf import GGMLQuantizationType, GGUFReader, QuantError, ReaderTensor, TokenType, dequantize
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 
 from nca_jax.checks import UserError
 from nca_jax.field import TEXT, Check
-from nca_jax.model_config import ModelConfig
+from nca_jax.model_config import ModelConfig, alike
 from nca_jax.models.families import FAMILIES
 from nca_jax.models.formats import names
 from nca_jax.models.formats.untrusted import (
@@ -34,7 +35,7 @@ from nca_jax.models.formats.untrusted import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ARCHITECTURES = [name for name, family in FAMILIES.items() if family.in_gguf]
+BY_ARCHITECTURE = {x.gguf.architecture: (x, x.gguf) for x in FAMILIES.values() if x.gguf}
 _TURN_IDS = ("bos", "eos", "eot")  # eos and eot both end a turn
 _NOT_QUANTISED = {
     GGMLQuantizationType.F32: np.dtype(np.float32),
@@ -74,7 +75,7 @@ class File(NamedTuple):
 
 
 def open_gguf(path: str | Path) -> tuple[ModelConfig, dict[str, names.Param]]:
-    """Opens one GGUF file of a llama, qwen2 or qwen3 model.
+    """Opens one GGUF file of an architecture in BY_ARCHITECTURE.
 
     Every name, shape and quantisation is checked here; the values are read when a `Param` is.
 
@@ -84,18 +85,19 @@ def open_gguf(path: str | Path) -> tuple[ModelConfig, dict[str, names.Param]]:
     """
     file = _open_file(path)
     tensors = {tensor.name: tensor for tensor in file.reader.tensors}
-    shapes = {name: tuple(map(int, tensor.shape[::-1])) for name, tensor in tensors.items()}
+    shapes = {name: _shape(tensor) for name, tensor in tensors.items()}
     config = _read_config(file, shapes)
     names.check_tensors(str(path), shapes, names.tensor_shapes(config, names.GGUF))
     _check_quantisation(file)
-    interleaves = FAMILIES[file.get("general.architecture")].gguf_interleaves
+    how = BY_ARCHITECTURE[file.get("general.architecture")][1]
 
     def fetch(name: str, index: tuple[slice, ...]) -> np.ndarray:
         data, kind = tensors[name].data, tensors[name].tensor_type
         if data.ndim == 1:
-            return _values(data, kind)[index]
-        part = _values(data[index[0]], kind)
-        if interleaves and _INTERLEAVED.fullmatch(name):
+            part = _values(data, kind)[index]
+            return part - how.norms_hold if name.endswith("norm.weight") else part
+        part = _values(data.reshape(-1, data.shape[-1])[index[0]], kind)
+        if how.interleaves and _INTERLEAVED.fullmatch(name):
             part = _unpermute(part, config.head_dim)
         return part[:, *index[1:]]
 
@@ -115,12 +117,19 @@ def _open_file(path: str | Path) -> File:
     return file
 
 
+def _shape(tensor: ReaderTensor) -> tuple[int, ...]:
+    """A tensor of all experts of a layer is a matrix here, one expert below the other."""
+    *rows, columns = map(int, tensor.shape[::-1])
+    return (math.prod(rows), columns) if rows else (columns,)
+
+
 def _read_config(file: File, shapes: dict[str, tuple[int, ...]]) -> ModelConfig:
     arch = file.get("general.architecture")
-    if arch not in ARCHITECTURES:
+    if arch not in BY_ARCHITECTURE:
         raise UserError(
-            f"{file.path}: architecture {arch!r} is not one of {', '.join(ARCHITECTURES)}."
+            f"{file.path}: architecture {arch!r} is not one of {', '.join(BY_ARCHITECTURE)}."
         )
+    family, how = BY_ARCHITECTURE[arch]
 
     def get(key: str, check: Check = SIZE, **default):
         value = file.get(f"{arch}.{key}", **default)
@@ -143,7 +152,7 @@ def _read_config(file: File, shapes: dict[str, tuple[int, ...]]) -> ModelConfig:
         "attention.value_length": get("attention.value_length", default=head_dim) != head_dim,
         "attention.sliding_window": get("attention.sliding_window", SIZE_OR_0, default=0) > 0,
     }
-    for key in (key for key, is_so in refused.items() if is_so):
+    for key in (key for key, is_so in refused.items() if is_so and key not in how.reads):
         raise UserError(
             f"{file.path}: {key} is not supported as it is set there; open the model's safetensors "
             "folder instead."
@@ -151,22 +160,28 @@ def _read_config(file: File, shapes: dict[str, tuple[int, ...]]) -> ModelConfig:
 
     vocab_size = shapes.get("token_embd.weight", (0,))[0]  # absent: named by check_tensors
     ids = {name: _token_id(file, name, vocab_size) for name in _TURN_IDS}
-    return ModelConfig(
-        vocab_size=vocab_size,
-        num_layers=get("block_count", NUM_STACKED),
-        width=width,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        mlp_width=get("feed_forward_length"),
-        rope_theta=get("rope.freq_base", NUMBER, default=10_000.0),
-        norm_eps=_shortest(get("attention.layer_norm_rms_epsilon", NUMBER)),
-        tied_head="output.weight" not in shapes,
-        max_position=get("context_length"),
-        bos_id=ids.pop("bos"),
-        eos_ids=tuple(dict.fromkeys(i for i in ids.values() if i is not None)),
-        **FAMILIES[arch].has,
-    )
+    common = {
+        "vocab_size": vocab_size,
+        "num_layers": get("block_count", NUM_STACKED),
+        "width": width,
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": head_dim,
+        "mlp_width": get("feed_forward_length"),
+        "kinds": alike(theta=get("rope.freq_base", NUMBER, default=10_000.0)),
+        "norm_eps": _shortest(get("attention.layer_norm_rms_epsilon", NUMBER)),
+        "tied_head": "output.weight" not in shapes,
+        "max_position": get("context_length"),
+        "bos_id": ids.pop("bos"),
+        "eos_ids": tuple(dict.fromkeys(i for i in ids.values() if i is not None)),
+    }
+    config = ModelConfig(**{**common, **family.has, **how.read(get, common)})
+    if config.experts_per_token > config.num_experts:
+        raise UserError(
+            f"{file.path}: expert_used_count {config.experts_per_token} is more than expert_count "
+            f"{config.num_experts}."
+        )
+    return config
 
 
 def _token_id(file: File, name: str, vocab_size: int) -> int | None:

@@ -12,11 +12,12 @@ from safetensors import SafetensorError, safe_open
 
 from nca_jax.checks import UserError
 from nca_jax.field import FLAG, TEXT, Check, one_of
-from nca_jax.model_config import ModelConfig, RopeScaling
+from nca_jax.model_config import ModelConfig
 from nca_jax.models.families import FAMILIES
 from nca_jax.models.families.family import Family
 from nca_jax.models.formats import names
 from nca_jax.models.formats.four_bit import Tensor, check_quantisation, find_stored
+from nca_jax.models.formats.halves import read_model_json, text_half
 from nca_jax.models.formats.untrusted import (
     EVEN,
     IDS,
@@ -41,6 +42,7 @@ SIZES = (
     "num_attention_heads",
 )
 KINDS = one_of("full_attention", "sliding_attention")
+BIT = Check(int, lambda x: x in (0, 1), "0 or 1")
 FIELDS: dict[str, Check] = dict.fromkeys(SIZES, SIZE) | {  # all that is read of config.json
     "num_hidden_layers": NUM_STACKED,
     "architectures": or_null(list_of(TEXT, "a list of names")),
@@ -65,12 +67,31 @@ FIELDS: dict[str, Check] = dict.fromkeys(SIZES, SIZE) | {  # all that is read of
     "use_sliding_window": FLAG,
     "sliding_window": or_null(SIZE_OR_0),
     "max_window_layers": SIZE_OR_0,
-    "num_local_experts": NUM_STACKED,
+    "hidden_activation": TEXT,
+    "query_pre_attn_scalar": NUMBER,
+    "attn_logit_softcapping": or_null(NUMBER),
+    "final_logit_softcapping": or_null(NUMBER),
+    "rope_local_base_freq": NUMBER,
+    "sliding_window_pattern": SIZE,
+    "embedding_multiplier": NUMBER,
+    "attention_multiplier": NUMBER,
+    "residual_multiplier": NUMBER,
+    "logits_scaling": NUMBER,
+    "num_local_experts": or_null(NUM_STACKED),
+    "num_experts": NUM_STACKED,
     "num_experts_per_tok": NUM_STACKED,
+    "moe_intermediate_size": SIZE,
+    "norm_topk_prob": FLAG,
+    "decoder_sparse_step": SIZE,
+    "mlp_only_layers": or_null(list_of(INTEGER, "a list of integers")),
+    "no_rope_layers": or_null(list_of(BIT, f"a list, each {BIT.wanted}")),
+    "no_rope_layer_interval": SIZE,
+    "original_max_position_embeddings": SIZE,
+    "partial_rotary_factor": or_null(NUMBER),
+    "clip_qkv": or_null(NUMBER),
 }
 LABELS = 2  # of a reward model that does not say how many
 REGRESSION = (["LlamaRewardModel"], ["EurusRewardModel"])  # UltraRM's and Eurus': one label
-LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor")  # of rope_type llama3
 COMPARED = 1 << 24  # elements of the head and of the embedding that are in memory at once
 DTYPES = {  # by safetensors' names
     "F32": np.dtype(np.float32),
@@ -93,7 +114,7 @@ def open_hf(folder: str | Path) -> tuple[ModelConfig, dict[str, names.Param]]:
     """
     folder = Path(folder)
     config, naming = _read_config(folder)
-    tensors = list_tensors(_weight_files(folder))
+    naming, tensors = text_half(naming, list_tensors(_weight_files(folder)))
     fetch_stored = fetch_from(tensors)
     try:
         stored, parts = find_stored(tensors, fetch_stored)
@@ -136,6 +157,13 @@ def tensor_names(model_type: str) -> dict[str, str]:
     return {**names.HF, **FAMILIES[model_type].tensors}
 
 
+def fuses(folder: Path) -> bool:
+    """Whether a Hugging Face folder has several matrices of a layer in one tensor."""
+    naming = tensor_names(read_model_json(folder)["model_type"])
+    kernels = [name for path, name in naming.items() if path.endswith("/kernel")]
+    return len(set(kernels)) < len(kernels)
+
+
 def read_config(folder: str | Path) -> ModelConfig:
     """Reads config.json, and further end-of-turn ids from generation_config.json if it is there.
 
@@ -171,7 +199,6 @@ def parse_config(raw: dict[str, Any], generation: dict[str, Any]) -> ModelConfig
         )
     head_dim = raw["head_dim"] or width // num_heads
     check_field("head_dim", head_dim, EVEN)  # its halves are rotated
-    rope_theta, rope_scaling = _rope(raw)
     common = {
         "vocab_size": raw["vocab_size"],
         "num_layers": raw["num_hidden_layers"],
@@ -180,8 +207,6 @@ def parse_config(raw: dict[str, Any], generation: dict[str, Any]) -> ModelConfig
         "num_kv_heads": num_kv_heads,
         "head_dim": head_dim,
         "mlp_width": raw["intermediate_size"],
-        "rope_theta": rope_theta,
-        "rope_scaling": rope_scaling,
         "norm_eps": raw["rms_norm_eps"],
         "tied_head": raw["tie_word_embeddings"],
         "max_position": raw["max_position_embeddings"],
@@ -189,13 +214,14 @@ def parse_config(raw: dict[str, Any], generation: dict[str, Any]) -> ModelConfig
         "eos_ids": tuple(_in_vocabulary(_eos_ids(raw, generation), raw)),
         **_pooling(family, raw),
     }
-    return ModelConfig(**{**common, **family.has, **family.read(raw)})
+    return ModelConfig(**{**common, **family.has, **family.read({**raw, "head_dim": head_dim})})
 
 
 def _read_config(folder: Path) -> tuple[ModelConfig, dict[str, str]]:
     """Returns the config of a folder, and the names of its tensors."""
     file, generation = folder / "config.json", folder / "generation_config.json"
-    raw, more = read_json(file), read_json(generation) if generation.exists() else {}
+    raw = read_model_json(folder)
+    more = read_json(generation) if generation.exists() else {}
     try:
         config = parse_config(raw, more)
     except UserError as error:
@@ -240,37 +266,6 @@ def _pooling(family: Family, raw: dict[str, Any]) -> dict[str, int | None]:
         "num_labels": labels if raw["architectures"] == [family.classifier] else 0,
         "pad_id": next(_in_vocabulary(_ids(raw.get("pad_token_id")), raw), None),
     }
-
-
-def _rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Returns (theta, scaling) of the old fields or the new one, by transformers' precedence."""
-    rope = raw["rope_scaling"] or raw["rope_parameters"] or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    partial = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
-    if any(isinstance(value, dict) for value in rope.values()):
-        kind = "one for each kind of layer"
-    if kind not in ("default", "llama3"):
-        raise UserError(f"rope_type {reprlib.repr(kind)} is not one of default, llama3.")
-    if partial not in (None, 1):
-        raise UserError(
-            f"partial_rotary_factor {reprlib.repr(partial)} is not supported; wanted 1."
-        )
-
-    theta = rope.get("rope_theta", raw["rope_theta"])
-    check_field("rope_theta", theta, NUMBER)
-    if kind == "default":
-        return float(theta), None
-    original = rope.get("original_max_position_embeddings", raw["max_position_embeddings"])
-    original = raw.get("original_max_position_embeddings", original)
-    check_field("original_max_position_embeddings", original, SIZE)
-    for key in LLAMA3:
-        if key not in rope:
-            raise UserError(f"rope_type llama3 needs {key!r}.")
-        check_field(key, rope[key], NUMBER)
-    scaling = RopeScaling(*(float(rope[key]) for key in LLAMA3), original_max_position=original)
-    if scaling.low_freq_factor >= scaling.high_freq_factor:
-        raise UserError("rope_type llama3 needs a low_freq_factor below its high_freq_factor.")
-    return float(theta), scaling
 
 
 def _ids(value: int | list[int] | None) -> list[int]:

@@ -18,6 +18,7 @@ from nca_jax.model_config import ModelConfig
 from nca_jax.models.families import FAMILIES
 from nca_jax.models.families.family import Family
 from nca_jax.models.formats import hf, names
+from nca_jax.models.formats.halves import read_model_json
 from nca_jax.models.formats.untrusted import read_json
 
 SHARD_BYTES = 5 * 10**9  # of one .safetensors file; Hugging Face's own habit
@@ -89,12 +90,9 @@ def family_of(config: ModelConfig) -> Family:
 
 
 def config_json(config: ModelConfig, family: Family) -> dict[str, Any]:
-    """Returns config.json as this family writes it, complete but for the dtype.
-
-    RoPE is in the fields that every version of transformers and vLLM reads.
-    """
+    """Returns config.json as this family writes it, complete but for the dtype."""
     c = config
-    content = {
+    return {
         "model_type": family.model_type,
         "vocab_size": c.vocab_size,
         "hidden_size": c.width,
@@ -103,25 +101,15 @@ def config_json(config: ModelConfig, family: Family) -> dict[str, Any]:
         "num_attention_heads": c.num_heads,
         "num_key_value_heads": c.num_kv_heads,
         "head_dim": c.head_dim,
-        "hidden_act": family.wanted["hidden_act"],
         "rms_norm_eps": c.norm_eps,
-        "rope_theta": c.rope_theta,
-        "rope_scaling": None,
         "max_position_embeddings": c.max_position,
         "tie_word_embeddings": c.tied_head,
-        "pad_token_id": c.pad_id,
+        "pad_token_id": c.pad_id,  # null too, or it would be one of the class
         **_token_ids(config),
         **_head(config, family),
+        **family.wanted,
+        **family.write(config),
     }
-    if c.rope_scaling is not None:
-        content["rope_scaling"] = {
-            "rope_type": "llama3",
-            "factor": c.rope_scaling.factor,
-            "low_freq_factor": c.rope_scaling.low_freq_factor,
-            "high_freq_factor": c.rope_scaling.high_freq_factor,
-            "original_max_position_embeddings": c.rope_scaling.original_max_position,
-        }
-    return {**content, **family.write(config)}
 
 
 def _head(config: ModelConfig, family: Family) -> dict[str, Any]:
@@ -153,7 +141,7 @@ def _json_files(config: ModelConfig, origin: Path | None) -> tuple[dict, dict]:
     if origin is None:
         return config_json(config, family_of(config)), _token_ids(config)
     ends = {"eos_token_id": _token_ids(config)["eos_token_id"]}
-    content = read_json(origin / "config.json")
+    content = read_model_json(origin)
     content |= ends | {"tie_word_embeddings": config.tied_head}
     if config.num_labels:
         family = FAMILIES[content["model_type"]]

@@ -104,19 +104,22 @@ class Place(NamedTuple):
 
 _HF, _GGUF = "model.layers.{L}.", "blk.{L}."
 _HF_EXPERT = _HF + "mlp.experts.{E}."
-# GGUF merges the experts of a layer; no family with experts is `in_gguf`, and no reward model.
-_NO_GGUF = ""
 
 # fmt: off
 TABLE = (
     Entry("embed/table", "VD", "V D", "model.embed_tokens.weight", "token_embd.weight"),
     Entry("head/kernel", "DV", "V D", "lm_head.weight", "output.weight"),
-    Entry("score/kernel", "DS", "S D", "score.weight", _NO_GGUF),
+    Entry("score/kernel", "DS", "S D", "score.weight", ""),
     Entry("norm/scale", "D", "D", "model.norm.weight", "output_norm.weight"),
     Entry("layers/attn_norm/scale", "LD", "D",
         _HF + "input_layernorm.weight", _GGUF + "attn_norm.weight"),
     Entry("layers/mlp_norm/scale", "LD", "D",
         _HF + "post_attention_layernorm.weight", _GGUF + "ffn_norm.weight"),
+    # Norms of what comes out. Where there are norms of both, that before the MLP has another name.
+    Entry("layers/attn_post_norm/scale", "LD", "D",
+        _HF + "post_attention_layernorm.weight", _GGUF + "post_attention_norm.weight"),
+    Entry("layers/mlp_post_norm/scale", "LD", "D",
+        _HF + "post_feedforward_layernorm.weight", _GGUF + "post_ffw_norm.weight"),
     Entry("layers/attn/q/kernel", "LDNH", "NH D",
         _HF + "self_attn.q_proj.weight", _GGUF + "attn_q.weight"),
     Entry("layers/attn/k/kernel", "LDGH", "GH D",
@@ -141,12 +144,22 @@ TABLE = (
         _HF + "mlp.up_proj.weight", _GGUF + "ffn_up.weight"),
     Entry("layers/mlp/down/kernel", "LFD", "D F",
         _HF + "mlp.down_proj.weight", _GGUF + "ffn_down.weight"),
-    Entry("layers/moe/router/kernel", "LDE", "E D", _HF + "mlp.gate.weight", _NO_GGUF),
-    Entry("layers/moe/gate/kernel", "LEDF", "F D", _HF_EXPERT + "gate_proj.weight", _NO_GGUF),
-    Entry("layers/moe/up/kernel", "LEDF", "F D", _HF_EXPERT + "up_proj.weight", _NO_GGUF),
-    Entry("layers/moe/down/kernel", "LEFD", "D F", _HF_EXPERT + "down_proj.weight", _NO_GGUF),
+    Entry("layers/moe/router/kernel", "LDE", "E D",
+        _HF + "mlp.gate.weight", _GGUF + "ffn_gate_inp.weight"),
+    Entry("layers/moe/gate/kernel", "LEDF", "F D",
+        _HF_EXPERT + "gate_proj.weight", _GGUF + "ffn_gate_exps.weight"),
+    Entry("layers/moe/up/kernel", "LEDF", "F D",
+        _HF_EXPERT + "up_proj.weight", _GGUF + "ffn_up_exps.weight"),
+    Entry("layers/moe/down/kernel", "LEFD", "D F",
+        _HF_EXPERT + "down_proj.weight", _GGUF + "ffn_down_exps.weight"),
 )
 # fmt: on
+_OVER_WIDTH = {
+    entry.path: entry._replace(axes=axes, tensor_axes=axes[1:])
+    for entry in TABLE
+    for part, axes in {"/q_norm/": "LNH", "/k_norm/": "LGH"}.items()
+    if part in entry.path
+}
 HF = {entry.path: entry.hf for entry in TABLE}
 GGUF = {entry.path: entry.gguf for entry in TABLE}
 
@@ -165,6 +178,9 @@ def entries(config: ModelConfig) -> tuple[Entry, ...]:
     absent = {
         "head/": config.tied_head or config.num_labels > 0,
         "score/": config.num_labels == 0,
+        "/attn_norm/": config.norms == "after",
+        "/mlp_norm/": config.norms == "after",
+        "_post_norm/": config.norms == "before",
         "/bias": not config.qkv_bias,
         "/q_norm/": not config.qk_norm,
         "/k_norm/": not config.qk_norm,
@@ -172,7 +188,10 @@ def entries(config: ModelConfig) -> tuple[Entry, ...]:
         "/moe/": config.num_experts == 0,
     }
     parts = [part for part, is_absent in absent.items() if is_absent]
-    return tuple(entry for entry in TABLE if not any(part in entry.path for part in parts))
+    found = tuple(entry for entry in TABLE if not any(part in entry.path for part in parts))
+    if config.qk_norm == "width":
+        found = tuple(_OVER_WIDTH.get(entry.path, entry) for entry in found)
+    return found
 
 
 def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -181,13 +200,15 @@ def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def places(config: ModelConfig, naming: Naming) -> dict[str, tuple[Place, ...]]:
-    """Returns {tensor name: the places it holds, one below the other} of a complete checkpoint."""
+    """Returns {tensor name: the places it holds, one below the other} of a complete checkpoint.
+
+    Parameters with one name are in the table's order; where a name lacks {E}, so are all experts.
+    """
     sizes, found = axis_sizes(config), {}
     for entry in entries(config):
         for index in itertools.product(*(range(sizes[a]) for a in entry.stacked)):
-            name = _name(entry, naming, index)
-            found[name] = (*found.get(name, ()), Place(entry, index))
-    return found
+            found.setdefault(_name(entry, naming, index), []).append(Place(entry, index))
+    return {name: tuple(held) for name, held in found.items()}
 
 
 def _name(entry: Entry, naming: Naming, index: tuple[int, ...]) -> str:
@@ -243,22 +264,22 @@ def open_params(
       dtypes: {tensor name: float32, float16 or bfloat16} of all its tensors.
       stored: {tensor name: it} of those that are nf4 there.
     """
-    found, rows_above, tensors = {}, {}, {}
+    found, above, tensors = {}, {}, {}
     for name, held in places(config, naming).items():
-        for place in held:
-            tensors.setdefault(place.entry.path, []).append(name)
+        rows = 0
+        for entry, index in held:
+            tensors.setdefault(entry.path, []).append(name)
+            above.setdefault(entry.path, {})[index] = rows
+            rows += entry.tensor_shape(config)[0]
     for entry in entries(config):
-        name = naming[entry.path]
-        above = rows_above.get(name, 0)
-        rows_above[name] = above + entry.tensor_shape(config)[0]
         sizes, shape = axis_sizes(config), entry.shape(config)
-        read = functools.partial(_read, entry, shape, sizes, naming, fetch, above)
+        read = functools.partial(_read, entry, shape, sizes, naming, fetch, above[entry.path])
         kinds = {dtypes[name] for name in tensors[entry.path]}
         # Of several, float32: neither half precision holds the values of the other.
         dtype = kinds.pop() if len(kinds) == 1 else FLOAT32
         found[entry.path] = Param(shape, read, dtype)
         if nf4.is_quantised(entry.path):
-            codes, absmax = _open_nf4(entry, config, naming, fetch, stored, above)
+            codes, absmax = _open_nf4(entry, config, naming, fetch, stored, above[entry.path])
             of_it = tensors[entry.path]
             num_stored = sum(tensor in stored for tensor in of_it)
             quantised = Nf4Param(codes, absmax, num_stored, len(of_it))
@@ -272,7 +293,7 @@ def _open_nf4(
     naming: Naming,
     fetch: Fetch,
     stored: Mapping[str, Nf4Tensor],
-    above: int,
+    above: Mapping[tuple[int, ...], int],
 ) -> tuple[Param, Param]:
     """Returns the codes and absmax of a kernel."""
     outputs, inputs = entry.tensor_shape(config)
@@ -340,7 +361,7 @@ def _read(
     sizes: Mapping[str, int],
     naming: Naming,
     fetch: Fetch,
-    above: int,
+    above: Mapping[tuple[int, ...], int],
     index: tuple[slice, ...],
     dtype: np.dtype = FLOAT32,
 ) -> np.ndarray:
@@ -361,12 +382,12 @@ def _read(
         parts.append(slice(real[first].start * width, real[first].stop * width))
         split += [len(real[first])] + [sizes[a] for a in rest]
         cut += [slice(None)] + [slice(real[a].start, real[a].stop) for a in rest]
-    parts[0] = slice(parts[0].start + above, parts[0].stop + above)
     order = ["".join(words).index(a) for a in entry.inner]
     fill = tuple(slice(len(real[a])) for a in entry.inner)
 
     for place in itertools.product(*(range(len(spans[a])) for a in entry.stacked)):
         at = tuple(spans[a][i] for a, i in zip(entry.stacked, place, strict=True))
-        tensor = fetch(_name(entry, naming, at), tuple(parts))
+        rows = slice(parts[0].start + above[at], parts[0].stop + above[at])
+        tensor = fetch(_name(entry, naming, at), (rows, *parts[1:]))
         out[place + fill] = tensor.reshape(split)[tuple(cut)].transpose(order)
     return out

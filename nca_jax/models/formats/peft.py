@@ -202,11 +202,18 @@ def write_peft(
       params: {"P/lora/a": Param, ...}, float32.
       base: see `Adapter`.
     Raises:
-      UserError: no Hugging Face architecture computes this config.
+      UserError: no Hugging Face architecture computes this config, or it fuses what is adapted.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     modules = [module for module in _modules(config) if module.target in lora.targets]
+    fused = [name for name in lora.targets if name not in {module.target for module in modules}]
+    if fused:
+        raise UserError(
+            f"adapters on {', '.join(fused)} cannot be written for peft: "
+            f"{family_of(config).model_type} has them in one tensor with others, which peft adapts "
+            "as one."
+        )
     name, _, revision = base.partition("@")
     # Where peft fuses experts it doubles their rank and alpha, which leaves rsLoRA's scale no more.
     has_experts = any("E" in module.entry.stacked for module in modules)
