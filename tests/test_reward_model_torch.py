@@ -118,7 +118,14 @@ def our_scores(tmp_path: Path, scorer: str, records: list[dict], *flags: str) ->
     return [json.loads(line)["scores"] for line in out.read_text().splitlines()]
 
 
-@pytest.mark.parametrize(("family", "labels", "trap"), CASES, ids=[case[-1] for case in CASES])
+@pytest.mark.parametrize(
+    ("family", "labels", "trap"),
+    [pytest.param(*case, id=case[-1]) for case in CASES]
+    + [
+        pytest.param(family, 1, "pad = eos, which ends the text", id=family, marks=pytest.mark.long)
+        for family in ("gemma2", "gemma3", "olmo3", "phi3", "smollm3")
+    ],
+)
 def test_scores_are_those_of_transformers_whatever_the_template(tmp_path, family, labels, trap):
     write_reward_model(tmp_path / "rm", family, labels, TRAPS[trap])
     is_text = TRAPS[trap].template is None
