@@ -35,6 +35,7 @@ PARAM_RULES = (
     (r"moe/(gate|up)/kernel$", P(None, "expert", "fsdp", "tensor")),  # L E D F
     (r"moe/down/kernel$", P(None, "expert", "tensor", "fsdp")),  # L E F D
     (r"(q_norm|k_norm|norm)/scale$", P()),  # small: copied
+    (r"score/kernel$", P()),  # D S, small
     # A kernel in nf4, and its absmax: as the kernel is, its inputs in groups.
     (r"(attn/(q|k|v)|mlp/(gate|up))/(codes|absmax)$", P(None, WIDTH, None, "tensor")),
     (r"(attn/o|mlp/down)/(codes|absmax)$", P(None, "tensor", None, WIDTH)),

@@ -3,6 +3,7 @@
 config -> mesh, model, tokenizer -> parameters, optimizer, shardings -> input.
 """
 
+import dataclasses
 import datetime
 import json
 from collections.abc import Sequence
@@ -40,6 +41,7 @@ from nca_jax.models.formats.pretrained import load_tokenizer, open_pretrained
 from nca_jax.models.formats.templates import check_template
 from nca_jax.models.lora import Lora
 from nca_jax.protocols import Device, ModelSection, Tokenizer
+from nca_jax.rewards.scorers import REWARD_MODEL
 
 
 class Run(NamedTuple):
@@ -81,6 +83,8 @@ class Run(NamedTuple):
             least_responses=LOSSES[self.config.loss.name].k[0],
             digest=tokenizer_fingerprint(self.tokenizer),
             date=self.date,
+            is_reward=self.model.config.num_labels > 0,
+            pad_id=self.model.config.pad_id,
         )
 
 
@@ -118,7 +122,8 @@ def build_for(config: ConfigDict, devices: Sequence[Device]) -> Run:
     that is left open is that of a prompt and K responses of full length.
     """
     model, data = config.model, config.data
-    model_config = MODELS[model.name] if model.name else open_model_config(model)
+    named = MODELS[model.name] if model.name else _sizes_of(model)
+    model_config = _with_head(named, model)
     run = _assemble(config, devices, model_config, None)
     longest = [data.max_prompt_len] + [data.max_response_len] * data.num_responses
     sizes = [segment_spans(longest, 0, run.config.data.align)[-1][1]]
@@ -179,6 +184,24 @@ def adapters_of(config: ConfigDict, model_config: ModelConfig) -> Lora | None:
 
 
 def open_model_config(model: ModelSection) -> ModelConfig:
+    """The sizes of `model.init_from`, with the head of `model.head`."""
+    return _with_head(_sizes_of(model), model)
+
+
+def _with_head(found: ModelConfig, model: ModelSection) -> ModelConfig:
+    """Raises UserError if a reward model was found where a policy is wanted."""
+    if model.head == "reward":
+        return dataclasses.replace(found, num_labels=found.num_labels or 1)
+    if found.num_labels:
+        raise UserError(
+            f"config.model.init_from={model.init_from!r} is a reward model, which writes nothing: "
+            f"name it as a scorer ({REWARD_MODEL}{model.init_from}), or set "
+            "config.model.head='reward' to train it on."
+        )
+    return found
+
+
+def _sizes_of(model: ModelSection) -> ModelConfig:
     """The sizes of `model.init_from`; with `model.name` too, both must say the same."""
     if not model.init_from:
         return MODELS[model.name]

@@ -77,11 +77,12 @@ FIELDS: dict[str, Field] = {
         True,
         since=5,
     ),
-    "model.name": Field(
-        "", one_of("", *MODELS), "a size, with random weights; empty: as init_from has it"
-    ),
+    "model.name": Field("", one_of("", *MODELS), "a size, of random weights; empty: init_from's"),
     "model.init_from": Field(
         "", TEXT, "folder, .gguf, package:NAME or hub id; empty: random weights of the size `name`"
+    ),
+    "model.head": Field(
+        "lm", one_of("lm", "reward"), "reward: it gives each response a value", since=7
     ),
     "model.dtype": Field(
         "float32", one_of("auto", *DTYPES), "of activations; auto: float32 on CPU", auto="auto"
@@ -133,9 +134,7 @@ FIELDS: dict[str, Field] = {
         "", TEXT, "folder of a PEFT adapter that is continued; empty: they start at 0", since=6
     ),
     "lora.rslora": Field(False, FLAG, "scaled by alpha / sqrt(rank) instead", since=6),
-    "lora.dora": Field(
-        False, FLAG, "the norm of each output is trained apart; not of experts", since=6
-    ),
+    "lora.dora": Field(False, FLAG, "each output's norm is trained apart; not of experts", since=6),
     "lora.b_lr_ratio": Field(
         1.0, POSITIVE, "LoRA+: learning rate of the second factor over that of the first", since=6
     ),

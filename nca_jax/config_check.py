@@ -42,6 +42,7 @@ def _check_together(config: ConfigDict) -> None:
     data, model, loss, kind = config.data, config.model, config.loss, config.reference.kind
     record, best, optim = LOSSES[loss.name], config.checkpoint.best_metric, config.optim
     num_blocks = data.row_len // data.block if data.block else 0
+    is_reward = model.head == "reward"
     for is_bad, message in (
         (
             bool(config.steps) == bool(config.epochs),
@@ -53,9 +54,33 @@ def _check_together(config: ConfigDict) -> None:
             f"config.data.num_responses={record.k[0]}; it is {data.num_responses}",
         ),
         (
-            kind == "none" and "ref_logps" in record.reads,
+            kind == "none" and "ref_logps" in record.reads and not is_reward,
             f"config.loss.name={loss.name!r} compares with a reference: set config.reference.kind "
             "to live, cached or, with adapters, base",
+        ),
+        (
+            is_reward and "ref_logps" not in record.reads,
+            f"config.loss.name={loss.name!r} is of log-probabilities, and a reward model "
+            "(config.model.head='reward') has none: choose a loss of log-ratios, such as infonca, "
+            "plackett_luce or dpo",
+        ),
+        (
+            is_reward and bool(loss.get("nll_weight", 0) or loss.get("length_normalised", False)),
+            "config.loss.nll_weight and length_normalised are of log-probabilities, and a reward "
+            "model (config.model.head='reward') has none: set them to 0 and False",
+        ),
+        (
+            is_reward and kind != "none",
+            "config.model.head='reward' has no reference: set config.reference.kind='none'",
+        ),
+        (
+            is_reward and "lora" in config,
+            "config.model.head='reward' is trained whole: leave config.lora out",
+        ),
+        (
+            is_reward and (data.format == "released" or data.join == "apart"),
+            "config.model.head='reward' reads prompt and response as one text: set "
+            "config.data.format to chat or plain, and config.data.join='together'",
         ),
         (
             best == "excess" and (record.floor is None or loss.get("nll_weight", 0) > 0),

@@ -8,7 +8,8 @@ reference, with their length and repetition: a reward may be bought by breaking 
 mean over prompts has its standard error, and on the screen an interval of 95%, which for what both
 have is that of the differences at each prompt. Of a held-out set with a name
 (data.eval_files=NAME=FILE) a metric is NAME/metric.
-Without --workdir it evaluates the model of init_from.
+Without --workdir it evaluates the model of init_from. Of a reward model there are the held-out
+metrics alone.
 
     --config       a config file or nca_jax:NAME, with its arguments; by default that of the run in
                    --workdir; --help_config lists all fields
@@ -17,7 +18,8 @@ Without --workdir it evaluates the model of init_from.
                    latest
     --num_prompts  held-out prompts to sample responses for; 0: none, so no KL and no rewards
     --out          a file; by default evaluation.json in --workdir
-    --judge        a second scorer (see nca_jax.score), which was not trained on
+    --judge        a second scorer (see nca_jax.score), which was not trained on; one that is a
+                   reward model has the run's mesh and dtype, as that of generate.scorer
     --text         a file of plain text, paragraphs apart by empty lines: the perplexity of both
 """
 
@@ -58,8 +60,8 @@ from nca_jax.infra.progress import first_call, phase
 from nca_jax.infra.records import date_of, score_unit_of
 from nca_jax.params import policy_params
 from nca_jax.reference import reference_params
-from nca_jax.rewards.scorers import Scorer, get_scorer, score_all
-from nca_jax.rollout import Samples, check_scorable, make_generator, make_records
+from nca_jax.rewards.scorers import Scorer, score_all
+from nca_jax.rollout import Samples, check_scorable, make_generator, make_records, open_scorer
 
 
 def main(argv: list[str]) -> int:
@@ -76,15 +78,24 @@ def main(argv: list[str]) -> int:
     beside = as_path(flags.workdir or ".") / "evaluation.json"
     is_missing = not flags.out and not beside.parent.exists()  # the workdir, as will be said
     out = beside if is_missing else out_file(flags.out or beside)
-    scorers = {"reward": get_scorer(config.generate.scorer), "judge": get_scorer(flags.judge)}
     run, data = build.read_all(
         config, date=date_of(flags.workdir), score_unit=score_unit_of(flags.workdir)
     )
     config = run.config
+    is_reward = config.model.head == "reward"
+    if is_reward:
+        print("no samples: config.model.head='reward'")
+        if flags.text or flags.judge:
+            raise UserError("--text and --judge are of policies, and this is a reward model.")
+    how = {"mesh": config.mesh, "dtype": config.model.dtype}
+    scorers = {
+        "reward": None if is_reward else open_scorer(config.generate.scorer, **how),
+        "judge": open_scorer(flags.judge, **how),
+    }
     texts = read_texts(run, flags.text) if flags.text else []
     if not len(data.heldout):
         raise UserError("No records are held out: set data.eval_fraction or data.eval_files.")
-    heldout = data.heldout[: flags.num_prompts]
+    heldout = data.heldout[: 0 if is_reward else flags.num_prompts]
     for scorer in scorers.values():
         check_scorable([as_prompt(run, example) for example in heldout], scorer)
     with jax.set_mesh(run.mesh):
@@ -154,14 +165,14 @@ def sample_metrics(
         responses = [[ids.tolist() for ids in of_prompt] for of_prompt in samples]
         values["length"][who] = np.array([length(of_prompt) for of_prompt in responses])
         values["repetition"][who] = np.array([repetition(of_prompt) for of_prompt in responses])
-        if run.tokenizer is None or not distributed.is_first():
+        if run.tokenizer is None:
             continue
         records = make_records(run, prompts, samples, None)
         texts = [record["responses"] for record in records]
         for one, of_prompt in zip(told, texts, strict=True):
             one[who] = of_prompt
         for name, scorer in scorers.items():
-            if scorer is None:
+            if scorer is None or not (scorer.digest or distributed.is_first()):
                 continue
             with phase(f"scoring the {who}'s responses"):
                 scores = score_all(scorer, [prompt.record for prompt in prompts], texts)

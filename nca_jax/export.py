@@ -1,4 +1,4 @@
-r"""Write a trained policy as a Hugging Face folder.
+r"""Write a trained policy, or a reward model, as a Hugging Face folder.
 
     python -m nca_jax.export --workdir=DIR --out=HF_DIR [--dtype=float32|bfloat16] [--step=N|best]
         [--merge=none|dequantised|original]
@@ -241,18 +241,20 @@ def model_card(workdir: AnyPath, config: ConfigDict, step: int, merging: str = "
     commit = read_run(workdir)["commit"]
     library = "peft" if merging == "none" else "transformers"
     base = f"base_model: {start}\n" if merging and config.model.init_from else ""
+    is_reward = config.model.head == "reward"
+    made = f"a reward model by {loss.name}" if is_reward else f"aligned by {loss.name}"
     return f"""---
 library_name: {library}
-{base}pipeline_tag: text-generation
-tags: [alignment, {loss.name}]
+{base}pipeline_tag: {"text-classification" if is_reward else "text-generation"}
+tags: [{"reward-model" if is_reward else "alignment"}, {loss.name}]
 ---
 
-# {config.model.init_from or config.model.name}, aligned by {loss.name}
+# {config.model.init_from or config.model.name}, {made}
 
 Trained with explicit rewards by nca_jax; the method is "Noise Contrastive Alignment of Language
 Models with Explicit Rewards" (arXiv:2402.05369).
 
-- start, and reference where the config names no other: {start}
+- start{"" if is_reward else ", and reference where the config names no other"}: {start}
 {_adapters(config, merging)}- step {step}; K = {config.data.num_responses}, {hyperparameters}
 - commit of nca_jax: {commit}
 

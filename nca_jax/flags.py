@@ -14,7 +14,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from nca_jax.checks import UserError
-from nca_jax.config import FIELDS, OPTIONAL, fields_of, flatten, section
+from nca_jax.config import FIELDS, OPTIONAL, default_config, fields_of, flatten, section
 from nca_jax.config_check import check_config
 from nca_jax.config_doc import describe
 from nca_jax.files import as_path
@@ -34,7 +34,11 @@ DEFINE_FLAG = {
 
 
 def parse_flags(
-    argv: list[str], *, sections: tuple[str, ...] = (), **extra: str | int | bool | None
+    argv: list[str],
+    *,
+    sections: tuple[str, ...] = (),
+    needs_config: bool = True,
+    **extra: str | int | bool | None,
 ) -> tuple[ConfigDict, flags.FlagValues]:
     """Reads the config, its overrides and the command's own flags; --help_config prints all fields.
 
@@ -45,6 +49,8 @@ def parse_flags(
       argv: as in sys.argv.
       sections: optional sections that the command reads; where the config lacks them they come in
         with the table's defaults, as do those of which a field is overridden.
+      needs_config: False: without --config it is that of the table, which `check_config` would
+        refuse, and `"config" in flags` is False.
       **extra: name=default of the command's flags; a default of None makes a flag required.
     Returns:
       The checked config, locked, and the flags as attributes.
@@ -66,6 +72,8 @@ def parse_flags(
         _check_names(config, given, known)
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
     _read_flags(values, argv, extra, known)
+    if config is None and not needs_config:
+        return default_config(), values
     if config is None:
         a_run = f", or the --workdir of a run: {workdir} has no {CONFIG}" if workdir else ""
         raise UserError(f"Give --config=FILE[:args], see configs/{a_run}.")

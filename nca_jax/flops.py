@@ -39,7 +39,7 @@ def trunk_params(config: ModelConfig) -> int:
 
 def head_params(config: ModelConfig) -> int:
     """Parameters of the head without padded columns, tied or not."""
-    return config.width * config.vocab_size
+    return config.width * (config.num_labels or config.vocab_size)
 
 
 def forward_flops(config: ModelConfig, prompt_len: int, response_lens: Sequence[int]) -> Flops:

@@ -33,19 +33,19 @@ from nca_jax.infra.fingerprint import params_fingerprint, text_fingerprint
 from nca_jax.infra.progress import phase
 from nca_jax.infra.records import date_of
 from nca_jax.params import policy_params
-from nca_jax.rewards.scorers import get_scorer
-from nca_jax.rollout import check_scorable, rollout_batches, with_scores
+from nca_jax.rollout import check_scorable, open_scorer, rollout_batches, with_scores
 
 
 def main(argv: list[str]) -> int:
     config, flags = parse_flags(
         argv, sections=("generate",), prompts=None, out=None, workdir="", step=""
     )
-    out, scorer = out_file(flags.out), get_scorer(config.generate.scorer)
+    out = out_file(flags.out)
     run = build.build(config, date=date_of(flags.workdir))
     for line in auto.chosen(config, run.config):
         print(line)
     config = run.config
+    scorer = open_scorer(config.generate.scorer, config.mesh, dtype=config.model.dtype)
     if run.tokenizer is None:
         raise UserError("Generation needs a tokenizer: set config.data.tokenizer.")
     with phase("reading and encoding the prompts"):
@@ -73,9 +73,9 @@ def main(argv: list[str]) -> int:
                     if distributed.is_first():
                         pieces.add(out, len(records), batch)
                     records += batch
+            records = with_scores(prompts, records, scorer)
             if not distributed.is_first():
                 return 0
-            records = with_scores(prompts, records, scorer)
             pieces.finish(out, records)
     cut_off = sum(not finished for record in records for finished in record["finished"])
     print(

@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
     run, data = build.read_all(asked)
     config = run.config
     if run.turn is not None and config.data.format == "chat":
-        print_turn(run.turn)
+        print_turn(run.turn, is_reward=run.encoder.is_reward)
     dataset = Dataset(data.sources, config.data, seed=config.seed)
     host = dataset.batch_at(0)
     for b, where in enumerate(host.examples[: flags.rows]):
@@ -64,12 +64,13 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def print_turn(turn: Turn) -> None:
+def print_turn(turn: Turn, *, is_reward: bool = False) -> None:
     """Prints what the chat template adds to a response to a plain question."""
+    after = turn.tail if is_reward else turn.closing + turn.end
     begun = f"begins a response with {turn.prefill!r}, which it must have, " if turn.prefill else ""
     print(
         f"the chat template {begun}writes {turn.prefix!r} before a response and "
-        f"{turn.closing + turn.end!r} after it; id {turn.end_id} ends a turn"
+        f"{after!r} after it; id {turn.end_id} ends a turn"
     )
 
 

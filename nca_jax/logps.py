@@ -7,7 +7,8 @@ r"""Write the log-probability of every response: python -m nca_jax.logps --confi
                prompt_hash    equal for equal prompts; what data.eval_fraction goes by
                lengths        tokens of each response that are scored
                scores         of each response, as the losses read them
-               logps          of each response under the policy, nats, summed over its tokens
+               logps          of each response under the policy, nats, summed over its tokens; of a
+                              reward model its value
                ref_logps      the same under the reference; not there with reference.kind=none
 --workdir  of a training run: its latest checkpoint; without it the model of init_from
 

@@ -59,22 +59,27 @@ def alignment_metrics(
       accuracy_half_ties        the same, where r_best = r_other is half a win: 1/2 at the reference
       top1                      argmax r = argmax score
       margin                    r_best - mean of the others' r
-      rewards/k                 r, the implicit reward, at rank k: beta * log(pi / pi_ref), nats
+      rewards/k                 r, the implicit reward, at rank k: beta * log(pi / pi_ref), nats; of
+                                a reward model beta times its value
       logps/k                   log-probability at rank k, nats
       logratio/k                log pi - log pi_ref at rank k, nats
       chosen_logp_drift         logratio/0: what happens to the likelihood of the best response
       max_abs_logratio          the largest |log pi - log pi_ref|, nats
       max_abs_logratio_per_token  the same divided by the response's length, nats a token
     Without a reference r is the log-probability a token, rewards/k is called logps_per_token/k, and
-    what speaks of a reference (start_loss, logratio/k and the last three) is absent. Where K = 1
-    there are no others: accuracy, accuracy_half_ties, top1 and margin are absent.
+    what speaks of a reference (start_loss, logratio/k and the last three) is absent; where a loss
+    that wants one has none, it is a reward model that learns, and what speaks of log-probabilities
+    is absent too. Where K = 1 there are no others: accuracy, accuracy_half_ties, top1 and margin
+    are absent.
     """
     mask, scores = responses.mask, responses.scores
     lengths = jnp.maximum(responses.lengths, 1)
-    if has_reference:
-        r = implicit_rewards(responses, fields)
-    else:
+    is_reward = "ref_logps" in loss.reads and not has_reference
+    is_per_token = not (has_reference or is_reward)
+    if is_per_token:
         r = jnp.where(mask, responses.logps / lengths, 0.0)
+    else:
+        r = implicit_rewards(responses, fields)
     weights = prompt_weights(loss, responses, fields)
     present = jnp.any(mask, axis=-1)  # [B]
 
@@ -110,12 +115,13 @@ def alignment_metrics(
             "top1": mean(picked == 0),
             "margin": mean(ranked[:, 0] - rest),
         }
-    if not has_reference:
+    if is_per_token:
         of_best, num_best = (by_rank(x)[:, 0] for x in (responses.logps, responses.lengths))
         total = jnp.maximum(jnp.sum(num_best, where=present), 1)
         metrics["perplexity"] = jnp.exp(-jnp.sum(of_best, where=present) / total)
-    at_ranks = {"rewards" if has_reference else "logps_per_token": ranked}
-    at_ranks["logps"] = by_rank(responses.logps)
+    at_ranks = {"logps_per_token" if is_per_token else "rewards": ranked}
+    if not is_reward:
+        at_ranks["logps"] = by_rank(responses.logps)
     if has_reference:
         logratio = jnp.where(mask, responses.logps - responses.ref_logps, 0.0)
         at_ranks["logratio"] = by_rank(logratio)

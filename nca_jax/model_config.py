@@ -1,7 +1,7 @@
 """What tells one decoder from another, and the table of named sizes.
 
 Axes: V vocabulary, D width, N query heads, G kv heads, H head width, F MLP width, L layers,
-      E experts.
+      E experts, S labels of a reward model.
 """
 
 import dataclasses
@@ -113,9 +113,11 @@ class ModelConfig:
     logit_cap: float = 0.0  # logits, divided, become cap tanh(logit / cap); 0: they stay
     num_experts: int = 0  # E; 0: a dense MLP
     experts_per_token: int = 0
+    num_labels: int = 0  # S, of a reward model, whose head is in place of that of tokens; 0: none
     renormalise: bool = True  # the shares of a token's experts sum to 1
     max_position: int = 8192
     bos_id: int | None = None
+    pad_id: int | None = None  # a reward model reads the last token that is another one
     eos_ids: tuple[int, ...] = ()  # every id that ends a turn
 
     @property

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from nca_jax.axes import Params, flatten_paths, nest_paths
@@ -55,7 +56,11 @@ def start_params(run: Run, init_from: str, *, dtype: str = "float32") -> Params:
             return init(jax.random.key(run.config.seed))
     found, weights = open_pretrained(init_from)
     ours = model.config  # an exported policy may end its turns by more ids than its start does
-    if dataclasses.replace(found, bos_id=ours.bos_id, eos_ids=ours.eos_ids) != ours:
+    if ours.num_labels and not found.num_labels:  # a reward model that begins here
+        found = dataclasses.replace(found, num_labels=ours.num_labels)
+        weights = weights | of_arrays(ours, {"score/kernel": np.zeros((ours.width, 1), np.float32)})
+    ids = {"bos_id": ours.bos_id, "eos_ids": ours.eos_ids, "pad_id": ours.pad_id}
+    if dataclasses.replace(found, **ids) != ours:
         raise UserError(
             f"{init_from!r} is not of the policy's architecture: {found} there, {ours} here."
         )
@@ -176,6 +181,11 @@ def start_trained(run: Run, base: Params | None) -> Params:
     Raises:
       UserError: as `start_params`.
     """
+    if run.model.config.num_labels > 1:
+        raise UserError(
+            f"{run.config.model.init_from!r} is a reward model of {run.model.config.num_labels} "
+            "labels; one of one label is trained."
+        )
     if base is None or run.model.lora is None:
         return start_params(run, run.config.model.init_from)
     if run.config.lora.init_from:

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from nca_jax.axes import ROWS, Params
 from nca_jax.batch import Batch, Rows
 from nca_jax.build import Run
+from nca_jax.checks import UserError
 from nca_jax.data.group import Group
 from nca_jax.data.pack import pack
 from nca_jax.data.released import key_off_ids
@@ -177,7 +178,13 @@ def prompts_at_once(run: Run) -> int:
 
 
 def jit_sampler(run: Run) -> Wrapped:
-    """Returns `make_sampler` as `config.generate` says, jitted over the mesh."""
+    """Returns `make_sampler` as `config.generate` says, jitted over the mesh.
+
+    Raises:
+      UserError: the model is a reward model.
+    """
+    if run.model.config.num_labels:
+        raise UserError("config.model.head='reward' writes no responses; sample from a policy.")
     how = run.config.generate
     sampler = make_sampler(
         run.model,

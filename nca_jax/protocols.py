@@ -89,6 +89,7 @@ class ModelSection(Protocol):
 
     name: str
     init_from: str
+    head: str
 
 
 class OptimSection(Protocol):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from nca_jax.axes import ROWS, Params
@@ -19,7 +20,8 @@ from nca_jax.infra import distributed
 from nca_jax.infra.mesh import put_whole
 from nca_jax.infra.progress import first_call
 from nca_jax.programs import WIDTH_MULTIPLE, jit_sampler, prompts_at_once
-from nca_jax.rewards.scorers import Scorer, score_all
+from nca_jax.reward_model import open_reward_model
+from nca_jax.rewards.scorers import REWARD_MODEL, Scorer, get_scorer, score_all
 
 Record = dict[str, Any]  # JSON, see `nca_jax.data.record`
 Samples = list[list[np.ndarray]]  # of each prompt its responses, [their length] int32
@@ -32,6 +34,22 @@ class Response(NamedTuple):
     text: str
     ids: list[int] | None  # with the end-of-turn token where there is one
     finished: bool  # ended its turn, by that token or by `config.generate.stop`
+
+
+def open_scorer(
+    name: str, mesh: ConfigDict, *, dtype: str = "float32", row_len: int = 0
+) -> Scorer | None:
+    """Returns the scorer of a name, also of one that is a model; None for "".
+
+    Args:
+      mesh, dtype, row_len: of a model: see `open_reward_model`.
+    Raises:
+      UserError: no scorer has that name, or the model cannot be opened.
+    """
+    if not name.startswith(REWARD_MODEL):
+        return get_scorer(name)
+    spec = name.removeprefix(REWARD_MODEL)
+    return open_reward_model(spec, mesh, dtype=dtype, row_len=row_len)
 
 
 def rollout(
@@ -94,11 +112,18 @@ def make_records(
 def with_scores(
     prompts: Sequence[Prompt], records: list[Record], scorer: Scorer | None
 ) -> list[Record]:
-    """Returns the records of prompts with their scores; as they are without a scorer, or none."""
+    """Returns the records of prompts with their scores; as they are without a scorer, or none.
+
+    Process 0 has the records and gets them; all others have none, and compute with a model.
+    """
+    if scorer is not None and scorer.digest:
+        records = distributed.json_from_first(records)
     if scorer is None or not records:
         return records
     asked = [prompt.record for prompt in prompts]
     scores = score_all(scorer, asked, [record["responses"] for record in records])
+    if not distributed.is_first():
+        return []
     return [
         record | {"scores": of_record} for record, of_record in zip(records, scores, strict=True)
     ]

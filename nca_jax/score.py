@@ -9,6 +9,14 @@ r"""Score sampled responses, so that they can be trained on.
           answer    1 where a response ends in the record's "answer", else 0
           command:CMD   a command of one's own: it reads a JSON object a response from stdin (the
                     record with its "response") and writes {"score": number} a line to stdout
+          reward_model:DIR   a reward model as transformers has them (a Hugging Face folder or hub
+                    id of a ForSequenceClassification), with the tokenizer and chat template there;
+                    of one with several labels reward_model:DIR:label=I
+Of a reward model alone:
+--dtype    of its activations: float32, or bfloat16, which is faster on a TPU or GPU
+--row_len  tokens of a row, in which conversations are packed; by default as the texts want
+--config   a config file or nca_jax:NAME, whose mesh it is split over (config.mesh); by default all
+           devices of this host
 
 What is scored is kept in OUT.pieces until OUT is whole: after a stop the same command goes on.
 Generate, score, train, and again with --workdir of the last run: that is learning on-policy.
@@ -21,43 +29,67 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
 
 from nca_jax.checks import UserError, run_main
+from nca_jax.config import DTYPES
 from nca_jax.data import pieces
 from nca_jax.data.encode import check_prompt
 from nca_jax.data.record import question
 from nca_jax.data.sources import JsonlSource, RecordError
 from nca_jax.files import is_file, out_file, out_folder
-from nca_jax.flags import parse_own_flags
-from nca_jax.infra import lock
+from nca_jax.flags import parse_flags
+from nca_jax.infra import distributed, lock
 from nca_jax.infra.fingerprint import files_fingerprint, text_fingerprint
 from nca_jax.infra.progress import phase
-from nca_jax.rewards.scorers import COMMAND, SCORERS, Scorer, get_scorer, score_each
+from nca_jax.rewards.scorers import COMMAND, KNOWN, Scorer, score_each
+from nca_jax.rollout import open_scorer
 
 PIECE = 64  # records that a stop can lose
 
 
 def main(argv: list[str]) -> int:
-    flags = parse_own_flags(argv, rows=None, out=None, scorer=None)
-    scorer = get_scorer(flags.scorer)
-    if scorer is None:
-        raise UserError(f"--scorer is empty; give one of {', '.join(SCORERS)}, {COMMAND}CMD.")
+    config, flags = parse_flags(
+        argv, needs_config=False, rows=None, out=None, scorer=None, dtype="", row_len=0
+    )
+    if flags.dtype not in ("", *DTYPES):
+        raise UserError(f"--dtype must be one of {', '.join(DTYPES)}; it is {flags.dtype!r}.")
     out, source = out_file(flags.out), JsonlSource(flags.rows)
+    scorer = open_scorer(
+        flags.scorer, config.mesh, dtype=flags.dtype or "float32", row_len=flags.row_len
+    )
+    if scorer is None:
+        raise UserError(f"--scorer is empty; give one of {KNOWN}.")
+    if not scorer.digest and ("config" in flags or flags.dtype or flags.row_len):
+        raise UserError("--config, --dtype and --row_len are of a reward model: leave them out.")
     records = [check_record(*source[i], scorer) for i in range(len(source))]
     made_from = {
         "records": text_fingerprint(json.dumps(records)),
-        "scorer": text_fingerprint(flags.scorer + files_fingerprint(files_of(flags.scorer))),
+        "scorer": text_fingerprint(
+            flags.scorer + files_fingerprint(files_of(flags.scorer)) + scorer.digest
+        ),
     }
+    is_alone = not jax.distributed.is_initialized()  # asks no device, which a command may want
+    is_first = is_alone or distributed.is_first()
+    if not is_alone:
+        distributed.check_same(records=made_from["records"])
     with lock.held(out_folder(pieces.folder_of(out))):
-        scored = pieces.begin(out, made_from)
-        if scored:
-            print(f"goes on after {len(scored)} of {len(records)} prompts")
-        new = score_records(scorer, records[len(scored) :])
-        with phase(f"scoring the responses to {len(records) - len(scored)} prompts"):
+        scored = pieces.begin(out, made_from) if is_first else []
+        start = len(scored)
+        if not is_alone:
+            start = int(distributed.from_first(np.array(start, np.int32)))
+        if start:
+            print(f"goes on after {start} of {len(records)} prompts")
+        left = records[start:] if is_first or scorer.digest else []
+        new = score_records(scorer, left)
+        with phase(f"scoring the responses to {len(records) - start} prompts"):
             while piece := list(itertools.islice(new, PIECE)):
-                pieces.add(out, len(scored), piece)
+                if is_first:
+                    pieces.add(out, len(scored), piece)
                 scored += piece
+        if not is_first:
+            return 0
         pieces.finish(out, scored)
     scores = [record["scores"] for record in scored]
     print(
@@ -107,6 +139,6 @@ def check_record(where: str, record: dict[str, Any], scorer: Scorer) -> dict[str
 
 if __name__ == "__main__":
     run_main(
-        main,
+        distributed.together(main),
         interrupted="what was scored is kept in OUT.pieces; the same command goes on from there",
     )

@@ -270,7 +270,8 @@ def train(
         if distributed.is_first():
             for line in advice.after_training(whole_lines(workdir / METRICS, is_metrics)):
                 print(line)
-        can_evaluate, can_sample = bool(len(held)), run.tokenizer is not None
+        is_policy = config.model.head == "lm"
+        can_evaluate, can_sample = bool(len(held)), is_policy and run.tokenizer is not None
         rounded = "lora" in config and config.lora.base_dtype not in ("", "float32")
         export = " --merge=dequantised" if rounded else ""  # there is no default
         can = {"can_evaluate": can_evaluate, "can_sample": can_sample}

@@ -15,6 +15,7 @@ from nca_jax.logprobs import sequence_logps
 from nca_jax.losses import LOSSES, Fields, Loss, Responses
 from nca_jax.metrics import alignment_metrics, prompt_weights
 from nca_jax.models.decoder import Model
+from nca_jax.values import sequence_values
 
 
 class TrainState(NamedTuple):
@@ -63,9 +64,14 @@ def responses_of(batch: Batch, logps: jax.Array, ref_logps: jax.Array | None) ->
 
 
 def make_logps(model: Model, config: ConfigDict, *, shape: tuple[int, int]) -> Logps:
-    """Returns `logps(params, rows) -> [B, K]`: `sequence_logps` as the config has it."""
+    """Returns `logps(params, rows) -> [B, K]`: `sequence_logps` as the config has it.
+
+    Of a reward model they are its values, in the place of log-probabilities.
+    """
 
     def logps(params: Params, rows: Rows[jax.Array]) -> jax.Array:
+        if model.config.num_labels:
+            return sequence_values(model, params, rows, shape=shape, block=config.data.block)
         return sequence_logps(
             model,
             params,

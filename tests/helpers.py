@@ -168,6 +168,7 @@ def hf_json(model_type: str, config: ModelConfig) -> dict:
         "tie_word_embeddings": config.tied_head, "sliding_window": config.kinds[0].window or None,
         "num_local_experts": config.num_experts, "num_experts_per_tok": config.experts_per_token,
         "bos_token_id": config.bos_id, "eos_token_id": list(config.eos_ids),
+        "pad_token_id": config.pad_id,
     } | OWN.get(model_type, {})  # fmt: skip
 
 

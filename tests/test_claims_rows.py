@@ -23,6 +23,7 @@ from experiments.claims import (  # noqa: E402
     real,
     reasoning,
     responses,
+    reward_model,
     rows,
     study,
     temperatures,
@@ -94,12 +95,12 @@ def scored_rows(path, num: int, chars: int = 10) -> str:
 
 def test_real_rows_are_the_short_ones_and_too_few_of_them_are_refused(tmp_path):
     wanted = real.NUM_HELDOUT + real.NUM_TRAIN
-    found = real.read_short(Path(scored_rows(tmp_path / "a.gz", wanted)))
+    found = real.read_short(Path(scored_rows(tmp_path / "a.gz", wanted)), wanted)
     assert len(found) == wanted and set(found[0]) == {"prompt", "responses", "scores"}
     with pytest.raises(UserError, match=f"has 0 rows.*wanted {wanted}"):
-        real.read_short(Path(scored_rows(tmp_path / "b.gz", wanted, chars=real.MAX_CHARS)))
+        real.read_short(Path(scored_rows(tmp_path / "b.gz", wanted, chars=real.MAX_CHARS)), wanted)
     with pytest.raises(UserError, match="is not there"):
-        real.read_short(tmp_path / "c.gz")
+        real.read_short(tmp_path / "c.gz", wanted)
 
 
 def test_problems_of_rounds_differ_from_those_that_are_held_out():
@@ -269,6 +270,31 @@ def test_a_claim_runs_in_its_smoke_form(claim, tmp_path):
     arm = {"chosen": "| nca | 1 |", "reasoning": "| 2 | dpo | 1 |", "responses": "| K=16 | 1 |"}
     assert arm[claim] in (tmp_path / f"{claim}.md").read_text()
     assert (tmp_path / f"{claim}.png").exists()
+
+
+def test_the_longest_answer_as_a_reward_is_counted_with_halves_for_ties():
+    rows = [
+        {"responses": ["abc", "a", "abcd"], "scores": [3, 2, 1]},
+        {"responses": ["a", "bb", "c"], "scores": [0, 2, 1]},
+        {"responses": ["a", "b", "cc"], "scores": [0, 1, 0]},
+    ]
+    assert reward_model.accuracy_of_length(rows) == pytest.approx((1 / 2 + 1 + 1 / 4) / 3)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_the_claim_on_reward_models_runs_in_its_smoke_form(monkeypatch, tmp_path):
+    arms = ("reward model, dpo (Bradley-Terry), K=2", "policy, infonca, K=10")  # two, for time
+    monkeypatch.setattr(reward_model, "ARMS", {name: reward_model.ARMS[name] for name in arms})
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
+    monkeypatch.setenv("XLA_FLAGS", QUICK)
+    monkeypatch.chdir(ROOT)
+    wanted = reward_model.NUM_HELDOUT + reward_model.NUM_TRAIN
+    rows_file = scored_rows(tmp_path / "rows.gz", wanted)
+    argv = ["reward_model", f"--rows={rows_file}", f"--out={tmp_path}", "--smoke", "--seeds=1"]
+    assert reward_model.main(argv) == 0
+    text = (tmp_path / "reward_model.md").read_text()
+    assert all(f"| {name} | 1 | 0." in text for name in (*arms, "the longest answer"))
 
 
 @pytest.mark.slow

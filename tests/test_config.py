@@ -188,7 +188,7 @@ def test_a_config_of_the_project_has_a_name_wherever_it_is_installed(tmp_path, m
     monkeypatch.chdir(tmp_path)
     got = parse_flags(["train", "--config=nca_jax:jsonl:files=x.jsonl,smoke"])[0]
     assert flatten(got) == want
-    with pytest.raises(UserError, match="nca_jax:jsnl: wanted one of jsonl, sentiment"):
+    with pytest.raises(UserError, match="nca_jax:jsnl: wanted one of jsonl, reward_model"):
         parse_flags(["train", "--config=nca_jax:jsnl"])
 
 

@@ -43,7 +43,7 @@ def test_old_and_new_rope_fields_agree(tmp_path, change):
     [
         ("llama", {"model_type": "gpt2"}, "model_type 'gpt2'"),
         ("llama", {"model_type": "phi"}, "model_type 'phi' is not one of llama, mistral"),
-        ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "wanted LlamaForCausalLM"),
+        ("llama", {"architectures": ["LlamaForTokenClassification"]}, "wanted LlamaForCausalLM or"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ("llama", {"attention_bias": True}, "attention_bias True"),
         ("qwen3", {"attention_bias": True}, "attention_bias True"),
@@ -188,7 +188,7 @@ def test_absent_keys_mean_what_transformers_means(tmp_path, model_type):
         assert kind.rope == (Rope(rope["rope_theta"]) if turned else None)
     assert ours.max_position == theirs.max_position_embeddings
     assert ours.tied_head == theirs.tie_word_embeddings
-    assert ours.bos_id == theirs.bos_token_id
+    assert (ours.bos_id, ours.pad_id) == (theirs.bos_token_id, theirs.pad_token_id)
     assert ours.eos_ids == (() if theirs.eos_token_id is None else (theirs.eos_token_id,))
     if hasattr(theirs, "num_local_experts"):
         assert ours.num_experts == theirs.num_local_experts

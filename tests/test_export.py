@@ -29,6 +29,7 @@ EXPORTED = CONFIGS | {
     "mixtral with a window": dataclasses.replace(CONFIGS["mixtral"], kinds=alike(window=5)),
     "two ends, no bos": dataclasses.replace(DENSE, eos_ids=(2, 5), bos_id=None),
     "no end": dataclasses.replace(DENSE, eos_ids=()),
+    "a reward model": dataclasses.replace(DENSE, num_labels=3, pad_id=2),
 }
 
 

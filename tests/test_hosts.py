@@ -15,9 +15,10 @@ import pytest
 from commands import ROOT, command, finish, metric_lines, write_records
 from jax.experimental import multihost_utils
 from safetensors.numpy import load_file
+from test_readme import write_chat_model
 
 from experiments.launch import local
-from nca_jax import build
+from nca_jax import build, score
 from nca_jax.checks import UserError
 from nca_jax.flags import parse_flags
 from nca_jax.infra import distributed
@@ -148,6 +149,29 @@ def test_a_number_of_processes_over_which_the_rows_do_not_divide_is_refused_by_n
     assert "4 data.rows over mesh.data * mesh.fsdp * mesh.expert = 3 does not divide" in err
     assert err.count("launch: ") == 1
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize("by", ["generate", "score"])
+def test_a_reward_model_over_two_processes_scores_as_by_one(tmp_path, rows, by):
+    policy, scorer = tmp_path / "policy", f"reward_model:{tmp_path / 'rm'}"
+    write_chat_model(policy)
+    write_chat_model(tmp_path / "rm", num_labels=1)
+    two, one = tmp_path / "two.jsonl", tmp_path / "one.jsonl"
+    flags = [f"--rows={rows}", f"--scorer={scorer}"]
+    if by == "generate":
+        flags = [f"--config=configs/jsonl.py:files=x,init_from={policy}", f"--prompts={rows}"]
+        small = (f"scorer={scorer}", "num_samples=2", "max_new_tokens=4")
+        flags += [f"--config.generate.{flag}" for flag in small]
+    finish(launch(by, *flags, f"--out={two}", processes=2))
+    score.main(["score", f"--rows={two}", f"--out={one}", f"--scorer={scorer}"])
+    found, wanted = (
+        [json.loads(line)["scores"] for line in file.read_text().splitlines()]
+        for file in (two, one)
+    )
+    assert len(found) == 24
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ LEFT_OUT = {
     "WANDB_MODE=offline": "wants the extra wandb",
     "wandb sync": "wants an account",
     "python -m experiments.sweep": "three runs: test_sweep",
+    "python -m nca_jax.score --rows=sampled": "wants a reward model: test_reward_model",
 }
 # What recipes ask the hub for.
 HUB = {
@@ -141,6 +142,8 @@ def test_the_recipes_for_training_do_what_they_say(folder):
         assert metric_lines(runs / name, "train")
     first, *_, last = metric_lines(runs / "sft", "eval")
     assert last["perplexity"] < first["perplexity"]
+    exported = json.loads((folder / "REWARD_FOLDER" / "config.json").read_text())
+    assert exported["architectures"] == ["LlamaForSequenceClassification"]
 
 
 @pytest.mark.slow

@@ -101,11 +101,18 @@ def test_what_a_loss_does_not_know_is_absent():
 
 def test_without_a_reference_the_reward_is_the_log_probability_a_token():
     given = responses([[-4, -9]], [[1, 0]], lengths=[[2, 3]])
-    found = metrics_of(given, has_reference=False)
+    found = metrics_of(given, "cpo", has_reference=False)
     assert (found["logps_per_token/0"], found["logps_per_token/1"]) == (-2, -3)
     assert (found["accuracy"], found["margin"]) == (1, 1)
     about_a_reference = ("rewards", "logratio", "chosen_logp", "max_abs", "start_loss")
     assert not [name for name in found if name.startswith(about_a_reference)]
+
+
+def test_where_a_loss_wants_a_reference_and_has_none_the_rewards_are_those_of_a_reward_model():
+    found = metrics_of(responses([[4, 2]], [[1, 0]], lengths=[[2, 3]]), has_reference=False)
+    assert (found["rewards/0"], found["rewards/1"], found["margin"]) == (2, 1, 1)  # beta is 1/2
+    about_logps = ("logps", "logratio", "chosen_logp", "max_abs", "start_loss", "perplexity")
+    assert not [name for name in found if name.startswith(about_logps)]
 
 
 def test_the_reward_of_a_loss_without_beta_is_the_log_ratio():

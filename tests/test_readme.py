@@ -55,8 +55,8 @@ def is_left_out(block: str) -> bool:
     return any(block.startswith(beginning) for beginning in LEFT_OUT)
 
 
-def write_chat_model(folder: Path) -> None:
-    """Writes a Hugging Face folder: the model `tiny`, random weights, a tokenizer of bytes."""
+def chat_tokenizer(template: str | None = CHATML):
+    """Returns a tokenizer of bytes, of which IM_END ends a turn."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -65,14 +65,19 @@ def write_chat_model(folder: Path) -> None:
     text = Tokenizer(models.BPE(ids, [], unk_token="<unk>"))
     text.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     text.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=text,
         eos_token=IM_END,
         additional_special_tokens=[IM_START],
-        chat_template=CHATML,
+        chat_template=template,
     )
+
+
+def write_chat_model(folder: Path, **changes) -> None:
+    """Writes a Hugging Face folder: the model `tiny`, random weights, and `chat_tokenizer`."""
+    tokenizer = chat_tokenizer()
     tokenizer.save_pretrained(folder)
-    config = dataclasses.replace(MODELS["tiny"], eos_ids=(ids[IM_END],))
+    config = dataclasses.replace(MODELS["tiny"], eos_ids=(tokenizer.eos_token_id,), **changes)
     rng = np.random.default_rng(0)
     params = {
         path: names.Param(shape, (0.05 * rng.normal(size=shape)).astype(np.float32).__getitem__)

@@ -71,18 +71,24 @@ LAYERS = (  # from the bottom
         "metrics",
         "sampling",
         "train_step",
+        "values",
     ),
     ("config", "config_check", "config_doc", "saved_config", "auto", "flags"),
     ("build",),
     ("params",),
     ("programs", "propose"),
-    ("reference", "fit", "rollout"),
+    ("reference", "fit", "reward_model", "rollout"),
     COMMANDS,
 )
 MAX_LINES, MAX_LEAVES = 400, 88
 
 FILES_ARGUMENT = {"torch_parity.py": "rows"}  # elsewhere "files"
-ONE_LOSS = {"sft.py": "likelihood"}  # of configs that take no other
+# Of configs that do not take all of them.
+ALGOS = {
+    "sft.py": ["likelihood"],
+    "reward_model.py": [name for name, loss in LOSSES.items() if "ref_logps" in loss.reads],
+}
+ONE_LOSS = {"sft.py"}  # of these the config that has no algo
 
 # Layers
 
@@ -173,7 +179,7 @@ def load_config(path: Path, arg: str) -> ConfigDict:
     [
         pytest.param(path, algo, id=f"{path.name}-{algo}")
         for path in CONFIG_FILES
-        for algo in ([ONE_LOSS[path.name]] if path.name in ONE_LOSS else LOSSES)
+        for algo in ALGOS.get(path.name, LOSSES)
     ],
 )
 def test_every_config_loads_with_every_loss(path, algo):
@@ -243,6 +249,7 @@ def test_every_documented_command_and_flag_exists():
 # Arrays
 
 DECODERS = MODELS | {
+    "tiny with the head of a reward model": dataclasses.replace(MODELS["tiny"], num_labels=1),
     "tiny with biases": dataclasses.replace(MODELS["tiny"], qkv_bias=True),
     "tiny_moe with biases": dataclasses.replace(MODELS["tiny_moe"], qkv_bias=True),
     "smollm2_135m with biases": dataclasses.replace(MODELS["smollm2_135m"], qkv_bias=True),

@@ -89,7 +89,7 @@ def whole(run, tmp_path_factory) -> Path:
 
 def assert_same_small_run(got: Path, want: Path) -> None:
     assert metric_lines(got) == metric_lines(want)
-    model = open_model_config(ConfigDict({"name": "", "init_from": str(MODEL)}))
+    model = open_model_config(ConfigDict({"name": "", "init_from": str(MODEL), "head": "lm"}))
     for a, b in zip(*(leaves(final_params(x, model)) for x in (got, want)), strict=True):
         np.testing.assert_array_equal(a, b)
 

@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
     parser = study.make_parser("real", __doc__, "real")
     parser.add_argument("--rows", type=Path, required=True, help="made by experiments/data")
     args = parser.parse_args(argv[1:])
-    rows = read_short(args.rows)
+    rows = read_short(args.rows, NUM_HELDOUT + NUM_TRAIN)
     for seed in range(args.seeds):
         shuffled = random.Random(seed).sample(rows, len(rows))
         write_new(args.out / f"rows/heldout-{seed}.jsonl", shuffled[:NUM_HELDOUT])
@@ -83,11 +83,11 @@ def main(argv: list[str]) -> int:
     return int(bool(status or broken))
 
 
-def read_short(path: Path) -> list[dict]:
-    """Returns the rows of ten answers that are, with their prompt, at most MAX_CHARS long.
+def read_short(path: Path, least: int, max_chars: int = MAX_CHARS) -> list[dict]:
+    """Returns the rows of ten answers that are, with their prompt, at most so long.
 
     Raises:
-      UserError: the file is not there, or has too few of them.
+      UserError: the file is not there, or has less than `least` of them.
     """
     if not path.exists():
         raise UserError(
@@ -99,12 +99,12 @@ def read_short(path: Path) -> list[dict]:
         {name: row[name] for name in ("prompt", "responses", "scores")}
         for row in rows
         if len(row["responses"]) == NUM_ANSWERS
-        and len(row["prompt"]) + sum(map(len, row["responses"])) <= MAX_CHARS
+        and len(row["prompt"]) + sum(map(len, row["responses"])) <= max_chars
     ]
-    if len(short) < NUM_HELDOUT + NUM_TRAIN:
+    if len(short) < least:
         raise UserError(
-            f"--rows={path} has {len(short)} rows of {NUM_ANSWERS} answers in {MAX_CHARS} "
-            f"characters; wanted {NUM_HELDOUT + NUM_TRAIN}."
+            f"--rows={path} has {len(short)} rows of {NUM_ANSWERS} answers in {max_chars} "
+            f"characters; wanted {least}."
         )
     return short
 

@@ -15,6 +15,7 @@ from nca_jax.data.conversation import Messages, as_messages, canonical, read_pro
 from nca_jax.data.group import Group
 from nca_jax.data.record import Parts, question, read_parts
 from nca_jax.data.sources import RecordError
+from nca_jax.data.whole import encode_whole, share_start
 from nca_jax.protocols import DataSection, Tokenizer
 
 ENCODING = ("format", "join", "max_prompt_len", "max_response_len", "prompt_keep", "too_long")
@@ -60,6 +61,8 @@ class Encoder:
       least_responses: fewer teach the loss nothing.
       digest: of the tokenizer: ids in a record that has another are not used.
       date: YYYY-MM-DD, the day that a chat template may write; empty: today.
+      is_reward: for a reward model: texts are whole conversations, see `data.whole`.
+      pad_id: what a reward model does not read at the end of a text; None: it reads all.
     """
 
     tokenizer: Tokenizer | None
@@ -69,6 +72,8 @@ class Encoder:
     least_responses: int = 2
     digest: str = "none"
     date: str = ""
+    is_reward: bool = False
+    pad_id: int | None = None
 
     def prompt(self, prompt: str | list[dict]) -> np.ndarray:
         """Returns the ids of a prompt, cut to length, [P] int32: what a response is sampled from.
@@ -122,6 +127,7 @@ class Encoder:
             "eos_ids": list(self.eos_ids),
             "least_responses": self.least_responses,
             "date": self.date if template.writes_date(self.tokenizer) else "",
+            **({"pad_id": self.pad_id} if self.is_reward else {}),
         }
 
     def _example(self, where: str, record: dict[str, Any]) -> Example:
@@ -131,7 +137,9 @@ class Encoder:
             least_responses=self.least_responses,
             released=self.config.format == "released",
         )
-        if self.config.train_on == "all_assistant":
+        if self.is_reward and parts.texts is not None:
+            whole, scores, notes = self._conversations_of(parts), self._scores_of(parts), ()
+        elif self.config.train_on == "all_assistant":
             whole, notes = self._turns_of(parts)
             scores = parts.scores
         else:
@@ -184,6 +192,45 @@ class Encoder:
         prompt, rest = self._checked(turns.prompt, "the prompt"), self._checked(turns.rest, "it")
         return Group(prompt, (rest,), scored=(np.array(turns.scored),)), turns.notes
 
+    def _conversations_of(self, parts: Parts) -> Group:
+        """Returns whole conversations before cutting; their "prompt" is what all begin with.
+
+        Raises:
+          RecordError: as `encode_whole`, or they begin differently.
+          UserError: the tokenizer has a template and config.format is plain, or the reverse.
+        """
+        tokenizer, has_template = self._its_tokenizer(), self.config.format == "chat"
+        if bool(tokenizer.chat_template) != has_template:
+            raise UserError(
+                "A reward model reads what its tokenizer's chat template writes, and a plain text "
+                f"where there is none: set data.format={'plain' if has_template else 'chat'}."
+            )
+        conversations = encode_whole(
+            parts.prompt,
+            parts.texts or [],
+            tokenizer,
+            vocab_size=self.vocab_size,
+            pad_id=self.pad_id,
+            date=self.date,
+        )
+        whole, *others = share_start(conversations)
+        if others:
+            raise RecordError("the conversations begin with different tokens", reason="template")
+        return whole
+
+    def _scores_of(self, parts: Parts) -> np.ndarray:
+        """Returns the scores with the bonus of the first. RecordError unless float32 holds it."""
+        scores = parts.scores.copy()
+        with np.errstate(over="ignore"):  # said next
+            scores[0] += self.config.first_bonus
+        if not np.isfinite(scores[0]):
+            raise RecordError(
+                f"the first score is {parts.scores[0]:g}, and float32 does not hold it with "
+                f"data.first_bonus={self.config.first_bonus} added; scale the scores",
+                reason="scores",
+            )
+        return scores
+
     def _responses_of(
         self, parts: Parts, written: str | None
     ) -> tuple[list[np.ndarray], np.ndarray, tuple[str, ...]]:
@@ -219,15 +266,7 @@ class Encoder:
                 f"has {len(stay)} responses of one token or more, wanted {self.least_responses}",
                 reason=TOO_FEW_LEFT,
             )
-        scores = parts.scores.copy()
-        with np.errstate(over="ignore"):  # said next
-            scores[0] += self.config.first_bonus
-        if not np.isfinite(scores[0]):
-            raise RecordError(
-                f"the first score is {parts.scores[0]:g}, and float32 does not hold it with "
-                f"data.first_bonus={self.config.first_bonus} added; scale the scores",
-                reason="scores",
-            )
+        scores = self._scores_of(parts)
         arrays = [self._checked(ids[k], f"response {k}") for k in stay]
         return arrays, scores[stay], notes + (NO_TOKEN,) * (len(ids) - len(stay))
 

@@ -50,7 +50,7 @@ def learn_turn(
     marker = MARKER
     while marker in prompt:
         marker += MARKER[-1]
-    (whole,) = _render(messages, [marker], tokenizer, date)
+    (whole,) = render(messages, [marker], tokenizer, date)
     head, found, tail = whole.partition(marker)
     if not found:
         raise RecordError("the chat template leaves the response out", reason="template")
@@ -102,7 +102,7 @@ def write_responses(
     """
     if turn.prefill:
         return [_prefilled(turn, response) for response in responses], ()
-    wholes = _render(messages, responses, tokenizer, date)
+    wholes = render(messages, responses, tokenizer, date)
     texts, notes = [], ()
     for response, whole in zip(responses, wholes, strict=True):
         written = whole.removesuffix(turn.tail)
@@ -182,10 +182,10 @@ def check_names_no_end(text: str, ends: Iterable[str]) -> None:
         )
 
 
-def _render(
+def render(
     messages: list[dict], responses: Iterable[str], tokenizer: Tokenizer, date: str
 ) -> list[str]:
-    """Returns the conversation with each of the responses as text."""
+    """Returns the conversation with each of the responses as text; raises as `apply_template`."""
     turns = [{"role": "assistant", "content": response} for response in responses]
     return _apply([[*messages, turn] for turn in turns], tokenizer, generate=False, date=date)
 

@@ -87,6 +87,13 @@ class Embed(nnx.Module):
         self.table = nnx.Param(jax.random.normal(rngs.params(), shape) * config.width**-0.5)
 
 
+class Score(nnx.Module):
+    """The head of a reward model, [D, S]. It is 0 at the start: no response is preferred."""
+
+    def __init__(self, config: ModelConfig):
+        self.kernel = nnx.Param(jnp.zeros((config.width, config.num_labels)))
+
+
 class Decoder(nnx.Module):
     """Tokens to final hidden states; the head is applied by whoever needs its logits."""
 
@@ -96,7 +103,9 @@ class Decoder(nnx.Module):
         make_layers = split(nnx.vmap(functools.partial(Layer, config, lora, mix)))
         self.layers = make_layers(rngs)
         self.norm = RMSNorm(config, config.width)
-        if not config.tied_head:
+        if config.num_labels:
+            self.score = Score(config)
+        elif not config.tied_head:
             self.head = Kernel((config.width,), (config.padded_vocab,), rngs)
 
 

@@ -1,5 +1,6 @@
 """Rewards for generated text, by name in `SCORERS`, or a command of one's own.
 
+One that is a model, REWARD_MODEL, is opened by `nca_jax.rollout`.
 A scorer takes N records and N responses, records[i] being what response i answers: a dict that has
 the "prompt" and what else the data gives, such as an "answer". It gives N scores, of float32.
 """
@@ -23,6 +24,7 @@ from nca_jax.checks import UserError
 Record = dict[str, Any]  # JSON
 
 COMMAND = "command:"
+REWARD_MODEL = "reward_model:"
 NUMBER = re.compile(r"(?:(?<!\d)-)?\d[\d,]*(?:\.\d+)?")  # 12, -0.5, 1,000; in 7-5 a 7 and a 5
 
 
@@ -32,6 +34,7 @@ class Scorer(NamedTuple):
     # N records, N responses -> N scores, one by one as they are known
     score: Callable[[Sequence[Record], Sequence[str]], Iterable[float]]
     lacks: Callable[[Record], str] = lambda record: ""  # what a record lacks to be scored, or ""
+    digest: str = ""  # of the model that it is: every process of a run computes its part of it
 
     def __call__(self, records: Sequence[Record], responses: Sequence[str]) -> np.ndarray:
         return np.fromiter(self.score(records, responses), np.float32)
@@ -175,6 +178,7 @@ def _read_score(who: str, number: int, line: str) -> float:
 
 
 SCORERS = {"vader": Scorer(vader), "length": Scorer(length), "answer": Scorer(answer, lacks_answer)}
+KNOWN = f"{', '.join(SCORERS)}, {COMMAND}CMD, {REWARD_MODEL}DIR"
 
 
 def get_scorer(name: str) -> Scorer | None:
@@ -188,7 +192,7 @@ def get_scorer(name: str) -> Scorer | None:
     if name.startswith(COMMAND):
         return Scorer(functools.partial(by_command, name.removeprefix(COMMAND)))
     if name and name not in SCORERS:
-        raise UserError(f"The scorer {name!r} is not one of {', '.join(SCORERS)}, {COMMAND}CMD.")
+        raise UserError(f"The scorer {name!r} is not one of {KNOWN}.")
     return SCORERS.get(name)
 
 

@@ -143,6 +143,7 @@ class Family(NamedTuple):
       tensors: {parameter path: tensor name}, where it is not that of `names.TABLE`. Parameters with
         one name are one tensor: in the table's order, one below the other.
       gguf: None: GGUF files of it are not read.
+      reward_architecture: as architecture, of its reward models; "": it has the name that follows.
     """
 
     model_type: str
@@ -154,3 +155,10 @@ class Family(NamedTuple):
     wanted: Fields = WANTED
     tensors: Mapping[str, str] = {}
     gguf: Gguf | None = None
+    reward_architecture: str = ""
+
+    @property
+    def classifier(self) -> str:
+        """The class in transformers of its reward models."""
+        usual = self.architecture.replace("ForCausalLM", "ForSequenceClassification")
+        return self.reward_architecture or usual

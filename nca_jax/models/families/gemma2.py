@@ -72,6 +72,7 @@ GEMMA2 = Family(
     model_type="gemma2",
     architecture="Gemma2ForCausalLM",
     defaults={
+        "pad_token_id": 0,
         **{key: value for key, value in DEFAULTS.items() if key != "hidden_act"},
         **_ACTIVATION,
         "vocab_size": 256000,

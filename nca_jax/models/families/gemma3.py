@@ -30,6 +30,7 @@ def _write(config: ModelConfig) -> Fields:
 GEMMA3_TEXT = GEMMA2._replace(
     model_type="gemma3_text",
     architecture="Gemma3ForCausalLM",
+    reward_architecture="Gemma3TextForSequenceClassification",
     defaults={
         **GEMMA2.defaults,
         "vocab_size": 262208,

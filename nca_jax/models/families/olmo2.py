@@ -6,6 +6,7 @@ OLMO2 = Family(
     model_type="olmo2",
     architecture="Olmo2ForCausalLM",
     defaults={
+        "pad_token_id": 1,
         **DEFAULTS,
         "num_key_value_heads": None,
         "max_position_embeddings": 2048,

@@ -41,6 +41,7 @@ PHI3 = Family(
     model_type="phi3",
     architecture="Phi3ForCausalLM",
     defaults={
+        "pad_token_id": 32000,
         **DEFAULTS,
         "num_key_value_heads": None,
         "max_position_embeddings": 4096,

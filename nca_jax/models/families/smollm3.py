@@ -50,6 +50,7 @@ SMOLLM3 = Family(
     model_type="smollm3",
     architecture="SmolLM3ForCausalLM",
     defaults={
+        "pad_token_id": 128004,
         **DEFAULTS,
         "num_key_value_heads": 4,
         "max_position_embeddings": 32768,

@@ -56,6 +56,9 @@ FIELDS: dict[str, Check] = dict.fromkeys(SIZES, SIZE) | {  # all that is read of
     "num_key_value_heads": or_null(SIZE),
     "max_position_embeddings": SIZE,
     "bos_token_id": or_null(INTEGER),
+    "pad_token_id": or_null(INTEGER),
+    "id2label": or_null(OBJECT),
+    "num_labels": or_null(SIZE),
     "eos_token_id": or_null(IDS),
     "attention_bias": FLAG,
     "mlp_bias": FLAG,
@@ -87,6 +90,8 @@ FIELDS: dict[str, Check] = dict.fromkeys(SIZES, SIZE) | {  # all that is read of
     "partial_rotary_factor": or_null(NUMBER),
     "clip_qkv": or_null(NUMBER),
 }
+LABELS = 2  # of a reward model that does not say how many
+REGRESSION = (["LlamaRewardModel"], ["EurusRewardModel"])  # UltraRM's and Eurus': one label
 COMPARED = 1 << 24  # elements of the head and of the embedding that are in memory at once
 DTYPES = {  # by safetensors' names
     "F32": np.dtype(np.float32),
@@ -207,6 +212,7 @@ def parse_config(raw: dict[str, Any], generation: dict[str, Any]) -> ModelConfig
         "max_position": raw["max_position_embeddings"],
         "bos_id": next(_in_vocabulary(_ids(raw["bos_token_id"]), raw), None),
         "eos_ids": tuple(_in_vocabulary(_eos_ids(raw, generation), raw)),
+        **_pooling(family, raw),
     }
     return ModelConfig(**{**common, **family.has, **family.read({**raw, "head_dim": head_dim})})
 
@@ -220,26 +226,46 @@ def _read_config(folder: Path) -> tuple[ModelConfig, dict[str, str]]:
         config = parse_config(raw, more)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
+    naming = tensor_names(raw["model_type"])
+    if raw.get("architectures") in REGRESSION:
+        naming["score/kernel"] = "regression_head.weight"
     defaults = FAMILIES[raw["model_type"]].defaults
     lost = [i for i in _eos_ids({**defaults, **raw}, more) if i not in config.eos_ids]
     if lost:
         print(f"{folder}: eos_token_id {lost} is not in the vocabulary; no turn ends by it.")
-    return config, tensor_names(raw["model_type"])
+    return config, naming
 
 
 def _refuse(family: Family, raw: dict[str, Any]) -> None:
     for key in (*SIZES, *family.defaults):
         check_field(key, raw.get(key), FIELDS[key])
-    if raw["architectures"] not in (None, [family.architecture]):
+    known = (None, [family.architecture], [family.classifier], *REGRESSION)
+    if raw["architectures"] not in known:
         raise UserError(
             f"architectures {reprlib.repr(raw['architectures'])} is not supported; wanted "
-            f"{family.architecture}."
+            f"{family.architecture} or {family.classifier}."
         )
     if raw["quantization_config"] is not None:
         check_quantisation(raw["quantization_config"])
     for key, value in family.wanted.items():
         if raw[key] != value:
             raise UserError(f"{key} {reprlib.repr(raw[key])} is not supported; wanted {value!r}.")
+
+
+def _pooling(family: Family, raw: dict[str, Any]) -> dict[str, int | None]:
+    """Returns how many labels a reward model has, and the id that it does not read at an end.
+
+    Those with a regression_head read the last token, whichever it is.
+    """
+    for key in ("pad_token_id", "id2label", "num_labels"):
+        check_field(key, raw.get(key), FIELDS[key])
+    if raw["architectures"] in REGRESSION:
+        return {"num_labels": 1, "pad_id": None}
+    labels = len(raw.get("id2label") or ()) or raw.get("num_labels") or LABELS
+    return {
+        "num_labels": labels if raw["architectures"] == [family.classifier] else 0,
+        "pad_id": next(_in_vocabulary(_ids(raw.get("pad_token_id")), raw), None),
+    }
 
 
 def _ids(value: int | list[int] | None) -> list[int]:

@@ -93,7 +93,6 @@ def config_json(config: ModelConfig, family: Family) -> dict[str, Any]:
     """Returns config.json as this family writes it, complete but for the dtype."""
     c = config
     return {
-        "architectures": [family.architecture],
         "model_type": family.model_type,
         "vocab_size": c.vocab_size,
         "hidden_size": c.width,
@@ -105,10 +104,23 @@ def config_json(config: ModelConfig, family: Family) -> dict[str, Any]:
         "rms_norm_eps": c.norm_eps,
         "max_position_embeddings": c.max_position,
         "tie_word_embeddings": c.tied_head,
-        "pad_token_id": None,  # or it would be one of the class, which may be no token here
+        "pad_token_id": c.pad_id,  # null too, or it would be one of the class
         **_token_ids(config),
+        **_head(config, family),
         **family.wanted,
         **family.write(config),
+    }
+
+
+def _head(config: ModelConfig, family: Family) -> dict[str, Any]:
+    """The class in transformers, by the head that the model has, and the labels of that."""
+    if not config.num_labels:
+        return {"architectures": [family.architecture]}
+    labels = [f"LABEL_{i}" for i in range(config.num_labels)]
+    return {
+        "architectures": [family.classifier],
+        "id2label": {str(i): label for i, label in enumerate(labels)},
+        "label2id": {label: i for i, label in enumerate(labels)},
     }
 
 
@@ -131,6 +143,9 @@ def _json_files(config: ModelConfig, origin: Path | None) -> tuple[dict, dict]:
     ends = {"eos_token_id": _token_ids(config)["eos_token_id"]}
     content = read_model_json(origin)
     content |= ends | {"tie_word_embeddings": config.tied_head}
+    if config.num_labels:
+        family = FAMILIES[content["model_type"]]
+        content |= _head(config, family) | {"pad_token_id": config.pad_id}
     content.pop("auto_map", None)  # names code in files that are not copied
     content.pop("quantization_config", None)  # what is written is not quantised
     generation = origin / "generation_config.json"

@@ -1,7 +1,8 @@
 """One table: every parameter, and the tensors it is made of in a Hugging Face or GGUF checkpoint.
 
 Axes: V vocabulary, D width, N query heads, G kv heads, H head width, F MLP width, L layers,
-      E experts. Parameters pad V to `config.padded_vocab` with zeros; tensors do not.
+      E experts, S labels of a reward model. Parameters pad V to `config.padded_vocab` with zeros;
+      tensors do not.
 
 Reading and writing take the same entries, so a name or a transpose is stated once. A family that
 names some tensors otherwise says so in its record; whoever opens or writes a checkpoint brings a
@@ -108,6 +109,7 @@ _HF_EXPERT = _HF + "mlp.experts.{E}."
 TABLE = (
     Entry("embed/table", "VD", "V D", "model.embed_tokens.weight", "token_embd.weight"),
     Entry("head/kernel", "DV", "V D", "lm_head.weight", "output.weight"),
+    Entry("score/kernel", "DS", "S D", "score.weight", ""),
     Entry("norm/scale", "D", "D", "model.norm.weight", "output_norm.weight"),
     Entry("layers/attn_norm/scale", "LD", "D",
         _HF + "input_layernorm.weight", _GGUF + "attn_norm.weight"),
@@ -167,14 +169,15 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
     c = config
     return {
         "V": c.vocab_size, "D": c.width, "N": c.num_heads, "G": c.num_kv_heads, "H": c.head_dim,
-        "F": c.mlp_width, "L": c.num_layers, "E": c.num_experts,
+        "F": c.mlp_width, "L": c.num_layers, "E": c.num_experts, "S": c.num_labels,
     }  # fmt: skip
 
 
 def entries(config: ModelConfig) -> tuple[Entry, ...]:
     """Returns the entries of the table that this model has."""
     absent = {
-        "head/": config.tied_head,
+        "head/": config.tied_head or config.num_labels > 0,
+        "score/": config.num_labels == 0,
         "/attn_norm/": config.norms == "after",
         "/mlp_norm/": config.norms == "after",
         "_post_norm/": config.norms == "before",
