@@ -35,6 +35,7 @@ import numpy as np
 import optax
 from numpy.typing import ArrayLike
 
+from experiments.plots import colors_of
 from experiments.results import markdown, with_spread
 from nca_jax.checks import run_main
 from nca_jax.losses import LOSSES, Responses
@@ -281,13 +282,15 @@ def plot_optima(path: Path, apart: Mapping[str, ArrayLike]) -> None:
     """Draws what `table_of_losses` has: rings are those that share an optimum."""
     figure, axes = plt.subplots(figsize=(6, 4.2), layout="constrained")
     axes.plot(REWARDS, REWARDS, "k--", lw=1, label="r / (alpha beta)", zorder=3)
+    colors = colors_of(len(apart))
     for i, (loss, runs) in enumerate(apart.items()):
-        means = np.mean(runs, axis=0)
+        means, how = np.mean(runs, axis=0), {"color": colors[i], "label": loss}
         if loss in SHARED:  # around each other: all are at one place
-            axes.plot(REWARDS, means, "o", ms=16 - 4 * i, mfc="none", mew=1.6, label=loss)
+            axes.plot(REWARDS, means, "o", ms=16 - 4 * i, mfc="none", mew=1.6, **how)
         else:
-            axes.plot(REWARDS, means, ".-", lw=1, label=loss)
+            axes.plot(REWARDS, means, ".-", lw=4 if loss == "nca" else 1, **how)  # one is on it
     axes.set(xlabel="reward of an answer, r", ylabel="log pi / mu above that of r = 0, nats")
+    axes.set_ylim(-0.3, 6)  # what has no end is far above
     axes.set_xticks(REWARDS)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, ncols=2)
