@@ -111,9 +111,9 @@ def main(argv: list[str]) -> int:
             found = metrics_of(responses, config) | errors_of(values)
             name = split.removeprefix(EVAL).removeprefix("/")
             of_set = f"{name}/" if name else ""
-            found, values = ({of_set + x: v for x, v in of.items()} for of in (found, values))
+            found = {of_set + x: value for x, value in found.items()}
             trained |= found
-            by_prompt |= values
+            by_prompt |= {of_set + x: at_prompts for x, at_prompts in values.items()}
             shown += [f"\nthe responses in the data to {len(examples)} held-out prompts"]
             shown += table(found, len(examples))
         if len(heldout):
