@@ -13,6 +13,7 @@ from experiments.bakeoff.settings import ARMS, NUM_HELDOUT, NUM_TUNE, K, Setting
 from experiments.results import find_runs  # noqa: E402
 from nca_jax.checks import UserError  # noqa: E402
 from nca_jax.files import whole_lines  # noqa: E402
+from nca_jax.flags import parse_flags  # noqa: E402
 
 
 def write_real(path, num: int, chars: int = 8) -> str:
@@ -43,14 +44,22 @@ def test_seeds_train_on_rows_of_their_own_and_none_that_is_held_out(tmp_path):
     settings.write_rows(tmp_path, settings.own_rows(), 4)  # more seeds may follow
 
 
+@pytest.mark.parametrize("prompts", [settings.OWN, settings.REAL], ids=lambda prompts: prompts.name)
 @pytest.mark.parametrize("arm", ARMS)
-def test_a_point_names_its_loss_and_a_cache_where_it_reads_a_reference(arm):
+def test_a_point_is_a_config_with_a_cached_reference_where_its_loss_reads_one(arm, prompts):
     setting = Setting(arm, ARMS[arm].values[1], 3e-4)
-    fields = settings.point_of(settings.OWN, setting)
+    fields = settings.point_of(prompts, setting)
     assert fields[f"loss.{ARMS[arm].field}"] == ARMS[arm].values[1]
     assert ("reference.kind" in fields) == (arm not in ("simpo", "likelihood"))
     of_pair = arm in ("dpo", "simpo", "apo_zero")
-    assert fields["data.row_len"] == settings.OWN.row_lens[2 if of_pair else K]
+    assert fields["data.row_len"] == prompts.row_lens[2 if of_pair else K]
+    if "reference.kind" in fields:
+        fields["reference.cache"] = "x"
+    where = f"--config={prompts.config}files=x,algo={fields.pop('config.algo')}"
+    flags = [f"--config.{name}={value}" for name, value in fields.items()]
+    config, _ = parse_flags(["x", where, *prompts.flags, *flags])
+    assert config.data.num_responses == (2 if of_pair else K)
+    assert config.reference.kind == ("cached" if "reference.kind" in fields else "none")
 
 
 def write_evaluation(out, setting: Setting, seed: int, rewards: np.ndarray) -> None:
