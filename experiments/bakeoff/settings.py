@@ -104,7 +104,7 @@ OWN = Prompts(
     "configs/sentiment.py:",
     "configs/sentiment.py:smoke,",
     {2: 512, K: 704},
-    (*COMMON, "--config.generate.num_samples=4"),
+    (*COMMON, "--config.generate.num_samples=2"),
     study.JUDGE,
 )
 REAL = Prompts(
@@ -118,7 +118,7 @@ REAL = Prompts(
         *COMMON,
         "--config.data.max_prompt_len=256",
         "--config.data.max_response_len=256",
-        "--config.generate.num_samples=2",
+        "--config.generate.num_samples=1",
         "--config.generate.max_new_tokens=64",
     ),
 )
