@@ -68,9 +68,10 @@ setup(
             *GGUF,
         ],
         "demo": ["vaderSentiment>=3.3.2", "matplotlib>=3.9", *GGUF],
-        "torch": [  # parity with the released code, in CPU arithmetic
+        "torch": [  # parity with the released code, PEFT and TRL, in CPU arithmetic
             "torch==2.13.0",
             "peft==0.21.2",
+            "trl==1.16.0",
             "bitsandbytes==0.50.2",
             "accelerate>=1",  # transformers quantises with it
         ],

@@ -6,8 +6,8 @@ Prints, and writes to --out (by default DIR/evaluation.json): the held-out metri
 to the reference on the policy's own samples, and a scorer's mean reward on samples of policy and
 reference, with their length and repetition: a reward may be bought by breaking the language. Each
 mean over prompts has its standard error, and on the screen an interval of 95%, which for what both
-have is that of the differences at each prompt. Of a held-out set with a name
-(data.eval_files=NAME=FILE) a metric is NAME/metric.
+have is that of the differences at each prompt; the file has the values at each prompt too. Of a
+held-out set with a name (data.eval_files=NAME=FILE) a metric is NAME/metric.
 Without --workdir it evaluates the model of init_from. Of a reward model there are the held-out
 metrics alone.
 
@@ -16,6 +16,8 @@ metrics alone.
     --workdir      of a training run
     --step         of a checkpoint that was kept, or best by checkpoint.best_metric; by default the
                    latest
+    --reference    a model to compare with, as init_from takes it, or start: what the run began
+                   from; by default the reference of the run, which may have none
     --num_prompts  held-out prompts to sample responses for; 0: none, so no KL and no rewards
     --out          a file; by default evaluation.json in --workdir
     --judge        a second scorer (see nca_jax.score), which was not trained on; one that is a
@@ -31,11 +33,12 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
 
 from nca_jax import build, programs
 from nca_jax.axes import Params
 from nca_jax.checks import UserError, run_main
-from nca_jax.comparison import comparison, table
+from nca_jax.comparison import REFERENCE, comparison, table
 from nca_jax.data.encode import Example, Prompt
 from nca_jax.data.group import Group
 from nca_jax.data.pipeline import EVAL, eval_batches
@@ -50,6 +53,7 @@ from nca_jax.evaluators import (
     repetition,
     score_responses,
     text_perplexity,
+    values_of,
 )
 from nca_jax.files import as_path, out_file, write_json
 from nca_jax.flags import parse_flags
@@ -63,6 +67,9 @@ from nca_jax.reference import reference_params
 from nca_jax.rewards.scorers import Scorer, score_all
 from nca_jax.rollout import Samples, check_scorable, make_generator, make_records, open_scorer
 
+START = "start"  # of --reference: the model that the run began from
+OF_WHOM = {"policy": "", "reference": REFERENCE}  # how metrics are named
+
 
 def main(argv: list[str]) -> int:
     config, flags = parse_flags(
@@ -72,9 +79,12 @@ def main(argv: list[str]) -> int:
         step="",
         out="",
         num_prompts=64,
+        reference="",
         judge="",
         text="",
     )
+    if flags.reference:
+        config = with_reference(config, flags.reference)
     beside = as_path(flags.workdir or ".") / "evaluation.json"
     is_missing = not flags.out and not beside.parent.exists()  # the workdir, as will be said
     out = beside if is_missing else out_file(flags.out or beside)
@@ -85,8 +95,10 @@ def main(argv: list[str]) -> int:
     is_reward = config.model.head == "reward"
     if is_reward:
         print("no samples: config.model.head='reward'")
-        if flags.text or flags.judge:
-            raise UserError("--text and --judge are of policies, and this is a reward model.")
+        if flags.text or flags.judge or flags.reference:
+            raise UserError(
+                "--text, --judge and --reference are of policies, and this is a reward model."
+            )
     how = {"mesh": config.mesh, "dtype": config.model.dtype}
     scorers = {
         "reward": None if is_reward else open_scorer(config.generate.scorer, **how),
@@ -103,26 +115,31 @@ def main(argv: list[str]) -> int:
         reference = reference_params(run, policy)
         step_logps = first_call("the held-out metrics", programs.jit_step_logps(run))
         here = rows_here(run.mesh, config.data.rows)
-        trained, shown, sampled, samples = {}, [], {}, {}
+        trained, by_prompt, shown, sampled, samples = {}, {}, [], {}, {}
         for split, examples in data.splits.items():
             batches = eval_batches(examples, config.data, rows_here=here)
             batches = fill_reference(step_logps, reference, batches)
             responses = heldout_responses(step_logps, policy, batches)
-            found = metrics_of(responses, config) | errors_of(responses, config)
+            values = values_of(responses, config)
+            found = metrics_of(responses, config) | errors_of(values)
             name = split.removeprefix(EVAL).removeprefix("/")
-            found = {f"{name}/{x}" if name else x: value for x, value in found.items()}
+            of_set = f"{name}/" if name else ""
+            found = {of_set + x: value for x, value in found.items()}
             trained |= found
+            by_prompt |= {of_set + x: at_prompts for x, at_prompts in values.items()}
             shown += [f"\nthe responses in the data to {len(examples)} held-out prompts"]
             shown += table(found, len(examples))
         if len(heldout):
-            sampled, samples = sample_metrics(run, policy, reference, heldout, scorers)
+            sampled, values, samples = sample_metrics(run, policy, reference, heldout, scorers)
+            by_prompt |= values
         if texts:
             sampled |= perplexities(run, policy, reference, texts)
     metrics = {"n_heldout": len(data.heldout), "n": len(heldout)} | trained | sampled
     if bad := bad_metrics(metrics):
         raise UserError(f"{bad}: the parameters are too large for these numbers to be finite.")
     if distributed.is_first():
-        write_json(out, {"metrics": metrics, "samples": samples})
+        of_prompts = {name: values.tolist() for name, values in by_prompt.items()}
+        write_json(out, {"metrics": metrics, "by_prompt": of_prompts, "samples": samples})
     print(*shown, sep="\n")
     if sampled:
         print(f"\nsampled responses to {len(heldout)} held-out prompts")
@@ -131,19 +148,28 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def with_reference(config: ConfigDict, reference: str) -> ConfigDict:
+    """Returns the config with a live reference: START, or a model, as init_from takes it."""
+    config = config.copy_and_resolve_references()
+    init_from = "" if reference == START else reference
+    config.reference.update(kind="live", init_from=init_from, cache="")
+    return config
+
+
 def sample_metrics(
     run: build.Run,
     policy: Params,
     reference: Params | None,
     heldout: Sequence[Example],
     scorers: dict[str, Scorer | None],
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
+) -> tuple[dict[str, float], dict[str, np.ndarray], list[dict[str, Any]]]:
     """Samples responses of policy and reference to held-out prompts, with the same random keys.
 
     Args:
       scorers: {metric: scorer or None}.
     Returns:
-      `comparison` of "kl" nats a response, "length" tokens, "repetition" and each scorer; and
+      `comparison` of "kl" nats a response, "length" tokens, "repetition" and each scorer; the
+      values at each prompt that these are means of; and
       [{"prompt", "policy", "policy_scores", ...}], the texts with their rewards.
     """
     generate = make_generator(run)
@@ -151,11 +177,11 @@ def sample_metrics(
     drawn = {"policy": generate(policy, ids, run.config.seed)}
     if reference is not None:
         drawn["reference"] = generate(reference, ids, run.config.seed)
-    kl, how = {}, run.config.generate
+    how, kl = run.config.generate, {}
     if reference is None:
-        print("no KL: config.reference.kind='none'")
+        print(f"no KL: config.reference.kind='none'; --reference={START} has one")
     elif how.temperature == 1 and how.top_p == 1:
-        kl = comparison("kl", kl_of_prompts(run, policy, reference, heldout, drawn["policy"]))
+        kl = {"policy": kl_of_prompts(run, policy, reference, heldout, drawn["policy"])}
     else:
         print("no KL: it is estimated on samples of generate.temperature=1 and top_p=1")
     prompts = [as_prompt(run, example) for example in heldout]
@@ -180,11 +206,13 @@ def sample_metrics(
             if name == "reward":
                 for one, of_prompt in zip(told, scores, strict=True):
                     one[f"{who}_scores"] = of_prompt
-    metrics = {}
-    for name, by_who in values.items():
+    metrics, by_prompt = {}, {}
+    for name, by_who in (values | {"kl": kl}).items():
         if by_who:
             metrics |= comparison(name, **by_who)
-    return metrics | kl, told if run.tokenizer is not None and distributed.is_first() else []
+            by_prompt |= {name + OF_WHOM[who]: x for who, x in by_who.items()}
+    is_told = run.tokenizer is not None and distributed.is_first()
+    return metrics, by_prompt, told if is_told else []
 
 
 def as_prompt(run: build.Run, example: Example) -> Prompt:

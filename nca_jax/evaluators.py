@@ -91,8 +91,8 @@ def metrics_of(heldout: Heldout, config: ConfigDict) -> dict[str, float]:
     return {name: float(value) for name, value in found.items()}
 
 
-def errors_of(heldout: Heldout, config: ConfigDict) -> dict[str, float]:
-    """Returns {name_se: standard error} of the metrics that are plain means over all prompts."""
+def values_of(heldout: Heldout, config: ConfigDict) -> dict[str, np.ndarray]:
+    """Returns {name: its value at each prompt, [prompts]} of the metrics that are plain means."""
     measure = _metrics(heldout, config)
 
     def of_one(prompt: Responses) -> dict[str, jax.Array]:
@@ -100,9 +100,14 @@ def errors_of(heldout: Heldout, config: ConfigDict) -> dict[str, float]:
 
     present = np.asarray(heldout.responses.mask).any(axis=-1)
     by_prompt = jax.device_get(jax.jit(jax.vmap(of_one))(heldout.responses))
+    return {name: by_prompt[name][present] for name in sorted(PLAIN_MEANS & by_prompt.keys())}
+
+
+def errors_of(by_prompt: dict[str, np.ndarray]) -> dict[str, float]:
+    """Returns {name_se: standard error} of the mean of each name's values at prompts."""
     found = {}
-    for name in PLAIN_MEANS & by_prompt.keys():
-        found |= mean_and_error(name, by_prompt[name][present])
+    for name, values in by_prompt.items():
+        found |= mean_and_error(name, values)
     return {name: value for name, value in found.items() if name.endswith(ERROR)}
 
 

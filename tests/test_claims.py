@@ -13,6 +13,8 @@ from nca_jax.losses import targets_from_scores
 pytest.importorskip("matplotlib")
 from experiments.claims import tabular  # noqa: E402  (it plots)
 from experiments.claims.tabular import MU, REWARDS, Problem, infonca_optimum, nca_optimum  # noqa: E402
+from experiments.results import markdown  # noqa: E402
+from nca_jax.files import read_json  # noqa: E402
 
 
 def test_four_responses_of_a_uniform_reference_give_two_times_and_not_more():
@@ -73,3 +75,23 @@ def test_training_reaches_the_optimum_and_only_nca_keeps_the_mass_of_what_is_dra
     mass = {x: final(tabular.unseen_problem(x, start))[:4].sum() for x in ("nca", "infonca")}
     assert mass["nca"] == pytest.approx(0.5, abs=0.02)  # as under mu
     assert mass["infonca"] > start
+
+
+def test_what_is_drawn_of_the_shared_optimum_holds_and_the_readme_says_it():
+    stored = read_json(tabular.HERE / "optima.json")
+    assert list(stored) == [*tabular.SHARED, *tabular.OTHERS]
+    for loss in tabular.SHARED:  # l_i - l_j = (r_i - r_j) / (alpha beta)
+        np.testing.assert_allclose(stored[loss], [REWARDS] * tabular.SEEDS, atol=1e-4)
+    of_nca = np.log(nca_optimum(MU, REWARDS, 1.0, tabular.OF_LOSSES) / MU)
+    for loss in ("nca", "likelihood"):  # sum_k p_k log pi is least there too
+        np.testing.assert_allclose(np.mean(stored[loss], axis=0), of_nca - of_nca[0], atol=0.02)
+    assert min(np.min(stored[loss], axis=0)[-1] for loss in ("dpo", "plackett_luce")) > 4  # no end
+    assert markdown(tabular.table_of_losses(stored)) in (tabular.HERE / "README.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", tabular.SHARED[1:])  # the first is above
+def test_training_leads_each_of_them_to_the_shared_optimum(loss):
+    trained = tabular.train(Problem(loss, 4), 500, jax.random.key(0))[-1]
+    apart = tabular.apart_from_first(np.asarray(jax.nn.softmax(trained)))
+    np.testing.assert_allclose(apart, REWARDS, atol=0.02)

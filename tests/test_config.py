@@ -136,6 +136,12 @@ def test_no_reference_is_opened_for_a_loss_that_reads_none(monkeypatch):
     assert config.reference.kind == "none"
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_reference_is_there_by_default_where_the_loss_reads_one_and_nowhere_else(name):
+    reads = "ref_logps" in LOSSES[name].reads
+    assert (load_config(f"configs/jsonl.py:algo={name}").reference.kind != "none") == reads
+
+
 def test_a_loss_that_reads_a_reference_must_have_one():
     with pytest.raises(UserError, match="'nca' compares with a reference"):
         smoke("--config.reference.kind=none")

@@ -276,3 +276,8 @@ def test_generate_writes_rows_that_train_reads_and_evaluate_writes_its_metrics(t
     assert 50 < metrics["text_perplexity"] < 5000  # random weights on bytes
     assert len(result["samples"]) == 3
     assert all(row["policy"] == row["reference"] for row in result["samples"])
+    by_prompt = result["by_prompt"]
+    assert {"kl", "judge_reference", "accuracy", "length"} <= by_prompt.keys()
+    assert len(by_prompt["kl"]) == 3 and len(by_prompt["accuracy"]) == metrics["n_heldout"]
+    for name, values in by_prompt.items():
+        assert np.mean(values) == pytest.approx(metrics[name], abs=1e-6)

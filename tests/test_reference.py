@@ -14,7 +14,7 @@ from ml_dtypes import bfloat16
 from old_run import ALL_BUT_STEPS, MODEL
 from safetensors.numpy import load_file, save_file
 
-from nca_jax import build, precompute, train
+from nca_jax import build, evaluate, precompute, train
 from nca_jax.checks import UserError
 from nca_jax.data.pipeline import Dataset
 from nca_jax.data.table import Table, table_of
@@ -96,6 +96,27 @@ def test_a_run_in_bfloat16_starts_at_its_reference_and_keeps_float32_parameters(
     params = restore_params(tmp_path / "run", run.model.abstract_params(), mesh)
     assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype(np.float32)}
     assert json.loads((tmp_path / "run" / "run.json").read_text())["steps"] == 2
+
+
+@pytest.mark.slow
+def test_a_run_without_a_reference_is_compared_with_its_start_or_with_a_model(tmp_path, other):
+    simpo = (f"{ALL_BUT_STEPS[0]},algo=simpo", *ALL_BUT_STEPS[1:])
+    simpo = (*simpo, "--config.steps=2", "--config.eval_every=0")
+    workdir = f"--workdir={tmp_path / 'run'}"
+    train.main(["train", *simpo, workdir])
+
+    def evaluated(*flags: str) -> dict:
+        out = tmp_path / "evaluation.json"
+        evaluate.main(["evaluate", *flags, "--num_prompts=0", f"--out={out}"])
+        return json.loads(out.read_text())["metrics"]
+
+    after = evaluated(workdir)
+    assert "chosen_logp_drift" not in after and "logratio/0" not in after
+    for reference, flags in (("start", ()), (other, (f"--config.model.init_from={other}",))):
+        before = evaluated(*simpo, *flags)  # of the model that the reference is
+        found = evaluated(workdir, f"--reference={reference}")
+        drift = after["logps/0"] - before["logps/0"]
+        assert found["chosen_logp_drift"] == pytest.approx(drift, abs=1e-3) and abs(drift) > 0.01
 
 
 # The cache

@@ -214,7 +214,8 @@ def test_evaluate_gives_a_scorer_the_whole_record(run, monkeypatch, capsys):
     drawn = [[np.array([*ids_of("bc"), EOS]), np.array(ids_of("def"))]]
     monkeypatch.setattr(evaluate, "make_generator", lambda run: lambda *_: drawn)
     scorers = {"reward": Scorer(words), "judge": None}
-    metrics, told = evaluate.sample_metrics(run, {}, {}, heldout, scorers)
+    metrics, by_prompt, told = evaluate.sample_metrics(run, {}, {}, heldout, scorers)
+    assert by_prompt["reward"] == by_prompt["reward_reference"] == [12.5]
     assert metrics["reward"] == metrics["reward_reference"] == 12.5
     assert metrics["reward_difference"] == 0 and "reward_difference_se" not in metrics
     assert told == [
@@ -233,6 +234,7 @@ def test_the_interval_of_a_held_out_set_with_a_name_goes_by_its_own_prompts(
         monkeypatch.setattr(evaluate, part, lambda *_: None)
     monkeypatch.setattr(evaluate, "fill_reference", lambda logps, params, batches: batches)
     monkeypatch.setattr(evaluate, "metrics_of", lambda *_: {"loss": 1.0})
+    monkeypatch.setattr(evaluate, "values_of", lambda *_: {})
     monkeypatch.setattr(evaluate, "errors_of", lambda *_: {"loss_se": 0.1})
     sets = f"--config.data.eval_files=a={tmp_path}/a.jsonl,b={tmp_path}/b.jsonl"
     sets = (sets, "--config.data.eval_fraction=0")

@@ -19,6 +19,7 @@ from nca_jax.checks import UserError
 from nca_jax.config import flatten
 from nca_jax.files import whole_lines
 from nca_jax.flags import parse_flags
+from nca_jax.losses import LOSSES
 from nca_jax.saved_config import check_same_run
 
 # In the place of nca_jax.train: leaves what train leaves, and a line a start in starts.txt.
@@ -257,13 +258,16 @@ def wait_for(condition) -> None:
 
 
 @pytest.mark.slow
-def test_a_real_sweep_trains_evaluates_and_reports(tmp_path):
+@pytest.mark.parametrize(
+    "names", [["nca"], pytest.param([*LOSSES], marks=pytest.mark.long)], ids=["nca", "every loss"]
+)
+def test_a_real_sweep_over_losses_trains_and_reports_each(tmp_path, names):
     pytest.importorskip("matplotlib")
     rows, out = write_records(tmp_path / "rows.jsonl"), tmp_path / "out"
     argv = [
         f"--config=configs/jsonl.py:files={rows},smoke",
         f"--out={out}",
-        "--grid=config.algo=nca",
+        f"--grid=config.algo={','.join(names)}",
         "--config.steps=2",
         "--config.eval_every=0",
         "--config.log.tensorboard=False",
@@ -274,7 +278,11 @@ def test_a_real_sweep_trains_evaluates_and_reports(tmp_path):
         cwd=ROOT, env=env, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "| nca | 1 | training step 2 |" in (out / "table.md").read_text()
-    (log,) = out.rglob("train.log")
-    assert "train step 2 of 2" in log.read_text()
+    table = (out / "table.md").read_text()
+    for name in names:
+        workdir = out / f"config.algo={name}/seed=0"
+        assert f"| {name} | 1 | training step 2 |" in table
+        assert "train step 2 of 2" in (workdir / "train.log").read_text()
+        reference = json.loads((workdir / "run.json").read_text())["reference"]
+        assert (reference != "none") == ("ref_logps" in LOSSES[name].reads)
     assert "<svg" in (out / "report.html").read_text()

@@ -93,6 +93,36 @@ def test_a_step_holds_one_sum_of_gradients_and_none_of_a_micro_batch(kinds):
     assert memory.temp_size_in_bytes < 1.6 * held
 
 
+def test_a_loss_that_reads_no_reference_has_no_second_forward_pass_in_its_step():
+    data = data_config(row_len=32, rows=1, batch_size=4)
+    examples = table_of(encode_one(id_record(i + 1), data) for i in range(4))
+    batch = Dataset([examples], data, seed=0).batch_at(0).batch
+    model, tx = Model(SMALL), optax.sgd(1.0)
+    params = model.abstract_params()
+    start = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, tx.init(params))
+
+    def flops(what, *args) -> float:
+        return jax.jit(what).lower(*args).cost_analysis()["flops"]
+
+    def config_of(algo: str) -> ConfigDict:
+        arg = f"--config=configs/jsonl.py:files=x,smoke,algo={algo}"
+        config = ConfigDict(parse_flags(["x", arg])[0].to_dict())
+        config.data, config.loss.logits_chunk = data, 32
+        return config
+
+    def of_step(algo: str, frozen: Frozen, batch) -> float:
+        step = make_train_step(model, tx, optax.constant_schedule(1.0), config_of(algo))
+        return flops(step, start, frozen, batch)
+
+    forward = flops(make_step_logps(model, config_of("dpo")), params, batch)
+    free = of_step("simpo", Frozen(), batch)
+    cached = of_step("dpo", Frozen(), batch._replace(ref_logps=np.zeros_like(batch.scores)))
+    live = of_step("dpo", Frozen(reference=params), batch)
+    assert free == pytest.approx(cached, rel=0.01)
+    assert live - free == pytest.approx(forward, rel=0.05)
+    assert forward > 0.2 * free
+
+
 # The recipe of the README, as it stands there.
 
 

@@ -1,4 +1,4 @@
-"""Draws the figures of README.md again, those that need no more than results.jsonl has.
+"""Draws the figures of README.md again, of what results.jsonl and optima.json have.
 
     python -m experiments.claims.figures
 
@@ -11,8 +11,8 @@ from pathlib import Path
 from PIL import Image
 
 from experiments import plots, results
-from experiments.claims import pairs, real, reasoning, responses, temperatures
-from nca_jax.files import whole_lines
+from experiments.claims import pairs, real, reasoning, responses, tabular, temperatures
+from nca_jax.files import read_json, whole_lines
 
 HERE = Path(__file__).parent
 
@@ -36,6 +36,7 @@ def shrink(path: Path) -> None:
 
 
 def main() -> None:
+    tabular.plot_optima(HERE / "optima.png", read_json(HERE / "optima.json"))
     if figure := plots.front(stored_runs("demo", [arm.name for arm in pairs.ARMS])):
         figure.savefig(HERE / "pairs.png", dpi=150)
     temperatures.plot(HERE / "temperatures.png", stored_runs("demo", temperatures.SETTINGS))
@@ -48,7 +49,7 @@ def main() -> None:
         for loss in reasoning.LOSSES
     }
     reasoning.plot(HERE / "reasoning.png", rounds)
-    for name in ("pairs", "temperatures", "responses", "real", "reasoning"):
+    for name in ("optima", "pairs", "temperatures", "responses", "real", "reasoning"):
         shrink(HERE / f"{name}.png")
 
 

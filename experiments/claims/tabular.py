@@ -1,4 +1,4 @@
-r"""Claim (a): what InfoNCA and NCA lead to, on a table where the optimum is known in closed form.
+r"""Claim (a): what losses lead to, on a table where the optimum is known in closed form.
 
     python -m experiments.claims.tabular --out=runs/claims/tabular
 
@@ -9,9 +9,14 @@ reference mu, and nca_jax.losses does the rest: the losses that train language m
     NCA at beta = 1:   pi(y) = mu(y) E[ K p | y is one of the K ], and mu(y) e^(r(y) / alpha) / Z
                        as K grows
 
-The second part leaves answers out: mu draws only some of what the policy can say. NCA fixes how
+A second part has the other losses beside them. InfoNCA, EXO, RPO and REBEL share an optimum, where
+log pi / mu differs between answers as r / (alpha beta) does; a loss that is told no more than which
+of two is better has none, and goes on for as long as it is trained.
+
+The third part leaves answers out: mu draws only some of what the policy can say. NCA fixes how
 much mass the drawn ones keep; InfoNCA, which sees differences alone, leaves it where it starts.
-Paper: arXiv:2402.05369, sections 3 and 4. Writes table.md, tabular.png and tabular.json.
+Paper: arXiv:2402.05369, sections 3 and 4. Writes table.md, tabular.png,
+tabular.json and, of the second part, optima.json and optima.png.
 """
 
 import argparse
@@ -19,6 +24,7 @@ import functools
 import itertools
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +33,9 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
+from numpy.typing import ArrayLike
 
+from experiments.plots import colors_of
 from experiments.results import markdown, with_spread
 from nca_jax.checks import run_main
 from nca_jax.losses import LOSSES, Responses
@@ -35,12 +43,16 @@ from nca_jax.losses import LOSSES, Responses
 matplotlib.use("agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend)
 
+HERE = Path(__file__).parent
 REWARDS = np.arange(4.0)  # of the answers that mu draws
 MU = np.full(4, 0.25)
 SEEDS, STEPS, DRAWS = 5, 3000, 1024  # draws a step: DRAWS / K prompts of K responses
 LR = 1.0  # of plain gradient descent, by a cosine to 0
 RESPONSES = (2, 4, 8, 16, 32, 64)  # K
 TEMPERATURES = ((1.0, 1.0), (0.5, 1.0), (1.0, 2.0), (2.0, 0.5))  # (alpha, beta) of InfoNCA
+SHARED = ("infonca", "exo", "rpo", "rebel")  # alpha = beta = 1: all at mu e^r / Z
+OTHERS = ("nca", "likelihood", "una", "sppo", "ipo", "plackett_luce", "dpo")
+OF_LOSSES = 4  # K of the second part
 UNSEEN = 4  # answers that the policy can give and mu never draws, as many as it draws
 STARTS = (0.1, 0.5, 0.9)  # mass on the drawn answers before training; under mu it is 0.5
 
@@ -107,7 +119,8 @@ def train(problem: Problem, steps: int, key: jax.Array) -> jax.Array:
         ones = jnp.ones(responses.shape)
         seen = Responses(logps, log_mu[responses], ones, rewards[responses], ones.astype(bool))
         loss = LOSSES[problem.loss]
-        fields = loss.defaults(alpha=problem.alpha, beta=problem.beta)
+        # Each loss reads its own of these.
+        fields = loss.defaults(alpha=problem.alpha, beta=problem.beta, pairs="all")
         return jnp.mean(loss.per_prompt(seen, fields))
 
     def step(carry, key):
@@ -159,13 +172,22 @@ def main(argv: list[str]) -> int:
         for start in STARTS
     }  # {(loss, start): [SEEDS, STEPS]}
 
+    apart = {
+        loss: apart_from_first(train_seeds(Problem(loss, OF_LOSSES))[:, -1])
+        for loss in (*SHARED, *OTHERS)
+    }  # {loss: [SEEDS, Y]}
+
     tables = [
         markdown(table_of_k(policies, optima, limit)),
         markdown(table_of_temperatures()),
+        markdown(table_of_losses(apart)),
         markdown(table_of_masses(masses)),
     ]
     (out / "table.md").write_text("\n".join(tables))
     plot(out / "tabular.png", policies, optima, limit, masses)
+    rounded = {loss: np.round(runs, 6).tolist() for loss, runs in apart.items()}
+    (out / "optima.json").write_text(json.dumps(rounded) + "\n")
+    plot_optima(out / "optima.png", rounded)
     finals = {f"{loss},k={k}": x[:, -1].tolist() for (loss, k), x in policies.items()}
     (out / "tabular.json").write_text(json.dumps(finals, indent=1) + "\n")
     print("\n".join(tables))
@@ -196,6 +218,22 @@ def table_of_temperatures() -> list[list[str]]:
         optimum = infonca_optimum(MU, REWARDS, alpha * beta)
         own, best = _small(kl(final, optimum)), with_spread(final[:, -1].tolist())
         rows.append([f"alpha {alpha:g}, beta {beta:g}", own, best, f"{optimum[-1]:.4f}"])
+    return rows
+
+
+def apart_from_first(policies: np.ndarray) -> np.ndarray:
+    """Returns log pi / mu of each answer above that of the first, [..., Y] nats."""
+    logratios = np.log(policies / MU)
+    return logratios - logratios[..., :1]
+
+
+def table_of_losses(apart: Mapping[str, ArrayLike]) -> list[list[str]]:
+    """log pi / mu above that of the worst answer, nats, by loss; {loss: [SEEDS, Y]}."""
+    header = f"log pi / mu above that of r = 0, nats; K = {OF_LOSSES}, alpha = beta = 1"
+    rows = [[header, *(f"r = {r:g}" for r in REWARDS[1:])]]
+    rows.append(["r / (alpha beta)", *(f"{r:g}" for r in REWARDS[1:])])
+    for loss, runs in apart.items():
+        rows.append([loss, *(with_spread(x) for x in np.transpose(runs)[1:].tolist())])
     return rows
 
 
@@ -236,6 +274,26 @@ def plot(path: Path, policies: dict, optima: dict, limit: np.ndarray, masses: di
     mass.set(xscale="log", ylim=(0, 1), xlabel="step", title="mass of the answers that are drawn")
     for axes, place in ((by_step, "lower left"), (by_k, "center right"), (mass, "lower right")):
         axes.legend(fontsize=8, loc=place)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_optima(path: Path, apart: Mapping[str, ArrayLike]) -> None:
+    """Draws what `table_of_losses` has: rings are those that share an optimum."""
+    figure, axes = plt.subplots(figsize=(6, 4.2), layout="constrained")
+    axes.plot(REWARDS, REWARDS, "k--", lw=1, label="r / (alpha beta)", zorder=3)
+    colors = colors_of(len(apart))
+    for i, (loss, runs) in enumerate(apart.items()):
+        means, how = np.mean(runs, axis=0), {"color": colors[i], "label": loss}
+        if loss in SHARED:  # around each other: all are at one place
+            axes.plot(REWARDS, means, "o", ms=16 - 4 * i, mfc="none", mew=1.6, **how)
+        else:
+            axes.plot(REWARDS, means, ".-", lw=4 if loss == "nca" else 1, **how)  # one is on it
+    axes.set(xlabel="reward of an answer, r", ylabel="log pi / mu above that of r = 0, nats")
+    axes.set_ylim(-0.3, 6)  # what has no end is far above
+    axes.set_xticks(REWARDS)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, ncols=2)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

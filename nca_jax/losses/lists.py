@@ -75,7 +75,8 @@ def lipo(responses: Responses, fields: Fields) -> jax.Array:
         D_ij = |G_i - G_j| |1 / ln(1 + t_i) - 1 / ln(1 + t_j)|,  G = 2^s - 1
 
     and t the rank 1, 2, .. by descending l; no gradient goes through D. G explodes for scores
-    beyond a few: scale them.
+    beyond a few: scale them. (Compared with a summary of the paper, which has these pairs, gains
+    and ranks, and with another code of it, where the logarithm is natural too; not with its text.)
     """
     mask, r = responses.mask, implicit_rewards(responses, fields)
     rank = jnp.sum(_ranked_before(jax.lax.stop_gradient(r), mask), axis=-1) + 1  # [B, K]
@@ -89,6 +90,9 @@ def swepo(responses: Responses, fields: Fields) -> jax.Array:
     """SWEPO: those above the mean score against all, weighted by the distance (arXiv:2412.04628)
 
     - log [ sum_{s > mean} e^z / sum e^z ],  z = beta l + weight |s - mean|;  0 if all are equal
+
+    (Compared with a review of the paper, which has the two sets and the weight of those above the
+    mean; neither its text, so the weight of those below, nor a code of its authors was read.)
     """
     s, mask = scores_of(responses), responses.mask
     here = mask | ~jnp.any(
@@ -116,7 +120,9 @@ def sppo(responses: Responses, fields: Fields) -> jax.Array:
 def una(responses: Responses, fields: Fields) -> jax.Array:
     """UNA: mean of (beta l_k - s_k)^2 (Wang et al. 2024, arXiv:2408.15339).
 
-    `rebel` without its shift: a constant added to the scores moves the optimum.
+    `rebel` without its shift: a constant added to the scores moves the optimum. The authors' code
+    (ZhichaoWang970201/UNA-UFT) compares sigmoid(beta l) with ratings in [0, 1] and sums; here
+    scores are of any unit, so beta l stands as it is, as in the paper's implicit reward.
     """
     apart = implicit_rewards(responses, fields) - scores_of(responses)
     return masked_mean(apart**2, responses.mask)

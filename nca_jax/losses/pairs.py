@@ -139,7 +139,9 @@ def apo_down(pair: Pair, fields: Fields) -> jax.Array:
 def dpop(pair: Pair, fields: Fields) -> jax.Array:
     """DPO-positive: SP(-beta (d - penalty relu(-l_w))) (Pal et al. 2024, arXiv:2402.13228).
 
-    Charges a better response whose likelihood falls below the reference's.
+    Charges a better response whose likelihood falls below the reference's. The penalty is inside,
+    times beta, as Cerebras and PaddleNLP have it (ports to MLX add it outside of the logarithm);
+    neither the paper's text nor a code of its authors was at hand.
     """
     fallen = relu(-pair.better.logratio)
     return softplus(-_f(fields, "beta") * (pair.gap - _f(fields, "penalty") * fallen))
