@@ -34,6 +34,7 @@ CONFIG_FILES = sorted((ROOT / "configs").glob("*.py"))
 GROUPS = ("models", "data", "rewards", "infra", "compiled")
 COMMANDS = (
     "train",
+    "rounds",
     "precompute",
     "logps",
     "evaluate",
@@ -77,6 +78,7 @@ LAYERS = (  # from the bottom
     ("params",),
     ("programs", "propose"),
     ("reference", "fit", "rollout"),
+    ("start", "one_round"),
     COMMANDS,
 )
 MAX_LINES, MAX_LEAVES = 400, 88
