@@ -5,6 +5,7 @@ config -> mesh, model, tokenizer -> parameters, optimizer, shardings -> input.
 
 import datetime
 import json
+from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any, NamedTuple
@@ -324,6 +325,8 @@ def settle(run: Run, data: Data, sizes: Sequence[int], num_training: int, asked:
 def read_data(run: Run, *, score_unit: float | None = None) -> Data:
     """Reads, checks and encodes all records of the config, or maps the stores that have them.
 
+    A config of rounds may name none.
+
     Args:
       score_unit: what scores are divided by, as a run has recorded it; None: what
         `data.score_unit` says of the training records.
@@ -332,6 +335,8 @@ def read_data(run: Run, *, score_unit: float | None = None) -> Data:
         scores are tied where they are to be divided by their spread.
     """
     config = run.config
+    if not config.data.files:
+        return Data([], {}, Counter())
     gather = distributed.gather if jax.process_count() > 1 else None
     with phase("reading and encoding the records"):
         data = load_data(run.encoder, keep=keep_of(config), gather=gather)

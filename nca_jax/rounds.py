@@ -12,7 +12,8 @@ r"""Train in rounds: sample responses to prompts, score them, train on them, and
 A round draws `rounds.prompts` prompts in the seed's order, each once before any twice; samples
 `rounds.samples` responses to each by the policy of that moment; scores them; and trains on them for
 `rounds.steps` steps. The schedule of the learning rate goes over all rounds. Of the config's own
-data the held-out records alone are used. In DIR beside what nca_jax.train writes there:
+data, which may be none (`data.files` empty), the held-out records alone are used. In DIR, beside
+what nca_jax.train writes there:
 
     rounds/N/rollouts.jsonl  what was sampled in round N with its scores, which nca_jax.train reads
     rounds/N/train.jsonl     what of it is trained on
@@ -96,6 +97,11 @@ def whole_run(config: ConfigDict) -> ConfigDict:
             how.reference == "previous" and kind != "live",
             "config.rounds.reference='previous' is the policy of the round before: set "
             "config.reference.kind='live'",
+        ),
+        (
+            config.data.score_unit != "raw",
+            f"config.data.score_unit={config.data.score_unit!r} is of records that are there "
+            "before the first step: set it to raw",
         ),
         (
             bool(config.eval_patience),

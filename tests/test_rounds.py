@@ -121,7 +121,8 @@ def test_killed_while_it_samples_scores_or_trains_it_ends_bit_for_bit_the_same(
 
 def test_rounds_without_a_signal_say_so_and_train_nothing(data, tmp_path, capsys, use_devices):
     use_devices(0)
-    assert run_rounds(data, tmp_path, "--config.rounds.number=2", scorer="answer") == 0
+    flags = ["--config.rounds.number=2", "--config.data.files=", "--config.eval_every=0"]
+    assert run_rounds(data, tmp_path, *flags, scorer="answer") == 0
     said = capsys.readouterr().out
     assert "round 1 has no signal" in said and "round 2 has no signal" in said
     assert metric_lines(tmp_path, "train") == []
@@ -177,6 +178,7 @@ def test_equal_responses_count_once_and_tied_prompts_are_dropped_where_asked():
         ({"reference.kind": "cached", "reference.cache": "c"}, "knows nothing of samples"),
         ({"reference.kind": "base", "rounds.reference": "previous"}, "set config.reference.kind"),
         ({"eval_patience": 2}, "config.eval_patience"),
+        ({"data.score_unit": "spread"}, "config.data.score_unit"),
         ({"generate.max_new_tokens": 4096}, "config.data.max_response_len"),
     ],
 )
