@@ -29,6 +29,11 @@ CURVES = (
     ("loss and its floor, nats", "train", ("loss", "floor")),
     ("implicit reward by rank, nats", "train", tuple(f"rewards/{k}" for k in range(16))),
 )
+ROUNDS = (  # panels of the samples of rounds
+    ("reward, and the best of a prompt's", ("reward", "reward_best")),
+    ("KL(policy || reference), nats a response", ("kl",)),
+    ("prompts without a signal, samples that end", ("tied", "finished")),
+)
 OF_LOSS = {"excess", "loss"}  # metrics in the unit of the loss
 MAX_KINDS = 4  # of losses whose curves are drawn
 COLUMNS = 3
@@ -73,6 +78,32 @@ def curves(runs: Sequence[Run]) -> Figure | None:
     return figure
 
 
+def rounds(runs: Sequence[Run]) -> Figure | None:
+    """Draws what runs in rounds sampled, round by round; None where there are none."""
+    settings = {
+        setting: having
+        for setting, members in by_setting(runs).items()
+        if (having := [run for run in members if _has(run, "rounds", "round")])
+    }
+    if not settings:
+        return None
+    figure, grid = plt.subplots(1, len(ROUNDS), figsize=(12, 3), layout="constrained")
+    colors = colors_of(len(settings))
+    for axes, (title, names) in zip(grid.flat, ROUNDS, strict=True):
+        for (setting, members), color in zip(settings.items(), colors, strict=True):
+            for name, style in zip(names, ("-", "--"), strict=False):
+                series = [_series(run, "rounds", name, by="round") for run in members]
+                if all(steps for steps, _ in series):
+                    label = name if len(settings) == 1 else f"{setting}, {name}"
+                    _draw_mean(axes, series, label, color, style)
+        axes.set_title(title)
+        axes.set_xlabel("round")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        if len(axes.lines) > 1:
+            axes.legend(fontsize=8)
+    return figure
+
+
 def _panels(settings: dict[str, list[Run]]) -> list[_Panel]:
     """Returns what is drawn: each metric of `CURVES` that some run has, by kind of loss."""
     kinds: dict[str, dict[str, Sequence[Run]]] = {}
@@ -99,19 +130,22 @@ def _has(run: Run, split: str, name: str) -> bool:
     return any(line["split"] == split and name in line for line in run.lines)
 
 
-def _series(run: Run, split: str, name: str) -> tuple[list[int], list[float]]:
-    """Returns the steps and values of a metric."""
+def _series(run: Run, split: str, name: str, by: str = "step") -> tuple[list[int], list[float]]:
+    """Returns the steps, or rounds, and values of a metric."""
     lines = [line for line in run.lines if line["split"] == split and name in line]
-    return [line["step"] for line in lines], [line[name] for line in lines]
+    return [line[by] for line in lines], [line[name] for line in lines]
 
 
-def _draw_mean(axes: Axes, series: list[tuple[list, list]], label: str, color) -> None:
+def _draw_mean(
+    axes: Axes, series: list[tuple[list, list]], label: str, color, style: str = "-"
+) -> None:
     """Draws the mean and band of several seeds, at the steps that all of them have."""
     by_step = [dict(zip(*one, strict=True)) for one in series]
     steps = sorted(set.intersection(*map(set, by_step)))
     values = np.array([[one[step] for step in steps] for one in by_step])  # [seeds, steps]
     mean = values.mean(axis=0)
-    (line,) = axes.plot(steps, mean, label=label, color=color, marker="." if len(steps) < 8 else "")
+    marker = "." if len(steps) < 8 else ""
+    (line,) = axes.plot(steps, mean, label=label, color=color, marker=marker, ls=style)
     if len(values) >= BAND:
         sd = values.std(axis=0, ddof=1)
         axes.fill_between(steps, mean - sd, mean + sd, color=line.get_color(), alpha=0.18, lw=0)

@@ -5,7 +5,7 @@
 DIR is a workdir, a folder of workdirs such as a sweep makes, or a .jsonl file of sampled rows.
 Only config.json, run.json, metrics.jsonl, evaluation.json and rows of nca_jax.generate are read; a
 run where one of them is damaged is named and left out, and the exit status is then 1. The figures
-are written beside the page too: report.front.png and report.curves.png.
+are written beside the page too: report.front.png, report.rounds.png and report.curves.png.
 """
 
 import argparse
@@ -95,12 +95,18 @@ def write_page(
     if runs:
         rows = results.table(runs)
         sections += ["<h2>Numbers</h2>", *map(html_table, in_parts(rows)), meaning(rows)]
-    figures = {"front": plots.front(runs), "curves": plots.curves(runs)}
-    titles = {"front": "Reward against KL", "curves": "Training"}
+    figures = {
+        "front": plots.front(runs),
+        "rounds": plots.rounds(runs),
+        "curves": plots.curves(runs),
+    }
+    titles = {"front": "Reward against KL", "rounds": "Rounds", "curves": "Training"}
     spread = f"one standard deviation, of {results.BAND} seeds or more"
     notes = {
         "front": f"Faint points are seeds; bars are {spread}; the dashed line joins the settings "
         "that none beats in reward at a smaller KL.",
+        "rounds": "What the policy of each round samples. Lines are means over seeds; bands are "
+        f"{spread}.",
         "curves": f"Lines are means over seeds; bands are {spread}. Losses of another function, K "
         "or alpha are in other units: each kind has a panel of its own, up to "
         f"{plots.MAX_KINDS} kinds.",

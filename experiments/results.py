@@ -109,6 +109,9 @@ def read_run(workdir: Path, setting: str) -> Run:
     for path in sorted(workdir.glob("*.jsonl")):
         if path.name != METRICS_FILE:
             samples[path.stem] = read_samples(path)
+    sampled = {int(path.parent.name): path for path in workdir.glob("rounds/*/rollouts.jsonl")}
+    for number, path in sorted(sampled.items()):
+        samples[f"round {number}"] = read_samples(path)
     config, began = (
         read_json(workdir / name) if (workdir / name).exists() else {} for name in (CONFIG, RUN)
     )

@@ -5,6 +5,7 @@ Axes: N training prompts, K responses a prompt.
 """
 
 import math
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from ml_collections import ConfigDict
 
 from nca_jax.data.pipeline import EVAL, choose
 from nca_jax.data.table import Table
+from nca_jax.files import AnyPath
 from nca_jax.losses import targets_from_scores
 from nca_jax.protocols import DataSection
 from nca_jax.train_step import loss_of
@@ -217,3 +219,16 @@ def _mean_best(scores: np.ndarray, mask: np.ndarray, alpha: float) -> float:
     """Returns the target of a prompt's best response, mean over prompts."""
     targets = targets_from_scores(jnp.asarray(scores), alpha=alpha, mask=jnp.asarray(mask))
     return float(np.mean(np.max(np.asarray(targets), axis=-1)))
+
+
+def what_next(
+    workdir: AnyPath, *, can_evaluate: bool, can_sample: bool, export: str = ""
+) -> list[str]:
+    """Returns the commands that a run which is done can go to, a line each."""
+    here = f"--workdir={shlex.quote(str(workdir))}"
+    flags = {
+        "evaluate": can_evaluate and here,
+        "generate": can_sample and f"{here} --prompts=FILE --out=FILE",
+        "export": f"{here} --out=FOLDER{export}",
+    }
+    return [f"next: python -m nca_jax.{name} {x}" for name, x in flags.items() if x]

@@ -6,6 +6,7 @@ config -> mesh, model, tokenizer -> parameters, optimizer, shardings -> input.
 import dataclasses
 import datetime
 import json
+from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any, NamedTuple
@@ -312,23 +313,37 @@ def read_all(
     """
     run = build(config, date=date)
     data = read_data(run, score_unit=score_unit)
-    training, heldout = data.training, data.heldout
+    training = data.training
+    return settle(run, data, row_sizes(training, run.config.data), len(training), config), data
+
+
+def settle(run: Run, data: Data, sizes: Sequence[int], num_training: int, asked: ConfigDict) -> Run:
+    """Returns the run with all chosen that its config leaves open, and prints what that is.
+
+    Args:
+      sizes: tokens of a row that each example of training needs, see `room.row_sizes`.
+      num_training: how many examples that is.
+      asked: the config before anything was chosen.
+    """
+    heldout = data.heldout
     known = _assemble(
         run.config,
         None,
         run.model.config,
         run.tokenizer,
-        sizes=[size for table in (training, heldout) for size in row_sizes(table, run.config.data)],
-        num_training=len(training),
+        sizes=[*sizes, *row_sizes(heldout, run.config.data)],
+        num_training=num_training,
         num_heldout=len(heldout),
     )
-    for line in auto.chosen(config, known.config):
+    for line in auto.chosen(asked, known.config):
         print(line)
-    return known._replace(turn=run.turn, date=run.date), data
+    return known._replace(turn=run.turn, date=run.date)
 
 
 def read_data(run: Run, *, score_unit: float | None = None) -> Data:
     """Reads, checks and encodes all records of the config, or maps the stores that have them.
+
+    A config of rounds may name none.
 
     Args:
       score_unit: what scores are divided by, as a run has recorded it; None: what
@@ -338,6 +353,8 @@ def read_data(run: Run, *, score_unit: float | None = None) -> Data:
         scores are tied where they are to be divided by their spread.
     """
     config = run.config
+    if not config.data.files:
+        return Data([], {}, Counter())
     gather = distributed.gather if jax.process_count() > 1 else None
     with phase("reading and encoding the records"):
         data = load_data(run.encoder, keep=keep_of(config), gather=gather)

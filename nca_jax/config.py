@@ -36,7 +36,11 @@ from nca_jax.metrics import IS_BETTER_HIGH
 from nca_jax.model_config import MODELS, TARGETS
 
 # Sections that a config may lack, and where it does.
-OPTIONAL = {"lora": "without adapters", "generate": "where nothing is sampled"}
+OPTIONAL = {
+    "lora": "without adapters",
+    "generate": "where nothing is sampled",
+    "rounds": "of nca_jax.rounds alone",
+}
 
 DTYPES = ("float32", "bfloat16")
 ALIGN = Check(int, lambda x: x in (0, 1, 8, 16, 64, 128), "0, 1, 8, 16, 64 or 128")
@@ -296,6 +300,34 @@ FIELDS: dict[str, Field] = {
     "generate.stop": Field("", TEXT, "a string that ends a response; empty: none", True),
     "generate.batch_size": Field(32, COUNT, "samples at once", True),
     "generate.scorer": Field("", TEXT, "rewards sampled responses; empty: none", True),
+    "rounds.number": Field(3, COUNT, "rounds", since=6),
+    "rounds.prompts": Field(64, COUNT, "drawn in a round", since=6),
+    "rounds.samples": Field(
+        4,
+        COUNT,
+        "responses a prompt, in place of generate.num_samples and data.num_responses",
+        since=6,
+    ),
+    "rounds.steps": Field(4, COUNT, "updates a round, in place of steps and epochs", since=6),
+    "rounds.reference": Field(
+        "start",
+        one_of("start", "previous"),
+        "that of the config, or the policy at the start of the round",
+        since=6,
+    ),
+    "rounds.keep_best": Field(
+        False,
+        FLAG,
+        "the best response of earlier rounds to a prompt takes the place of the worst of this one",
+        since=6,
+    ),
+    "rounds.drop_tied": Field(
+        False, FLAG, "prompts whose responses all have one score are not trained on", since=6
+    ),
+    "rounds.dedupe": Field(False, FLAG, "equal responses to a prompt are trained on once", since=6),
+    "rounds.optimizer": Field(
+        "keep", one_of("keep", "new"), "in each round: its moments go on, or start anew", since=6
+    ),
     "log.tensorboard": Field(True, FLAG, "event files beside metrics.jsonl", True),
     "log.wandb_project": Field("", TEXT, "of Weights & Biases; empty: off", True),
 }

@@ -193,13 +193,13 @@ def _check_together(config: ConfigDict) -> None:
             "config.data.chat_template is read where config.data.format='chat' alone",
         ),
         (
-            not data.files,
+            not data.files and "rounds" not in config,
             "config.data.files names no records; give a glob of .jsonl files or tfds:NAME:SPLIT",
         ),
         (
-            config.eval_every > 0 and not data.eval_files and not data.eval_fraction,
-            "config.eval_every is set, but no records are held out: set config.data.eval_fraction "
-            "or config.data.eval_files",
+            config.eval_every > 0 and not (data.files and (data.eval_files or data.eval_fraction)),
+            "config.eval_every is set, but no records are held out: name config.data.files and set "
+            "config.data.eval_fraction or config.data.eval_files, or set config.eval_every=0",
         ),
         (
             bool(best) and not config.eval_every,

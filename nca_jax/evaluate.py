@@ -31,8 +31,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from nca_jax import build, programs
@@ -42,16 +40,13 @@ from nca_jax.comparison import REFERENCE, comparison, table
 from nca_jax.data.encode import Example, Prompt
 from nca_jax.data.group import Group
 from nca_jax.data.pipeline import EVAL, eval_batches
-from nca_jax.data.room import row_layout
 from nca_jax.evaluators import (
     errors_of,
     fill_reference,
     heldout_responses,
     length,
-    make_kl,
     metrics_of,
     repetition,
-    score_responses,
     text_perplexity,
     values_of,
 )
@@ -65,7 +60,14 @@ from nca_jax.infra.records import date_of, score_unit_of
 from nca_jax.params import policy_params
 from nca_jax.reference import reference_params
 from nca_jax.rewards.scorers import Scorer, score_all
-from nca_jax.rollout import Samples, check_scorable, make_generator, make_records, open_scorer
+from nca_jax.rollout import (
+    Samples,
+    check_scorable,
+    make_generator,
+    make_records,
+    make_sample_kl,
+    open_scorer,
+)
 
 START = "start"  # of --reference: the model that the run began from
 OF_WHOM = {"policy": "", "reference": REFERENCE}  # how metrics are named
@@ -231,25 +233,8 @@ def kl_of_prompts(
     drawn: Samples,
 ) -> np.ndarray:
     """Returns KL(policy || reference), nats a response, on each prompt's own samples, [prompts]."""
-    config = run.config
-    num_slots = len(heldout) * config.generate.num_samples
-    kl = jax.jit(
-        make_kl(
-            run.model,
-            num_slots=num_slots,
-            block=config.data.block,
-            chunk=config.loss.logits_chunk,
-        ),
-        out_shardings=NamedSharding(run.mesh, P()),
-        compiler_options=run.compiler_options,
-    )
-    values = score_responses(
-        lambda rows: kl(policy, reference, rows),
-        [sampled_group(*pair) for pair in zip(heldout, drawn, strict=True)],
-        row_layout(config.data),
-        num_slots=num_slots,
-        mesh=run.mesh,
-    )
+    groups = [sampled_group(*pair) for pair in zip(heldout, drawn, strict=True)]
+    values = make_sample_kl(run, len(heldout))(policy, reference, groups)
     return values.reshape(len(heldout), -1).mean(axis=1)
 
 

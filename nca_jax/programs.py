@@ -118,6 +118,21 @@ def start_state(run: Run, optimizer: Optimizer, params: Params) -> TrainState:
     return jax.jit(make, out_shardings=shardings, donate_argnums=0)(params)
 
 
+def renewed(optimizer: Optimizer, state: TrainState) -> TrainState:
+    """Returns a state with new moments, whose learning rate goes on where it was."""
+    fresh = jax.jit(optimizer.tx.init, out_shardings=jax.tree.map(lambda x: x.sharding, state[2]))(
+        state.params
+    )
+
+    def is_schedule(x: object) -> bool:
+        return isinstance(x, optax.ScaleByScheduleState)
+
+    def one(new, old):
+        return old if is_schedule(new) else new
+
+    return state._replace(opt_state=jax.tree.map(one, fresh, state.opt_state, is_leaf=is_schedule))
+
+
 def jit_step_logps(run: Run) -> HostLogps:
     """Returns `step_logps(params, batch) -> [B, K]` of a batch on the host; see `train_step`."""
     step_logps = jax.jit(

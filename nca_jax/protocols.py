@@ -111,6 +111,20 @@ class OptimSection(Protocol):
     grad_dtype: str
 
 
+class RoundsSection(Protocol):
+    """config.rounds"""
+
+    number: int
+    prompts: int
+    samples: int
+    steps: int
+    reference: str
+    keep_best: bool
+    drop_tied: bool
+    dedupe: bool
+    optimizer: str
+
+
 class CheckpointSection(Protocol):
     """config.checkpoint"""
 

@@ -16,6 +16,9 @@ from nca_jax.build import Run
 from nca_jax.callable import make_callable
 from nca_jax.checks import UserError
 from nca_jax.data.encode import Prompt
+from nca_jax.data.group import Group
+from nca_jax.data.room import row_layout
+from nca_jax.evaluators import make_kl, score_responses
 from nca_jax.infra import distributed
 from nca_jax.infra.mesh import put_whole
 from nca_jax.infra.progress import first_call
@@ -26,6 +29,10 @@ from nca_jax.rewards.scorers import REWARD_MODEL, Scorer, get_scorer, score_all
 Record = dict[str, Any]  # JSON, see `nca_jax.data.record`
 Samples = list[list[np.ndarray]]  # of each prompt its responses, [their length] int32
 Generate = Callable[[Params, Sequence[np.ndarray], int], Samples]  # see `make_generator`
+# see `make_batch_generator`
+SampleBatches = Callable[[Params, Sequence[np.ndarray], int, int], Iterator[Samples]]
+# Policy, reference, prompts with samples of the policy -> of each sample, [samples] nats
+SampleKl = Callable[[Params, Params, Sequence[Group]], np.ndarray]
 
 
 class Response(NamedTuple):
@@ -75,15 +82,21 @@ def rollout(
 
 
 def rollout_batches(
-    run: Run, params: Params, prompts: Sequence[Prompt], seed: int, start: int = 0
+    run: Run,
+    params: Params,
+    prompts: Sequence[Prompt],
+    seed: int,
+    start: int = 0,
+    sample: SampleBatches | None = None,
 ) -> Iterator[list[Record]]:
     """Yields what `rollout` returns for a batch of prompts at a time, not scored.
 
     Args:
+      sample: from `make_batch_generator`, where it is there already.
       start: the first prompt: those before it are done. The others have the samples that they have
         in a whole rollout.
     """
-    sample = make_batch_generator(run)
+    sample = sample or make_batch_generator(run)
     for samples in sample(params, [prompt.ids for prompt in prompts], seed, start):
         now = prompts[start : start + len(samples)]
         yield make_records(run, now, samples, None) if distributed.is_first() else []
@@ -169,9 +182,7 @@ def make_generator(run: Run) -> Generate:
     return generate
 
 
-def make_batch_generator(
-    run: Run,
-) -> Callable[[Params, Sequence[np.ndarray], int, int], Iterator[Samples]]:
+def make_batch_generator(run: Run) -> SampleBatches:
     """Returns `sample(params, prompts, seed, start)`, of which `make_generator` is the whole.
 
     It yields the samples of a batch of prompts at a time, from prompt `start` on.
@@ -204,6 +215,36 @@ def make_batch_generator(
             ]
 
     return sample
+
+
+def make_sample_kl(run: Run, num_prompts: int) -> SampleKl:
+    """Returns `kl(policy, reference, groups)`, of `generate.num_samples` samples a prompt.
+
+    They were drawn at temperature 1; see `evaluators.make_kl`.
+    """
+    config = run.config
+    num_slots = num_prompts * config.generate.num_samples
+    of_rows = jax.jit(
+        make_kl(
+            run.model,
+            num_slots=num_slots,
+            block=config.data.block,
+            chunk=config.loss.logits_chunk,
+        ),
+        out_shardings=NamedSharding(run.mesh, P()),
+        compiler_options=run.compiler_options,
+    )
+
+    def kl(policy: Params, reference: Params, groups: Sequence[Group]) -> np.ndarray:
+        return score_responses(
+            lambda rows: of_rows(policy, reference, rows),
+            groups,
+            row_layout(config.data),
+            num_slots=num_slots,
+            mesh=run.mesh,
+        )
+
+    return kl
 
 
 make_callable(__name__)

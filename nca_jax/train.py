@@ -16,22 +16,18 @@ since. A workdir is that of one run at a time, which holds it.
 """
 
 import contextlib
-import shlex
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 from nca_jax import advice, build
-from nca_jax.axes import Params
-from nca_jax.checks import run_main
-from nca_jax.data.pipeline import Dataset, HostBatch, eval_batches
+from nca_jax.checks import UserError, run_main
+from nca_jax.data.pipeline import Dataset, eval_batches
 from nca_jax.data.table import Table, joined
-from nca_jax.evaluators import fill_reference, heldout_metrics
 from nca_jax.files import AnyPath, as_path, out_folder, whole_lines, write_json
-from nca_jax.fit import Evaluator, fit, stalled_since
+from nca_jax.fit import fit, stalled_since
 from nca_jax.flags import parse_flags
 from nca_jax.infra import checkpoint, distributed, lock, profile, progress
 from nca_jax.infra.fingerprint import tokenizer_fingerprint
@@ -52,17 +48,12 @@ from nca_jax.infra.writer import MetricWriter, SilentWriter
 from nca_jax.params import (
     base_fingerprint,
     best_is_high,
-    copy_to_train,
     open_base,
-    start_trained,
-    starts_at_reference,
 )
 from nca_jax.programs import (
-    abstract_state,
     build_optimizer,
     jit_step_logps,
     jit_train_step,
-    start_state,
 )
 from nca_jax.reference import cache_date, examples_fingerprint, make_reference
 from nca_jax.saved_config import (
@@ -73,13 +64,14 @@ from nca_jax.saved_config import (
     read_saved,
     saved_version,
 )
+from nca_jax.start import make_evaluators, open_state
 from nca_jax.train_step import Frozen, TrainState
-
-DROPPED = ("key",)  # leaves that older checkpoints have and nothing reads
 
 
 def main(argv: list[str]) -> int:
     config, flags = parse_flags(argv, workdir=None, profile="", more_steps=0)
+    if "rounds" in config:
+        raise UserError("config.rounds is of nca_jax.rounds: start that, or leave the section out.")
     traced = profile.parse_steps(flags.profile)
     workdir = out_folder(flags.workdir, "--workdir")
     with lock.held(workdir) as check_held, logged(workdir, check_held):
@@ -179,23 +171,8 @@ def train(
 
         # ---- State: 1. own workdir, 2. init_from, 3. random ----------------------------------
         optimizer = build_optimizer(config, base_steps, more)
-        abstract, shardings = abstract_state(run, optimizer.tx)
-        state = checkpoint.restore_latest(
-            checkpoints,
-            abstract,
-            shardings,
-            dropped=DROPPED,
-            on_damage=config.checkpoint.on_damage,
-        )
-        restored_step = None if state is None else int(state.step)
-        if state is None:
-            if base is None and reference.params is not None and starts_at_reference(config):
-                params = copy_to_train(reference.params)
-            else:
-                params = start_trained(run, base)
-            with progress.phase("making the optimizer's state"):
-                state = start_state(run, optimizer, params)
-        else:
+        state, restored_step = open_state(run, optimizer, checkpoints, base, reference)
+        if restored_step is not None:
             print(f"resumed after step {restored_step} from {workdir}")
         frozen = Frozen(base, reference.params)
         print(said_sizes(state, frozen))
@@ -204,15 +181,7 @@ def train(
         # ---- Compile -------------------------------------------------------------------------
         train_step = progress.first_call("a step", jit_train_step(run, optimizer, frozen))
         step_logps = progress.first_call("held-out log-probabilities", jit_step_logps(run))
-        evaluators = []
-        for split, batches in heldout.items() if config.eval_every else ():
-            batches = fill_reference(step_logps, frozen.whole_reference(), batches)
-
-            def measured(trained: Params, batches: Sequence[HostBatch] = batches):
-                return heldout_metrics(step_logps, frozen.whole(trained), batches, config)
-
-            measure = progress.first_call("the held-out metrics", measured)
-            evaluators.append(Evaluator(split, config.eval_every, measure))
+        evaluators = make_evaluators(run, step_logps, frozen, heldout)
 
         # ---- Loop ----------------------------------------------------------------------------
         stop = until_saved.enter_context(stop_asked())
@@ -275,7 +244,7 @@ def train(
         rounded = "lora" in config and config.lora.base_dtype not in ("", "float32")
         export = " --merge=dequantised" if rounded else ""  # there is no default
         can = {"can_evaluate": can_evaluate, "can_sample": can_sample}
-        print(*what_next(workdir, **can, export=export), sep="\n")
+        print(*advice.what_next(workdir, **can, export=export), sep="\n")
     return 0
 
 
@@ -284,19 +253,6 @@ def said_sizes(state: TrainState, frozen: Frozen) -> str:
     held = {"parameters": state.params, "optimizer": state.opt_state} | frozen._asdict()
     said = [f"{name} {progress.size_here(x)}" for name, x in held.items() if x]
     return f"{progress.num_values(state.params):,} parameters; on a device {', '.join(said)}"
-
-
-def what_next(
-    workdir: AnyPath, *, can_evaluate: bool, can_sample: bool, export: str = ""
-) -> list[str]:
-    """Returns the commands that a run which is done can go to, a line each."""
-    here = f"--workdir={shlex.quote(str(workdir))}"
-    flags = {
-        "evaluate": can_evaluate and here,
-        "generate": can_sample and f"{here} --prompts=FILE --out=FILE",
-        "export": f"{here} --out=FOLDER{export}",
-    }
-    return [f"next: python -m nca_jax.{name} {x}" for name, x in flags.items() if x]
 
 
 def start_date(config: ConfigDict, began: dict[str, Any] | None) -> str:

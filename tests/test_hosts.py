@@ -269,6 +269,26 @@ def test_precompute_evaluate_and_generate_give_what_one_process_gives(tmp_path, 
         assert a["logps"] == pytest.approx(b["logps"], rel=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.long
+def test_rounds_of_two_processes_are_those_of_one(tmp_path, rows):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"Tell me {i}:"}) + "\n" for i in range(8)))
+    flags = [
+        *shared_flags(rows),
+        *(f"--prompts={prompts}", "--scorer=length", "--config.log.tensorboard=False"),
+        *("--config.rounds.number=2", "--config.rounds.prompts=4", "--config.rounds.steps=1"),
+        *("--config.rounds.reference=previous", "--config.generate.max_new_tokens=8"),
+    ]
+    one, two = tmp_path / "one", tmp_path / "two"
+    finish(command("rounds", *flags, f"--workdir={one}", devices=2))
+    finish(launch("rounds", *flags, f"--workdir={two}", processes=2))
+    assert_same_metrics(two, one)
+    for number in (1, 2):
+        got, want = (folder / "rounds" / str(number) / "rollouts.jsonl" for folder in (two, one))
+        assert got.read_text() == want.read_text()
+
+
 @pytest.mark.parametrize(
     ("variables", "message"),
     [

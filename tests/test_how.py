@@ -140,6 +140,7 @@ def test_the_recipes_for_training_do_what_they_say(folder):
     assert splits == {"train", "eval/easy", "eval/hard"}
     for name in ("many", "frozen", "early", "small"):
         assert metric_lines(runs / name, "train")
+    assert [line["round"] for line in metric_lines(runs / "rounds", "rounds")] == [1, 2]
     first, *_, last = metric_lines(runs / "sft", "eval")
     assert last["perplexity"] < first["perplexity"]
     exported = json.loads((folder / "REWARD_FOLDER" / "config.json").read_text())

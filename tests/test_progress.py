@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nca_jax import train
+from nca_jax import advice, train
 from nca_jax.files import as_path
 from nca_jax.infra import progress
 from nca_jax.train_step import Frozen, TrainState
@@ -101,12 +101,12 @@ def test_the_most_that_a_device_held_is_said_where_it_is_known():
 
 
 def test_a_run_that_is_done_names_the_commands_that_it_can_go_to():
-    lines = train.what_next(as_path("my runs/a"), can_evaluate=True, can_sample=True)
+    lines = advice.what_next(as_path("my runs/a"), can_evaluate=True, can_sample=True)
     assert [line.split()[3] for line in lines] == [
         "nca_jax.evaluate",
         "nca_jax.generate",
         "nca_jax.export",
     ]
     assert all("--workdir='my runs/a'" in line for line in lines)
-    (only,) = train.what_next(as_path("a"), can_evaluate=False, can_sample=False)
+    (only,) = advice.what_next(as_path("a"), can_evaluate=False, can_sample=False)
     assert "nca_jax.export" in only

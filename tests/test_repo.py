@@ -34,6 +34,7 @@ CONFIG_FILES = sorted((ROOT / "configs").glob("*.py"))
 GROUPS = ("models", "data", "rewards", "infra", "compiled")
 COMMANDS = (
     "train",
+    "rounds",
     "precompute",
     "logps",
     "evaluate",
@@ -78,6 +79,7 @@ LAYERS = (  # from the bottom
     ("params",),
     ("programs", "propose"),
     ("reference", "fit", "reward_model", "rollout"),
+    ("start", "one_round"),
     COMMANDS,
 )
 MAX_LINES, MAX_LEAVES = 400, 88

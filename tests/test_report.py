@@ -100,6 +100,36 @@ def test_a_page_holds_table_curves_front_and_samples_and_asks_for_nothing_else(t
     }
 
 
+def test_a_page_of_rounds_has_the_round_below_the_curves_and_a_column_of_samples_each(tmp_path):
+    write_run(tmp_path / "a", steps=4)
+    lines = [
+        {
+            "step": 2 * n - 1,
+            "split": "rounds",
+            "round": n,
+            "reward": n,
+            "reward_best": n + 1,
+            "kl": 0.5,
+        }
+        for n in (1, 2, 3)
+    ]
+    with open(tmp_path / "a/metrics.jsonl", "w") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+    for n in (1, 2, 10):
+        folder = tmp_path / "a/rounds" / str(n)
+        folder.mkdir(parents=True)
+        record = {"prompt": "p", "responses": [f"said {n}"], "scores": [float(n)]}
+        (folder / "rollouts.jsonl").write_text(json.dumps(record) + "\n")
+    runs = results.find_runs([tmp_path / "a"])
+    figure = plots.rounds(runs)
+    assert figure is not None
+    assert [axes.get_xlabel() for axes in figure.axes] == ["round"] * 3
+    (drawn, best) = figure.axes[0].lines
+    assert (list(drawn.get_xdata()), list(drawn.get_ydata())) == ([1, 2, 3], [1, 2, 3])
+    assert list(report.samples_by_column(runs)) == ["round 1", "round 2", "round 10"]
+    assert plots.rounds([]) is None
+
+
 def test_a_page_opens_with_what_changed_and_what_was_run(tmp_path):
     for algo in ("nca", "dpo"):
         write_run(tmp_path / algo, kl=1.0, arg=f"algo={algo}")

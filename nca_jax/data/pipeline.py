@@ -89,6 +89,7 @@ class Dataset:
       ref_logps: for each example of the concatenated sources, [its responses] float32 nats;
         None: the batches have none.
       rows_here: of every micro-batch, see `pack`.
+      fewer: every example may have fewer than K responses.
     Raises:
       UserError: an example, or the number of sources, does not fit the config.
     """
@@ -101,9 +102,11 @@ class Dataset:
         seed: int,
         ref_logps: Sequence[np.ndarray] | None = None,
         rows_here: Sequence[int] | None = None,
+        fewer: bool = False,
     ):
         self.examples = joined(sources)
-        _check_num_responses(self.examples, config.num_responses)
+        if not fewer:
+            _check_num_responses(self.examples, config.num_responses)
         check_examples(self.examples, config)
         self._config, self._ref_logps, self._rows_here = config, ref_logps, rows_here
         sizes = [len(source) for source in sources]

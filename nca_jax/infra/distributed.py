@@ -84,6 +84,11 @@ def from_first(x: np.ndarray) -> np.ndarray:
     return np.asarray(multihost_utils.broadcast_one_to_all(x))
 
 
+def wait_for_first() -> None:
+    """Returns once process 0 is here: what it has written is there for all."""
+    from_first(np.zeros((), np.int32))
+
+
 def gather(mine: bytes) -> list[bytes]:
     """Returns the bytes that each process gives, in the order of the processes."""
     sizes = _sizes(len(mine))

@@ -167,6 +167,7 @@ def _lines_until(path: AnyPath, step: int, log_every: int) -> list[dict[str, Any
 
 def _brief(metrics: dict[str, float]) -> str:
     names = ("loss", "accuracy_half_ties", "chosen_logp_drift", "grad_norm", "step_seconds", "mfu")
+    names += ("round", "reward", "reward_best", "tied", "kl")
     return "  ".join(f"{name} {metrics[name]:.4g}" for name in names if name in metrics)
 
 
