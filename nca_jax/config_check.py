@@ -1,14 +1,15 @@
 """A config that cannot be meant is refused, before a device is touched.
 
-A field may be missing, unknown, out of the range that the table of `nca_jax.config` has, or at odds
+A field may be missing, unknown, out of the range that the table of `nca_jax.fields` has, or at odds
 with another.
 """
 
 from ml_collections import ConfigDict
 
 from nca_jax.checks import UserError
-from nca_jax.config import FIELDS, OPTIONAL, fields_of, flatten
+from nca_jax.config import fields_of, flatten
 from nca_jax.field import Field, Value
+from nca_jax.fields import FIELDS, OPTIONAL
 from nca_jax.losses import LOSSES
 from nca_jax.other_names import did_you_mean
 

@@ -1,7 +1,7 @@
 """docs/config.md, and what --help_config prints: the table of fields in words."""
 
-from nca_jax.config import FIELDS, OPTIONAL
 from nca_jax.field import Field
+from nca_jax.fields import FIELDS, OPTIONAL
 from nca_jax.losses import LOSSES
 
 

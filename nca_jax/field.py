@@ -1,6 +1,6 @@
 """One field of a config: its default, what a value must be, and what it means.
 
-The table of all fields is in `nca_jax.config`; a loss brings its own hyperparameters with it. So
+The table of all fields is in `nca_jax.fields`; a loss brings its own hyperparameters with it. So
 this is a leaf that imports nothing: a loss needs jax and numpy alone.
 """
 

@@ -14,9 +14,10 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from nca_jax.checks import UserError
-from nca_jax.config import FIELDS, OPTIONAL, default_config, fields_of, flatten, section
+from nca_jax.config import default_config, fields_of, flatten, section
 from nca_jax.config_check import check_config
 from nca_jax.config_doc import describe
+from nca_jax.fields import FIELDS, OPTIONAL
 from nca_jax.files import as_path
 from nca_jax.other_names import did_you_mean
 from nca_jax.saved_config import CONFIG, read_saved

@@ -1,7 +1,7 @@
 """What functions ask of things whose own types say less: a tokenizer, a section of the config.
 
 A `ConfigDict` says nothing of its fields, so a function that takes one section says by a type of
-this file what it reads. The table in `nca_jax.config` is where fields are made; a test compares.
+this file what it reads. The table in `nca_jax.fields` is where fields are made; a test compares.
 """
 
 from collections.abc import Mapping, Sequence

@@ -7,8 +7,9 @@ older run means by not having it (`Field.before`): so an older workdir resumes.
 from ml_collections import ConfigDict
 
 from nca_jax.checks import UserError
-from nca_jax.config import OPTIONAL, fields_of, flatten
+from nca_jax.config import fields_of, flatten
 from nca_jax.field import Value
+from nca_jax.fields import OPTIONAL
 from nca_jax.files import AnyPath, read_json
 
 # 1 had none written, and every loss had an alpha; 2 had no data.join; 3 no score_unit, warmup_from;

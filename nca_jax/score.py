@@ -33,11 +33,11 @@ import jax
 import numpy as np
 
 from nca_jax.checks import UserError, run_main
-from nca_jax.config import DTYPES
 from nca_jax.data import pieces
 from nca_jax.data.encode import check_prompt
 from nca_jax.data.record import question
 from nca_jax.data.sources import JsonlSource, RecordError
+from nca_jax.fields import DTYPES
 from nca_jax.files import is_file, out_file, out_folder
 from nca_jax.flags import parse_flags
 from nca_jax.infra import distributed, lock

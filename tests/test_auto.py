@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 
 from nca_jax import auto, build
 from nca_jax.checks import UserError
-from nca_jax.config import FIELDS, flatten
+from nca_jax.config import flatten
+from nca_jax.fields import FIELDS
 from nca_jax.flags import parse_flags
 from nca_jax.model_config import MODELS
 from nca_jax.models.formats.names import param_shapes

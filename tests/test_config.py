@@ -9,8 +9,6 @@ from ml_collections import ConfigDict
 from nca_jax import protocols
 from nca_jax.checks import UserError
 from nca_jax.config import (
-    FIELDS,
-    OPTIONAL,
     choose_loss,
     default_config,
     fields_of,
@@ -20,6 +18,7 @@ from nca_jax.config import (
 from nca_jax.config_check import check_config
 from nca_jax.config_doc import describe
 from nca_jax.field import COUNT, FLAG, FRACTION, NOT_NEGATIVE, POSITIVE, TEXT, Check, Field
+from nca_jax.fields import FIELDS, OPTIONAL
 from nca_jax.flags import load_config, parse_flags
 from nca_jax.losses import ALPHA, BETA, LOSSES
 from nca_jax.other_names import OTHER_NAMES

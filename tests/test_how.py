@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from commands import QUICK, ROOT, metric_lines, write_records
 
-from nca_jax.config import FIELDS
+from nca_jax.fields import FIELDS
 from nca_jax.flags import parse_flags
 
 HOW = (ROOT / "docs/how.md").read_text()

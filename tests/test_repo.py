@@ -74,7 +74,7 @@ LAYERS = (  # from the bottom
         "train_step",
         "values",
     ),
-    ("config", "config_check", "config_doc", "saved_config", "auto", "flags"),
+    ("config", "config_check", "config_doc", "fields", "saved_config", "auto", "flags"),
     ("build",),
     ("params",),
     ("programs", "propose"),

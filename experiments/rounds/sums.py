@@ -1,6 +1,6 @@
 """Writes sums for a model to answer, each with its answer: prompts of `nca_jax.rounds`.
 
-    python experiments/rounds/sums.py --out=sums.jsonl
+python experiments/rounds/sums.py --out=sums.jsonl
 """
 
 import argparse
