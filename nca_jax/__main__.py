@@ -10,6 +10,7 @@ COMMANDS = (
     "train",
     "inspect",
     "evaluate",
+    "lm_eval",
     "generate",
     "score",
     "precompute",

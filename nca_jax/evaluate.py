@@ -17,6 +17,11 @@ Without --workdir it evaluates the model of init_from.
                    latest
     --num_prompts  held-out prompts to sample responses for; 0: none, so no KL and no rewards
     --out          a file; by default evaluation.json in --workdir
+    --subset       a key of the records, such as subset: also the accuracy of each of its values
+    --judge_command  a command that says which of two responses is better: the win rate of the policy
+                   against the reference. It reads {"prompt", "a", "b"} a line and writes {"winner":
+                   "a", "b" or "tie"}; each pair is asked in both orders. It and --subset also give the
+                   share at equal lengths, and want the extra eval
     --judge        a second scorer (see nca_jax.score), which was not trained on
     --text         a file of plain text, paragraphs apart by empty lines: the perplexity of both
 """
@@ -60,6 +65,7 @@ from nca_jax.params import policy_params
 from nca_jax.reference import reference_params
 from nca_jax.rewards.scorers import Scorer, get_scorer, score_all
 from nca_jax.rollout import Samples, check_scorable, make_generator, make_records
+from nca_jax.wins import accuracy_by_subset, check_subset, judged
 
 
 def main(argv: list[str]) -> int:
@@ -71,11 +77,15 @@ def main(argv: list[str]) -> int:
         out="",
         num_prompts=64,
         judge="",
+        judge_command="",
+        subset="",
         text="",
     )
     beside = as_path(flags.workdir or ".") / "evaluation.json"
     is_missing = not flags.out and not beside.parent.exists()  # the workdir, as will be said
     out = beside if is_missing else out_file(flags.out or beside)
+    if flags.judge_command or flags.subset:
+        import sklearn  # noqa: F401  # pyright: ignore[reportMissingImports]  # before all the work
     scorers = {"reward": get_scorer(config.generate.scorer), "judge": get_scorer(flags.judge)}
     run, data = build.read_all(
         config, date=date_of(flags.workdir), score_unit=score_unit_of(flags.workdir)
@@ -85,11 +95,15 @@ def main(argv: list[str]) -> int:
     if not len(data.heldout):
         raise UserError("No records are held out: set data.eval_fraction or data.eval_files.")
     heldout = data.heldout[: flags.num_prompts]
+    for examples in data.splits.values() if flags.subset else ():
+        check_subset(flags.subset, examples)
     for scorer in scorers.values():
         check_scorable([as_prompt(run, example) for example in heldout], scorer)
     with jax.set_mesh(run.mesh):
         policy = policy_params(run, flags.workdir, flags.step)
         reference = reference_params(run, policy)
+        if flags.judge_command and reference is None:
+            raise UserError("--judge_command compares with a reference: config.reference.kind has none.")
         step_logps = first_call("the held-out metrics", programs.jit_step_logps(run))
         here = rows_here(run.mesh, config.data.rows)
         trained, shown, sampled, samples = {}, [], {}, {}
@@ -98,13 +112,23 @@ def main(argv: list[str]) -> int:
             batches = fill_reference(step_logps, reference, batches)
             responses = heldout_responses(step_logps, policy, batches)
             found = metrics_of(responses, config) | errors_of(responses, config)
+            sizes = {}
+            if flags.subset:
+                by_subset, sizes = accuracy_by_subset(flags.subset, examples, responses, config)
+                found |= by_subset
             name = split.removeprefix(EVAL).removeprefix("/")
-            found = {f"{name}/{x}" if name else x: value for x, value in found.items()}
+            found, sizes = (
+                {f"{name}/{x}" if name else x: value for x, value in values.items()}
+                for values in (found, sizes)
+            )
             trained |= found
             shown += [f"\nthe responses in the data to {len(examples)} held-out prompts"]
-            shown += table(found, len(examples))
+            shown += table(found, len(examples), sizes)
         if len(heldout):
             sampled, samples = sample_metrics(run, policy, reference, heldout, scorers)
+        if flags.judge_command and samples:
+            with phase("asking the judge"):
+                sampled |= judged(flags.judge_command, samples)
         if texts:
             sampled |= perplexities(run, policy, reference, texts)
     metrics = {"n_heldout": len(data.heldout), "n": len(heldout)} | trained | sampled

@@ -23,6 +23,16 @@ IS_BETTER_HIGH = {
 }
 
 
+def response_rewards(
+    responses: Responses, fields: Fields, *, has_reference: bool
+) -> jax.Array:
+    """r [B, K]: implicit rewards, nats; without a reference the log-probability a token."""
+    if has_reference:
+        return implicit_rewards(responses, fields)
+    lengths = jnp.maximum(responses.lengths, 1)
+    return jnp.where(responses.mask, responses.logps / lengths, 0.0)
+
+
 def prompt_weights(loss: Loss, responses: Responses, fields: Fields) -> jax.Array:
     """Returns the weight w of each prompt in the loss of a step, [B]; 0 for an empty slot.
 
@@ -71,10 +81,7 @@ def alignment_metrics(
     """
     mask, scores = responses.mask, responses.scores
     lengths = jnp.maximum(responses.lengths, 1)
-    if has_reference:
-        r = implicit_rewards(responses, fields)
-    else:
-        r = jnp.where(mask, responses.logps / lengths, 0.0)
+    r = response_rewards(responses, fields, has_reference=has_reference)
     weights = prompt_weights(loss, responses, fields)
     present = jnp.any(mask, axis=-1)  # [B]
 

@@ -15,6 +15,7 @@ from nca_jax.axes import MESH_AXES, flatten_paths
 from nca_jax.data.group import Group
 from nca_jax.data.pack import RowLayout, pack
 from nca_jax.data.plan import causal_bound
+from nca_jax.evaluators import make_misses
 from nca_jax.infra.compiler import compiler_options
 from nca_jax.infra.mesh import make_mesh
 from nca_jax.logprobs import sequence_logps
@@ -304,3 +305,26 @@ def test_remat_host_gives_the_gradient_of_remat_full_from_inputs_in_the_hosts_me
     (want, without), (got, program) = gradient("full"), gradient("host")
     jax.tree.map(np.testing.assert_array_equal, got, want)
     assert "Host" in program and "Host" not in without
+
+
+def test_the_misses_of_a_response_are_its_tokens_that_full_logits_do_not_give():
+    model = model_of("plain")
+    params = model.init(jax.random.key(0))
+    (group,) = make_groups([(5, (4,))], seed=1, vocab_size=model.config.vocab_size)
+    ids = [*group.prompt]
+    for _ in range(4):  # greedily, a whole pass each
+        place = jnp.arange(len(ids))
+        attend = cached((place[:, None] >= place)[None], jnp.int32(0))
+        cache = model.make_cache(1, len(ids))
+        hidden, _ = model.hidden(params, jnp.asarray([ids]), place[None], attend, cache)
+        ids.append(int(jnp.argmax(model.logits(params, hidden[0, -1]))))
+    greedy = np.array(ids[5:])
+    once_wrong = np.where(np.arange(4) == 3, (greedy + 1) % model.config.vocab_size, greedy)
+    group = Group(group.prompt, [greedy, once_wrong, group.responses[0]])
+    rows, _, _ = pack([group], LAYOUT, slots=[range(3)], num_slots=3)
+    rows = jax.tree.map(lambda x: jnp.asarray(x)[0], rows)
+    misses = make_misses(model, num_slots=3, block=BLOCK, chunk=CHUNK)
+    (logps, missed), k = jax.jit(misses)(params, rows), 3
+    expected = packed_logps(model, params, [group._replace(key_on=None)], k=k)
+    np.testing.assert_allclose(logps, expected[0], rtol=1e-6)
+    assert missed.tolist() == [0, 1, 4]

@@ -43,6 +43,7 @@ COMMANDS = (
     "prepare",
     "score",
     "aot",
+    "lm_eval",
 )
 LEAVES = (
     "axes",
@@ -71,12 +72,14 @@ LAYERS = (  # from the bottom
         "metrics",
         "sampling",
         "train_step",
+        "wins",
     ),
     ("config", "config_check", "config_doc", "saved_config", "auto", "flags"),
     ("build",),
     ("params",),
     ("programs", "propose"),
     ("reference", "fit", "rollout"),
+    ("harness",),
     COMMANDS,
 )
 MAX_LINES, MAX_LEAVES = 400, 88

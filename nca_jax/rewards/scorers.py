@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nca_jax.checks import UserError
+from nca_jax.rewards import checkers
 from nca_jax.rewards.command import ask
 
 Record = dict[str, Any]  # JSON
@@ -76,11 +77,11 @@ def answer(records: Sequence[Record], responses: Sequence[str]) -> np.ndarray:
 
 
 def lacks_answer(record: Record) -> str:
-    """Returns what the scorer "answer" misses in a record: an "answer", a text or a number."""
+    """Returns what the scorers "answer" and "math" miss in a record: an "answer", a text or a number."""
     if type(record.get("answer")) in (str, int, float):
         return ""
     return (
-        'the scorer answer wants an "answer" of text or a number, got '
+        'the scorer wants an "answer" of text or a number, got '
         f"{record.get('answer')!r:.40} in the keys {sorted(record)}"
     )
 
@@ -125,7 +126,13 @@ def _read_score(said: Any) -> float | None:
     return None
 
 
-SCORERS = {"vader": Scorer(vader), "length": Scorer(length), "answer": Scorer(answer, lacks_answer)}
+SCORERS = {
+    "vader": Scorer(vader),
+    "length": Scorer(length),
+    "answer": Scorer(answer, lacks_answer),
+    "math": Scorer(checkers.math, lacks_answer),
+    "ifeval": Scorer(checkers.ifeval, checkers.lacks_instructions),
+}
 
 
 def get_scorer(name: str) -> Scorer | None:
