@@ -161,7 +161,8 @@ def front(runs: Sequence[Run]) -> Figure | None:
     picked = max(map(best_of_n, runs), key=len)
     if len(picked) > 1:
         label = f"best of 1 to {len(picked)} of the reference"
-        axes.plot(*zip(*picked, strict=True), color="gray", marker=".", ls=":", label=label, zorder=0)
+        how = dict(color="gray", marker=".", ls=":", label=label, zorder=0)
+        axes.plot(*zip(*picked, strict=True), **how)
     axes.set_xlabel("KL(policy || reference), nats a response")
     axes.set_ylabel("mean reward")
     _legend_below(figure, axes)

@@ -100,8 +100,8 @@ def write_page(
     spread = f"one standard deviation, of {results.BAND} seeds or more"
     notes = {
         "front": f"Faint points are seeds; bars are {spread}; the dashed line joins the settings "
-        "that none beats in reward at a smaller KL. The dotted one, where there are several samples of a "
-        "prompt, is the best of n of the reference's: its KL is log n - (n - 1)/n.",
+        "that none beats in reward at a smaller KL. The dotted one, where a prompt has several "
+        "samples, is the best of n of the reference's: its KL is log n - (n - 1)/n.",
         "curves": f"Lines are means over seeds; bands are {spread}. Losses of another function, K "
         "or alpha are in other units: each kind has a panel of its own, up to "
         f"{plots.MAX_KINDS} kinds.",

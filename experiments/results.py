@@ -149,10 +149,10 @@ def by_setting(runs: Iterable[Run]) -> dict[str, list[Run]]:
 
 
 def best_of_n(run: Run) -> list[tuple[float, float]]:
-    """Returns (KL, reward) of the best of n of the reference's samples, n = 1, 2, .. S of each prompt.
+    """Returns (KL, reward) of the best of n of the reference's samples, n = 1, 2, .. S a prompt.
 
-    The KL to the reference is log n - (n - 1)/n nats; the reward is the mean of the largest of n over
-    all choices of n of the S samples. [] where the samples have no scores, or differ in number.
+    The KL to the reference is log n - (n - 1)/n nats; the reward is the mean of the largest of n
+    over all choices of n of the S samples. [] where these have no scores, or differ in number.
     """
     answers = run.samples.get("reference", {}).values()
     scores = [sorted(score for _, score in of_prompt if score is not None) for of_prompt in answers]

@@ -18,10 +18,10 @@ Without --workdir it evaluates the model of init_from.
     --num_prompts  held-out prompts to sample responses for; 0: none, so no KL and no rewards
     --out          a file; by default evaluation.json in --workdir
     --subset       a key of the records, such as subset: also the accuracy of each of its values
-    --judge_command  a command that says which of two responses is better: the win rate of the policy
-                   against the reference. It reads {"prompt", "a", "b"} a line and writes {"winner":
-                   "a", "b" or "tie"}; each pair is asked in both orders. It and --subset also give the
-                   share at equal lengths, and want the extra eval
+    --judge_command  a command that says which of two responses is better: how often the policy wins
+                   against the reference. It reads {"prompt", "a", "b"} a line and writes
+                   {"winner": "a", "b" or "tie"}; each pair is asked in both orders. Both this and
+                   --subset also give the share at equal lengths, and want the extra eval
     --judge        a second scorer (see nca_jax.score), which was not trained on
     --text         a file of plain text, paragraphs apart by empty lines: the perplexity of both
 """
@@ -103,7 +103,9 @@ def main(argv: list[str]) -> int:
         policy = policy_params(run, flags.workdir, flags.step)
         reference = reference_params(run, policy)
         if flags.judge_command and reference is None:
-            raise UserError("--judge_command compares with a reference: config.reference.kind has none.")
+            raise UserError(
+                "--judge_command compares with the reference, and config.reference.kind='none'."
+            )
         step_logps = first_call("the held-out metrics", programs.jit_step_logps(run))
         here = rows_here(run.mesh, config.data.rows)
         trained, shown, sampled, samples = {}, [], {}, {}

@@ -5,6 +5,7 @@ texts are encoded, cut and read as there. But all continuations of one context a
 that the context is computed once, and the rows are shared by all devices of the mesh.
 """
 
+import functools
 import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -203,8 +204,13 @@ class Policy(TemplateLM):
 
     def _ends(self, until: Sequence[str]) -> list[int]:
         """Returns the ids whose text has one of these in it, after which nothing is read."""
-        texts = self.tokenizer.batch_decode([[i] for i in range(len(self.tokenizer))])
-        return [i for i, text in enumerate(texts) if any(stop and stop in text for stop in until)]
+        stops = [stop for stop in until if stop]
+        return [i for i, text in enumerate(self._words) if any(stop in text for stop in stops)]
+
+    @functools.cached_property
+    def _words(self) -> list[str]:
+        """The text of each id."""
+        return self.tokenizer.batch_decode([[i] for i in range(len(self.tokenizer))])
 
 
 def _row_tokens(group: Group, align: int) -> int:

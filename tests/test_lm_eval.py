@@ -4,7 +4,7 @@ The tasks are its own: their files are included as they are, over documents that
 """
 
 import json
-import random
+import sys
 from pathlib import Path
 
 import jax
@@ -12,20 +12,11 @@ import numpy as np
 import pytest
 from test_readme import write_chat_model
 
+from experiments.evals.tasks import TASKS, write_tasks
 from nca_jax import build, lm_eval
 from nca_jax.checks import UserError
 from nca_jax.flags import parse_flags
 from nca_jax.params import policy_params
-
-WORDS = "sun moon river stone cloud ember wind salt glass iron".split()
-# {task: (the file of lm-eval, its split, what is changed in it)}
-TASKS = {
-    "ours_arithmetic": ("arithmetic/arithmetic_1dc.yaml", "validation", ""),
-    "ours_choices": ("arc/arc_easy.yaml", "test", "num_fewshot: 2\nfewshot_split: train\n"),
-    "ours_words": ("gsm8k/gsm8k.yaml", "test", "num_fewshot: 1\n"),
-    "ours_text": ("wikitext/wikitext.yaml", "test", ""),
-}
-SHORT = "generation_kwargs:\n  until: ['s', 'Question:', '\\n\\n']\n  max_gen_toks: 24\n"
 
 
 @pytest.fixture(scope="module")
@@ -34,47 +25,10 @@ def folder(tmp_path_factory) -> Path:
     pytest.importorskip("lm_eval")
     where = tmp_path_factory.mktemp("lm_eval")
     write_chat_model(where / "HF")
-    write_tasks(where / "tasks")
+    counts = dict.fromkeys(TASKS, 12) | {"made_arithmetic": 25, "made_text": 4}
+    how = dict(fewshot=2, until=["s", "Question:", "\n\n"], tokens=24, words=300)
+    write_tasks(where / "tasks", counts, **how)
     return where
-
-
-def write_tasks(folder: Path) -> None:
-    import lm_eval as theirs
-
-    theirs_folder = Path(theirs.__file__).parent / "tasks"
-    folder.mkdir()
-    for name, (file, split, changed) in TASKS.items():
-        documents = documents_of(name)
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in documents))
-        splits = "".join(f"    {x}: {folder / name}.jsonl\n" for x in {split, "train", "validation"})
-        (folder / f"{name}.yaml").write_text(
-            f"include: {theirs_folder / file}\ntask: {name}\ntag: null\ndataset_path: json\n"
-            f"dataset_name: null\ndataset_kwargs:\n  data_files:\n{splits}{changed}"
-            + (SHORT if name == "ours_words" else "")
-        )
-
-
-def documents_of(name: str) -> list[dict]:
-    draw = random.Random(name)
-
-    def text(least: int, most: int) -> str:
-        return " ".join(draw.choices(WORDS, k=draw.randint(least, most)))
-
-    if name == "ours_arithmetic":
-        return [
-            {"context": f"Question: What is {i} * 3?\nAnswer:", "completion": end}
-            for i in range(4)
-            for end in (f" {3 * i}", " ", "\n", "s", f" {i}")
-        ]
-    if name == "ours_choices":
-        return [
-            {"id": str(i), "question": text(3, 12), "answerKey": "ABCD"[i % 4]}
-            | {"choices": {"text": [text(1, 4) for _ in range(4)], "label": list("ABCD")}}
-            for i in range(12)
-        ]
-    if name == "ours_words":
-        return [{"question": text(2, 9), "answer": f"{text(2, 4)} #### {i}"} for i in range(6)]
-    return [{"page": text(*sizes)} for sizes in ((1, 1), (20, 30), (300, 300))]
 
 
 def flags_of(folder: Path, *flags: str) -> list[str]:
@@ -132,26 +86,66 @@ def test_tasks_of_lm_eval_give_the_digits_of_its_own_model(folder, ours, theirs,
         numbers = {name: x for name, x in wanted.items() if isinstance(x, float)}
         assert {x: found["results"][task][x] for x in numbers} == pytest.approx(numbers, rel=1e-5)
     said, wanted = responses(found), responses(expected)
-    assert said["ours_words"] == wanted["ours_words"] and any(map(str, said["ours_words"]))
-    for task in set(TASKS) - {"ours_words"}:
+    assert said["made_answers"] == wanted["made_answers"] and any(map(str, said["made_answers"]))
+    for task in set(TASKS) - {"made_answers"}:
         np.testing.assert_allclose(as_numbers(said[task]), as_numbers(wanted[task]), atol=2e-4)
 
 
 @pytest.mark.torch
-def test_the_choices_of_a_context_are_one_group_and_what_is_greedy_is_said(ours, monkeypatch):
-    from lm_eval.api.instance import Instance
-
+def test_the_choices_of_a_context_are_one_group_of_which_the_likeliest_token_is_greedy(
+    ours, monkeypatch
+):
     from nca_jax import harness
 
-    (context,) = ["Say:"]
-    (first,) = ours.generate_until([request(context, {"until": [], "max_gen_toks": 2})])
     seen, score = [], harness.score_responses
-    monkeypatch.setattr(
-        harness, "score_responses", lambda f, groups, *a, **k: seen.append(groups) or score(f, groups, *a, **k)
-    )
-    asked = [Instance("loglikelihood", {}, (context, text), 0) for text in (first, "x", first)]
-    asked.append(Instance("loglikelihood", {}, ("Other:", "x"), 0))
-    found = ours.loglikelihood(asked, disable_tqdm=True)
-    assert [len(group.responses) for group in seen[0]] == [3, 1]
-    assert [is_greedy for _, is_greedy in found] == [True, False, True, False]
-    assert found[0] == found[2] and found[1] != found[3]
+
+    def seeing(compute, groups, *rest, **how):
+        seen.append([len(group.responses) for group in groups])
+        return score(compute, groups, *rest, **how)
+
+    monkeypatch.setattr(harness, "score_responses", seeing)
+    context, vocab_size = ours.tok_encode("Say:"), len(ours.tokenizer)
+    asked = [("", context, [token]) for token in range(vocab_size)]
+    found = ours._loglikelihood_tokens([*asked, ("", context[1:], [5, 6]), asked[7]])
+    assert seen == [[vocab_size + 1, 1]] and found[7] == found[-1]
+    logps, is_greedy = map(list, zip(*found[:vocab_size], strict=True))
+    assert sum(is_greedy) == 1 and is_greedy[int(np.argmax(logps))]
+    assert np.exp(logps).sum() == pytest.approx(1, rel=1e-5)
+
+
+@pytest.mark.torch
+def test_what_is_longer_than_the_model_loses_its_beginning_and_a_task_that_cannot_be_is_said(ours):
+    long = list(range(9)) * 100
+    room = ours.max_length + 1 - 3
+    asked = [("", long[-room:], [1, 2, 3]), ("", long, [1, 2, 3])]
+    assert room < len(long)
+    whole, cut = ours._loglikelihood_tokens(asked)
+    assert whole == cut
+    for length in (0, ours.max_length + 1):
+        with pytest.raises(UserError, match=f"a continuation of {length} tokens"):
+            ours._loglikelihood_tokens([("", [1], [2] * length)])
+    with pytest.raises(UserError, match="num_beams in its generation_kwargs"):
+        ours._answer(["a"], {"until": [], "num_beams": 4})
+    with pytest.raises(UserError, match="lower max_gen_toks"):
+        ours._answer(["a"], {"until": [], "max_gen_toks": ours.max_length})
+
+
+@pytest.mark.torch
+def test_the_command_writes_and_prints_results_and_names_a_task_that_is_not_there(
+    folder, fails, tmp_path, capsys
+):
+    flags = flags_of(folder, "--limit=2", f"--out={tmp_path / 'r.json'}")[1:]
+    said = fails("lm_eval", *flags, "--tasks=made_choices,arc_eazy")
+    assert "--tasks=arc_eazy: lm-eval has none of that name" in said
+    lm_eval.main(["lm_eval", *flags, "--tasks=made_choices"])
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert found["n-samples"]["made_choices"]["effective"] == 2
+    assert 0 <= found["results"]["made_choices"]["acc,none"] <= 1
+    out = capsys.readouterr().out
+    assert "|made_choices|" in out and "r.json" in out
+
+
+def test_without_the_extra_it_says_which_one_to_install(fails, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    config = "--config=configs/jsonl.py:files=none,smoke"
+    assert "pip install 'nca_jax[eval]'" in fails("lm_eval", config, "--tasks=arc_easy")

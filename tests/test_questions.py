@@ -80,7 +80,8 @@ def test_alpaca_evals_outputs_are_one_list_with_the_name_of_the_model(asked, tmp
     said, _ = asked("alpaca_eval", f"{tmp_path}/alpaca_eval.json", "mine.json", *flags)
     first, second = json.loads(said)
     assert first == ALPACA | {"output": f" 0.5: {ALPACA['instruction']}\n", "generator": "mine"}
-    assert second["instruction"] == "Hi" and "one answer to each question" in capsys.readouterr().out
+    assert second["instruction"] == "Hi"
+    assert "one answer to each question" in capsys.readouterr().out
 
 
 def test_mt_bench_asks_its_second_turn_after_the_first_answer_at_each_categorys_temperature(

@@ -77,7 +77,7 @@ def answer(records: Sequence[Record], responses: Sequence[str]) -> np.ndarray:
 
 
 def lacks_answer(record: Record) -> str:
-    """Returns what the scorers "answer" and "math" miss in a record: an "answer", a text or a number."""
+    """Returns what "answer" and "math" miss in a record: an "answer", a text or a number."""
     if type(record.get("answer")) in (str, int, float):
         return ""
     return (
@@ -121,9 +121,8 @@ def by_command(
 
 def _read_score(said: Any) -> float | None:
     score = said.get("score") if isinstance(said, dict) else None
-    if isinstance(score, int | float) and type(score) is not bool and np.isfinite(np.float32(score)):
-        return float(score)
-    return None
+    is_number = isinstance(score, int | float) and type(score) is not bool
+    return float(score) if is_number and np.isfinite(np.float32(score)) else None
 
 
 SCORERS = {
