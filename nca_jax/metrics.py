@@ -24,9 +24,12 @@ IS_BETTER_HIGH = {
 
 
 def response_rewards(
-    responses: Responses, fields: Fields, *, has_reference: bool
+    loss: Loss, responses: Responses, fields: Fields, *, has_reference: bool
 ) -> jax.Array:
-    """r [B, K]: implicit rewards, nats; without a reference the log-probability a token."""
+    """r [B, K]: implicit rewards, nats; without a reference the log-probability a token.
+
+    The arguments are those of `alignment_metrics`.
+    """
     if has_reference:
         return implicit_rewards(responses, fields)
     lengths = jnp.maximum(responses.lengths, 1)
@@ -81,7 +84,7 @@ def alignment_metrics(
     """
     mask, scores = responses.mask, responses.scores
     lengths = jnp.maximum(responses.lengths, 1)
-    r = response_rewards(responses, fields, has_reference=has_reference)
+    r = response_rewards(loss, responses, fields, has_reference=has_reference)
     weights = prompt_weights(loss, responses, fields)
     present = jnp.any(mask, axis=-1)  # [B]
 

@@ -76,8 +76,8 @@ def wins_of_best(heldout: Heldout, config: ConfigDict) -> tuple[np.ndarray, np.n
 
     The higher implicit reward wins; without a reference the higher log-probability a token.
     """
-    responses, (_, fields) = heldout.responses, loss_of(config)
-    r = response_rewards(responses, fields, has_reference=heldout.has_reference)
+    responses, (loss, fields) = heldout.responses, loss_of(config)
+    r = response_rewards(loss, responses, fields, has_reference=heldout.has_reference)
     mask, scores = np.asarray(responses.mask), np.asarray(responses.scores)
     order = np.argsort(np.where(mask, -scores, np.inf), axis=-1, kind="stable")
     r, lengths, there = (
