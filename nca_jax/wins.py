@@ -8,7 +8,6 @@ Axes: N prompts, M pairs a prompt.
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 from scipy.special import expit

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers import write
 
-from nca_jax import generate
+from nca_jax import build, generate
 from nca_jax.checks import UserError
 from nca_jax.data.questions import FORMATS, answers_of, read_questions
 
@@ -57,11 +57,17 @@ def asked(tmp_path, monkeypatch):
             yield [prompt.record | sampled]
 
     monkeypatch.setattr(generate, "rollout_batches", rollout_batches)
+    load = build.load_tokenizer
+
+    def load_tokenizer(*where):
+        tokenizer = load(*where)
+        tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+        return tokenizer
+
+    monkeypatch.setattr(build, "load_tokenizer", load_tokenizer)
     monkeypatch.setattr(generate, "policy_params", lambda *_: {"a": np.zeros(2)})
 
     def ask(format: str, questions: str, out: str, *flags: str) -> tuple[str, list]:
-        chat = "{% for m in messages %}{{ m.content }}{% endfor %}"
-        monkeypatch.setattr("transformers.ByT5Tokenizer.chat_template", chat, raising=False)
         argv = ["generate", "--config=configs/jsonl.py:files=none,smoke", "--config.data.rows=8"]
         argv += ["--config.data.format=chat", f"--format={format}", f"--prompts={questions}"]
         generate.main([*argv, f"--out={tmp_path / out}", *flags])

@@ -67,7 +67,7 @@ def test_a_judge_is_asked_in_both_orders_so_that_one_who_prefers_a_place_gives_h
     ("program", "said"),
     [
         ("import sys; sys.exit('no key')", "stopped with status 1: no key"),
-        ("print('{\"winner\": \"A\"}\\n{}')", 'as line 1; wanted {"winner": "a", "b" or "tie"}'),
+        ('print(\'{"winner": "A"}\\n{}\')', 'as line 1; wanted {"winner": "a", "b" or "tie"}'),
         ("print(1)", "wrote 1 lines for 2 pairs"),
     ],
 )

@@ -31,9 +31,7 @@ def main() -> None:
         print(json.dumps(run_side(args.side, args.out, args.batch_size)))
         return
     if not (args.out / "tasks").exists():
-        write_tasks(
-            args.out / "tasks", COUNTS, fewshot=5, until=["\n\n"], tokens=32, words=600
-        )
+        write_tasks(args.out / "tasks", COUNTS, fewshot=5, until=["\n\n"], tokens=32, words=600)
     write_model(args.out / "HF")
     found = {}
     for side in SIDES:
@@ -65,7 +63,10 @@ def run_side(side: str, out: Path, batch_size: int) -> dict:
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=str(out / "tasks"), include_defaults=False)
-    model, found = (open_theirs if side == "transformers" else open_ours)(out / "HF", batch_size), {}
+    model, found = (
+        (open_theirs if side == "transformers" else open_ours)(out / "HF", batch_size),
+        {},
+    )
     for task in TASKS:
         for _ in range(2):
             began, cpu = time.perf_counter(), time.process_time()

@@ -1,4 +1,4 @@
-"""Tasks of lm-eval as their files are, over documents that are made here: no network, no download."""
+"""Tasks of lm-eval as their files are, over documents that are made here: nothing is fetched."""
 
 import json
 import random

@@ -131,7 +131,7 @@ def _prompts(
     for i in _members(questions, turn, temperature):
         said = questions[i].turns[: turn + 1]
         messages = [{"role": "user", "content": said[0]}]
-        for answer, then in zip(answers[i], said[1:], strict=True):
+        for answer, then in zip(answers[i][:turn], said[1:], strict=True):
             messages.append({"role": "assistant", "content": answer["responses"][0].strip()})
             messages.append({"role": "user", "content": then})
         prompt = messages if turn else said[0]

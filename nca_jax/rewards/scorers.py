@@ -112,9 +112,7 @@ def by_command(
     Raises:
       UserError: it cannot be started or fails, or what it writes is not that.
     """
-    asked = [
-        record | {"response": text} for record, text in zip(records, responses, strict=True)
-    ]
+    asked = [record | {"response": text} for record, text in zip(records, responses, strict=True)]
     who, wanted = f"The scorer {COMMAND}{command}", '{"score": a finite number}'
     return ask(who, command, asked, _read_score, what="responses", wanted=wanted)
 
