@@ -119,18 +119,17 @@ def main(argv: list[str]) -> int:
                 by_subset, sizes = accuracy_by_subset(flags.subset, examples, responses, config)
                 found |= by_subset
             name = split.removeprefix(EVAL).removeprefix("/")
-            found, sizes = (
-                {f"{name}/{x}" if name else x: value for x, value in values.items()}
-                for values in (found, sizes)
-            )
+            before = f"{name}/" if name else ""
+            found = {before + x: value for x, value in found.items()}
+            sizes = {before + x: count for x, count in sizes.items()}
             trained |= found
             shown += [f"\nthe responses in the data to {len(examples)} held-out prompts"]
             shown += table(found, len(examples), sizes)
         if len(heldout):
             sampled, samples = sample_metrics(run, policy, reference, heldout, scorers)
-        if flags.judge_command and samples:
-            with phase("asking the judge"):
-                sampled |= judged(flags.judge_command, samples)
+            if flags.judge_command and samples:
+                with phase("asking the judge"):
+                    sampled |= judged(flags.judge_command, samples)
         if texts:
             sampled |= perplexities(run, policy, reference, texts)
     metrics = {"n_heldout": len(data.heldout), "n": len(heldout)} | trained | sampled

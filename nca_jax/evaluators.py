@@ -153,11 +153,11 @@ def score_responses(
         now, left = left[:taken], left[taken:]
         slots = np.split(np.arange(ends[taken - 1]), ends[: taken - 1])
         rows, num_micro, _ = pack(now, layout, slots=slots, num_slots=num_slots, rows_here=here)
-        total = np.float32(0)
+        parts = []
         for m in range(num_micro):
             micro = put_rows(mesh, jax.tree.map(lambda x, m=m: x[m], rows), layout.rows)
-            total += np.asarray(compute(micro))
-        values.append(total[..., : ends[taken - 1]])
+            parts.append(np.asarray(compute(micro)))
+        values.append(np.sum(parts, axis=0)[..., : ends[taken - 1]])
     return np.concatenate(values, axis=-1)
 
 

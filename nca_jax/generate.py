@@ -56,16 +56,16 @@ def main(argv: list[str]) -> int:
     config = run.config
     if run.tokenizer is None:
         raise UserError("Generation needs a tokenizer: set config.data.tokenizer.")
-    temperature, asked, counts = config.generate.temperature, [], {}
+    temperature, asked, notes = config.generate.temperature, [], []
     with phase("reading and encoding the prompts"):
         if form is None:
             prompts, counts = load_prompts(flags.prompts, run.encoder)
-            rounds = [Round(temperature, lambda _: prompts)]
+            rounds, notes = [Round(temperature, lambda _: prompts)], notes_of(counts)
         else:
             asked = questions.read_questions(flags.prompts, form, temperature)
             rounds = questions.rounds_of(asked, run.encoder)
             prompts = rounds[0].prompts([])
-    for note in notes_of(counts):
+    for note in notes:
         print(note)
     check_scorable(prompts, scorer)
     whole = [[prompt.ids.tolist(), prompt.record] for prompt in prompts]

@@ -81,7 +81,9 @@ class Policy(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
         if add_special_tokens is None:  # a chat template may have written the bos
-            add_special_tokens = not string.startswith(self.tokenizer.decode(self.prefix_token_id))
+            add_special_tokens = not string.startswith(
+                self.tokenizer.decode([self.prefix_token_id])
+            )
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
     def apply_chat_template(
@@ -181,7 +183,7 @@ class Policy(TemplateLM):
                 f"{', '.join(SAMPLING)}."
             )
         until = shared.handle_stop_sequences(
-            how["until"], eos=self.tokenizer.decode(self.eot_token_id)
+            how["until"], eos=self.tokenizer.decode([self.eot_token_id])
         )
         room = self.max_length - how["max_gen_toks"]
         if room < 1:

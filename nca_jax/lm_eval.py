@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
         step="",
     )
     # An extra: where it is not there, that is said.
-    from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
+    from lm_eval.evaluator import simple_evaluate  # pyright: ignore[reportMissingImports]
     from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
     from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
         handle_non_serializable,

@@ -24,7 +24,7 @@ LEFT_OUT = {
     "python -m nca_jax.lm_eval --workdir": "wants the extra eval: test_lm_eval",
     "python -m nca_jax.lm_eval --config": "the same",
     "python -m nca_jax.evaluate --workdir=runs/mine --num_prompts=4": "the same: test_wins",
-    "python -m nca_jax.evaluate --workdir=runs/mine --num_prompts=0": "the same",
+    "python -m nca_jax.evaluate --config": "the same",
 }
 # What recipes ask the hub for.
 HUB = {

@@ -22,6 +22,7 @@ from nca_jax.logprobs import sequence_logps
 from nca_jax.model_config import MODELS
 from nca_jax.models.attention.cached import cached
 from nca_jax.models.decoder import Model
+from nca_jax.sampling.sampler import make_sampler
 
 BLOCK, CHUNK, ROW_LEN = 16, 8, 128
 LAYOUT = RowLayout(ROW_LEN, rows=2, block=BLOCK, num_pairs=causal_bound(ROW_LEN, BLOCK), align=1)
@@ -311,20 +312,18 @@ def test_the_misses_of_a_response_are_its_tokens_that_full_logits_do_not_give():
     model = model_of("plain")
     params = model.init(jax.random.key(0))
     (group,) = make_groups([(5, (4,))], seed=1, vocab_size=model.config.vocab_size)
-    ids = [*group.prompt]
-    for _ in range(4):  # greedily, a whole pass each
-        place = jnp.arange(len(ids))
-        attend = cached((place[:, None] >= place)[None], jnp.int32(0))
-        cache = model.make_cache(1, len(ids))
-        hidden, _ = model.hidden(params, jnp.asarray([ids]), place[None], attend, cache)
-        ids.append(int(jnp.argmax(model.logits(params, hidden[0, -1]))))
-    greedy = np.array(ids[5:])
+    how = dict(num_samples=1, max_new_tokens=4, temperature=0.0, top_p=1.0, eos_ids=())
+    sample, prompts = make_sampler(model, **how), jnp.asarray(group.prompt, jnp.int32)[None]
+    tokens, _ = jax.jit(sample)(
+        params, prompts, jnp.array([5]), jax.random.split(jax.random.key(0), 1)
+    )
+    greedy = np.asarray(tokens[0, 0])
     once_wrong = np.where(np.arange(4) == 3, (greedy + 1) % model.config.vocab_size, greedy)
     group = Group(group.prompt, [greedy, once_wrong, group.responses[0]])
     rows, _, _ = pack([group], LAYOUT, slots=[range(3)], num_slots=3)
     rows = jax.tree.map(lambda x: jnp.asarray(x)[0], rows)
     misses = make_misses(model, num_slots=3, block=BLOCK, chunk=CHUNK)
-    (logps, missed), k = jax.jit(misses)(params, rows), 3
-    expected = packed_logps(model, params, [group._replace(key_on=None)], k=k)
+    logps, missed = jax.jit(misses)(params, rows)
+    expected = packed_logps(model, params, [group])
     np.testing.assert_allclose(logps, expected[0], rtol=1e-6)
     assert missed.tolist() == [0, 1, 4]

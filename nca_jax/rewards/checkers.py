@@ -39,9 +39,10 @@ def ifeval(records: Sequence[Record], responses: Sequence[str]) -> np.ndarray:
 def lacks_instructions(record: Record) -> str:
     """Returns what the scorer "ifeval" misses in a record: a line of IFEval's input_data.jsonl."""
     names, kwargs = record.get("instruction_id_list"), record.get("kwargs")
-    is_whole = isinstance(names, list) and isinstance(kwargs, list) and names
-    if is_whole and len(names) == len(kwargs) and isinstance(record.get("prompt"), str):
-        return ""
+    is_text = isinstance(record.get("prompt"), str)
+    if is_text and isinstance(names, list) and isinstance(kwargs, list):
+        if 0 < len(names) == len(kwargs):
+            return ""
     return (
         "the scorer ifeval wants a prompt of text, an instruction_id_list and kwargs for each of "
         f"it, got the keys {sorted(record)}"

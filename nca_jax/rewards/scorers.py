@@ -119,8 +119,10 @@ def by_command(
 
 def _read_score(said: Any) -> float | None:
     score = said.get("score") if isinstance(said, dict) else None
-    is_number = isinstance(score, int | float) and type(score) is not bool
-    return float(score) if is_number and np.isfinite(np.float32(score)) else None
+    if isinstance(score, int | float) and type(score) is not bool:
+        if np.isfinite(np.float32(score)):
+            return float(score)
+    return None
 
 
 SCORERS = {
