@@ -93,11 +93,11 @@ def main(argv: list[str]) -> int:
                 answers = [form.answer(q.record, given, out.stem) for q, given in of_each]
                 pieces.finish(out, answers, is_list=form.is_list)
     cut_off = sum(not finished for record in records for finished in record["finished"])
-    what = f"{len(records)} prompts x {config.generate.num_samples} responses"
+    what, of_them = f"{len(records)} prompts x {config.generate.num_samples} responses", "of them"
     if form is not None:
-        what = f"{len(asked)} questions with their answers, as {flags.format} reads them,"
+        what, of_them = f"answers to {len(asked)} questions as {flags.format} reads them", "turns"
     print(
-        f"{what} in {out}, {cut_off} of them cut off at "
+        f"{what} in {out}, {cut_off} {of_them} cut off at "
         f"generate.max_new_tokens={config.generate.max_new_tokens}"
     )
     return 0
@@ -121,7 +121,7 @@ def sample_rounds(
       records: those that a stopped command has left: the first ones.
     """
     first = 0
-    for round in rounds:
+    for number, round in enumerate(rounds):
         prompts = round.prompts(records)
         start = min(max(len(records) - first, 0), len(prompts))
         first += len(prompts)
@@ -131,7 +131,7 @@ def sample_rounds(
             continue
         here = build.with_generate(run, temperature=round.temperature)
         with phase(f"sampling responses to {len(prompts) - start} prompts"):
-            for batch in rollout_batches(here, params, prompts, run.config.seed, start):
+            for batch in rollout_batches(here, params, prompts, run.config.seed + number, start):
                 if distributed.is_first():
                     pieces.add(out, len(records), batch)
                 records += batch
