@@ -3,8 +3,8 @@
     python -m experiments.evals.run [--out=runs/evals] [--batch_size=8]
 
 Wants the extras eval, torch and demo. Each side is a process of its own that evaluates the tasks of
-`tasks.py`, ours twice: its second time, with all compiled, is what is compared. OUT/results.json and
-OUT/table.md.
+`tasks.py`, ours twice: its second time, with all compiled, is what is compared. Writes
+OUT/results.json and OUT/table.md.
 """
 
 import argparse
