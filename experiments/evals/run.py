@@ -17,7 +17,7 @@ from pathlib import Path
 
 from experiments.evals.tasks import TASKS, write_tasks
 
-COUNTS = {"made_arithmetic": 25, "made_choices": 10, "made_answers": 6, "made_text": 3}
+COUNTS = {"made_arithmetic": 10, "made_choices": 5, "made_answers": 4, "made_text": 1}
 SIDES = ("transformers", "ours")
 
 
@@ -31,7 +31,7 @@ def main() -> None:
         print(json.dumps(run_side(args.side, args.out, args.batch_size)))
         return
     if not (args.out / "tasks").exists():
-        how = dict(fewshot=5, until=["\n\n"], tokens=32, words=300)
+        how = dict(fewshot=3, until=["\n\n"], tokens=16, words=150)
         write_tasks(args.out / "tasks", COUNTS, **how)
     write_model(args.out / "HF")
     found = {}
