@@ -3,7 +3,7 @@
     python -m experiments.evals.run [--out=runs/evals] [--batch_size=8]
 
 Wants the extras eval, torch and demo. Each side is a process of its own that evaluates the tasks of
-`tasks.py`, ours twice: its second time, with all compiled, is what is compared. Writes
+`tasks.py`, ours twice: its second time is what is compared, traced and compiled anew. Writes
 OUT/results.json and OUT/table.md.
 """
 
