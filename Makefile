@@ -108,5 +108,5 @@ $(VENV)/installed-demo: requirements-demo.lock $(VENV)/installed
 
 # Without hashes: which build of PyTorch fits (CPU, CUDA) is for the machine's package index to say.
 $(VENV)/installed-torch: $(VENV)/installed
-	$(PIP) --no-build-isolation -e ".[torch]"
+	$(PIP) --no-build-isolation -e ".[torch,eval]"
 	touch $@

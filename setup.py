@@ -75,6 +75,8 @@ setup(
             "bitsandbytes==0.50.2",
             "accelerate>=1",  # transformers quantises with it
         ],
+        # Evaluations of the field; it brings `datasets` along, and no PyTorch.
+        "eval": ["lm_eval[ifeval]==0.4.13", "math-verify>=0.8", "scikit-learn>=1.5"],
         "tpu": ["jax[tpu]"],  # of the jax above, and the libtpu that goes with it
         "gpu": ["jax[cuda13]"],
         "gcs": ["gcsfs"],  # files on gs://; of the release of fsspec that is installed

@@ -16,7 +16,14 @@ import numpy as np  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-from experiments.results import BAND, Run, by_setting, kind_of_loss, mean_and_sd  # noqa: E402
+from experiments.results import (  # noqa: E402
+    BAND,
+    Run,
+    best_of_n,
+    by_setting,
+    kind_of_loss,
+    mean_and_sd,
+)
 
 # Panels of the curves: title, split and metrics. One of several metrics is for a single setting.
 CURVES = (
@@ -156,7 +163,7 @@ def front(runs: Sequence[Run]) -> Figure | None:
 
     Faint points are seeds, strong ones their means, with one standard deviation where there are
     enough. The dashed line is the front: the settings that no other one beats in reward at a
-    smaller KL.
+    smaller KL. The dotted line is what needs no training: the best of n of the reference's samples.
     """
     found = {
         setting: np.array([[run.evaluation["kl"], run.evaluation["reward"]] for run in members])
@@ -185,6 +192,11 @@ def front(runs: Sequence[Run]) -> Figure | None:
         [(0.0, float(np.mean(start))), *(points.mean(axis=0) for points in found.values())]
     )
     axes.plot(*zip(*best, strict=True), color="black", lw=0.9, ls="--", label="front", zorder=0)
+    picked = max(map(best_of_n, runs), key=len)
+    if len(picked) > 1:
+        label = f"best of 1 to {len(picked)} of the reference"
+        how = dict(color="gray", marker=".", ls=":", label=label, zorder=0)
+        axes.plot(*zip(*picked, strict=True), **how)
     axes.set_xlabel("KL(policy || reference), nats a response")
     axes.set_ylabel("mean reward")
     _legend_below(figure, axes)

@@ -104,7 +104,8 @@ def write_page(
     spread = f"one standard deviation, of {results.BAND} seeds or more"
     notes = {
         "front": f"Faint points are seeds; bars are {spread}; the dashed line joins the settings "
-        "that none beats in reward at a smaller KL.",
+        "that none beats in reward at a smaller KL. The dotted one, where a prompt has several "
+        "samples, is the best of n of the reference's: its KL is log n - (n - 1)/n.",
         "rounds": "What the policy of each round samples. Lines are means over seeds; bands are "
         f"{spread}.",
         "curves": f"Lines are means over seeds; bands are {spread}. Losses of another function, K "

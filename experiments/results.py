@@ -151,6 +151,26 @@ def by_setting(runs: Iterable[Run]) -> dict[str, list[Run]]:
     return settings
 
 
+def best_of_n(run: Run) -> list[tuple[float, float]]:
+    """Returns (KL, reward) of the best of n of the reference's samples, n = 1, 2, .. S a prompt.
+
+    The KL to the reference is log n - (n - 1)/n nats; the reward is the mean of the largest of n
+    over all choices of n of the S samples. [] where these have no scores, or differ in number.
+    """
+    answers = run.samples.get("reference", {}).values()
+    scores = [sorted(score for _, score in of_prompt if score is not None) for of_prompt in answers]
+    sizes = set(map(len, scores))
+    if len(sizes) != 1 or not (size := sizes.pop()):
+        return []
+    points = []
+    for n in range(1, size + 1):
+        # The i-th smallest is the largest of those choices whose others are among the i before it.
+        weights = [math.comb(i, n - 1) / math.comb(size, n) for i in range(size)]
+        rewards = (sum(w * x for w, x in zip(weights, row, strict=True)) for row in scores)
+        points.append((math.log(n) - (n - 1) / n, statistics.fmean(rewards)))
+    return points
+
+
 def kind_of_loss(run: Run) -> str:
     """Names what losses must share to be compared: the function, and what its targets come from."""
     if not run.config:

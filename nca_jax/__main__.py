@@ -11,6 +11,7 @@ COMMANDS = (
     "rounds",
     "inspect",
     "evaluate",
+    "lm_eval",
     "generate",
     "score",
     "precompute",

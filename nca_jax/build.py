@@ -340,6 +340,28 @@ def settle(run: Run, data: Data, sizes: Sequence[int], num_training: int, asked:
     return known._replace(turn=run.turn, date=run.date)
 
 
+def with_generate(run: Run, **changes: Any) -> Run:
+    """Returns the run with other fields of `config.generate`."""
+    config = ConfigDict(run.config.to_dict())
+    config.generate.update(changes)
+    return run._replace(config=config.lock())
+
+
+def with_rows_for(run: Run, sizes: Sequence[int]) -> Run:
+    """Returns the run with rows for groups of these sizes, whatever its config says of rows.
+
+    Args:
+      sizes: tokens of a row that each group needs.
+    Raises:
+      UserError: attention cannot compute such rows.
+    """
+    config = ConfigDict(run.config.to_dict())
+    config.data.row_len = config.data.row_pairs = config.loss.logits_chunk = 0
+    config.data.max_prompt_len = max(sizes)
+    again = _assemble(config, None, run.model.config, run.tokenizer, sizes=sizes)
+    return again._replace(turn=run.turn, date=run.date)
+
+
 def read_data(run: Run, *, score_unit: float | None = None) -> Data:
     """Reads, checks and encodes all records of the config, or maps the stores that have them.
 

@@ -28,6 +28,8 @@ EXTRAS = {  # libraries that only some commands and files want, and the extra th
     "pyarrow": "datasets",
     "datasets": "datasets",
     "gguf": "gguf",
+    "lm_eval": "eval",
+    "sklearn": "eval",
 }
 # What a disk says to a file that it does not take.
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)

@@ -4,6 +4,8 @@ NAME is the mean of the policy's values, NAME_reference of the reference's, NAME
 differences at each prompt, and *_se the standard error of each, which one prompt alone has not.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 from scipy.special import stdtrit
 
@@ -29,14 +31,17 @@ def comparison(
     return found
 
 
-def table(metrics: dict[str, float], num_prompts: int) -> list[str]:
+def table(
+    metrics: dict[str, float], num_prompts: int, sizes: Mapping[str, int] | None = None
+) -> list[str]:
     """Returns the lines that say `metrics`: policy, reference, difference, each name once.
 
     The interval is that of the difference, or of the policy where there is no other: the mean and
     Student's t of 95% times its standard error.
 
     Args:
-      num_prompts: that each standard error is over.
+      num_prompts: that each standard error is over,
+      sizes: but of these metrics, which are over so many.
     """
     others = [x for x in (REFERENCE, DIFFERENCE) if any(name.endswith(x) for name in metrics)]
     head = "".join(f"{x:>12s}" for x in ("policy", *(x[1:] for x in others)))
@@ -50,7 +55,8 @@ def table(metrics: dict[str, float], num_prompts: int) -> list[str]:
             line += f"{metrics[name + other]:12.4f}" if name + other in metrics else " " * 12
         of_what = name + DIFFERENCE if name + DIFFERENCE in metrics else name
         if of_what + ERROR in metrics:
-            half = stdtrit(num_prompts - 1, 0.975) * metrics[of_what + ERROR]
+            count = (sizes or {}).get(name, num_prompts)
+            half = stdtrit(count - 1, 0.975) * metrics[of_what + ERROR]
             line += f"  {metrics[of_what] - half:.4f} to {metrics[of_what] + half:.4f}"
         lines.append(line.rstrip())
     return lines

@@ -22,6 +22,11 @@ metrics alone.
     --out          a file; by default evaluation.json in --workdir
     --judge        a second scorer (see nca_jax.score), which was not trained on; one that is a
                    reward model has the run's mesh and dtype, as that of generate.scorer
+    --judge_command  a command that says which of two responses is better: how often the policy wins
+                   against the reference. It reads {"prompt", "a", "b"} a line and writes
+                   {"winner": "a", "b" or "tie"}; each pair is asked in both orders. Both this and
+                   --subset also give the share at equal lengths, and want the extra eval
+    --subset       a key of the records, such as subset: also the accuracy of each of its values
     --text         a file of plain text, paragraphs apart by empty lines: the perplexity of both
 """
 
@@ -68,6 +73,7 @@ from nca_jax.rollout import (
     make_sample_kl,
     open_scorer,
 )
+from nca_jax.wins import accuracy_by_subset, check_subset, judged
 
 START = "start"  # of --reference: the model that the run began from
 OF_WHOM = {"policy": "", "reference": REFERENCE}  # how metrics are named
@@ -83,6 +89,8 @@ def main(argv: list[str]) -> int:
         num_prompts=64,
         reference="",
         judge="",
+        judge_command="",
+        subset="",
         text="",
     )
     if flags.reference:
@@ -90,6 +98,8 @@ def main(argv: list[str]) -> int:
     beside = as_path(flags.workdir or ".") / "evaluation.json"
     is_missing = not flags.out and not beside.parent.exists()  # the workdir, as will be said
     out = beside if is_missing else out_file(flags.out or beside)
+    if flags.judge_command or flags.subset:
+        import sklearn  # noqa: F401  # pyright: ignore[reportMissingImports]  # before all the work
     run, data = build.read_all(
         config, date=date_of(flags.workdir), score_unit=score_unit_of(flags.workdir)
     )
@@ -97,9 +107,10 @@ def main(argv: list[str]) -> int:
     is_reward = config.model.head == "reward"
     if is_reward:
         print("no samples: config.model.head='reward'")
-        if flags.text or flags.judge or flags.reference:
+        if flags.text or flags.judge or flags.judge_command or flags.reference:
             raise UserError(
-                "--text, --judge and --reference are of policies, and this is a reward model."
+                "--text, --judge, --judge_command and --reference are of policies, and this is a "
+                "reward model."
             )
     how = {"mesh": config.mesh, "dtype": config.model.dtype}
     scorers = {
@@ -110,11 +121,18 @@ def main(argv: list[str]) -> int:
     if not len(data.heldout):
         raise UserError("No records are held out: set data.eval_fraction or data.eval_files.")
     heldout = data.heldout[: 0 if is_reward else flags.num_prompts]
+    for examples in data.splits.values() if flags.subset else ():
+        check_subset(flags.subset, examples)
     for scorer in scorers.values():
         check_scorable([as_prompt(run, example) for example in heldout], scorer)
     with jax.set_mesh(run.mesh):
         policy = policy_params(run, flags.workdir, flags.step)
         reference = reference_params(run, policy)
+        if flags.judge_command and reference is None:
+            raise UserError(
+                "--judge_command compares with the reference, and config.reference.kind='none': "
+                f"give --reference={START}, or a model."
+            )
         step_logps = first_call("the held-out metrics", programs.jit_step_logps(run))
         here = rows_here(run.mesh, config.data.rows)
         trained, by_prompt, shown, sampled, samples = {}, {}, [], {}, {}
@@ -123,17 +141,24 @@ def main(argv: list[str]) -> int:
             batches = fill_reference(step_logps, reference, batches)
             responses = heldout_responses(step_logps, policy, batches)
             values = values_of(responses, config)
-            found = metrics_of(responses, config) | errors_of(values)
+            found, sizes = metrics_of(responses, config) | errors_of(values), {}
+            if flags.subset:
+                by_subset, sizes = accuracy_by_subset(flags.subset, examples, responses, config)
+                found |= by_subset
             name = split.removeprefix(EVAL).removeprefix("/")
             of_set = f"{name}/" if name else ""
             found = {of_set + x: value for x, value in found.items()}
+            sizes = {of_set + x: count for x, count in sizes.items()}
             trained |= found
             by_prompt |= {of_set + x: at_prompts for x, at_prompts in values.items()}
             shown += [f"\nthe responses in the data to {len(examples)} held-out prompts"]
-            shown += table(found, len(examples))
+            shown += table(found, len(examples), sizes)
         if len(heldout):
             sampled, values, samples = sample_metrics(run, policy, reference, heldout, scorers)
             by_prompt |= values
+            if flags.judge_command and samples:
+                with phase("asking the judge"):
+                    sampled |= judged(flags.judge_command, samples)
         if texts:
             sampled |= perplexities(run, policy, reference, texts)
     metrics = {"n_heldout": len(data.heldout), "n": len(heldout)} | trained | sampled

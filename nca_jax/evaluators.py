@@ -19,7 +19,7 @@ from nca_jax.data.pack import RowLayout, pack, segment_spans
 from nca_jax.data.pipeline import HostBatch
 from nca_jax.field import Value
 from nca_jax.infra.mesh import put_rows, rows_here
-from nca_jax.logprobs import sum_by_slot, token_logps
+from nca_jax.logprobs import sum_by_slot, token_logps, token_logps_and_misses
 from nca_jax.losses import LOSSES, Responses
 from nca_jax.metrics import alignment_metrics
 from nca_jax.models.decoder import Model
@@ -28,10 +28,11 @@ from nca_jax.train_step import loss_of, responses_of
 # -> [B, K]; see `programs.jit_step_logps`
 HostLogps = Callable[[Params, Batch[np.ndarray]], jax.Array]
 Measure = Callable[[Responses], dict[str, jax.Array]]
-RowValues = Callable[[Rows[jax.Array]], ArrayLike]  # -> [num_slots]
+RowValues = Callable[[Rows[jax.Array]], ArrayLike]  # -> [.., num_slots]
 # Metrics that are means over all prompts, whatever the weights of the loss.
 PLAIN_MEANS = {"accuracy", "accuracy_half_ties", "top1", "margin", "chosen_logp_drift"}
 RowsKl = Callable[[Params, Params, Rows[jax.Array]], jax.Array]  # -> [num_slots]
+RowsMisses = Callable[[Params, Rows[jax.Array]], jax.Array]  # -> [2, num_slots]
 
 
 class Heldout(NamedTuple):
@@ -136,12 +137,13 @@ def score_responses(
     num_slots: int,
     mesh: Mesh,
 ) -> np.ndarray:
-    """Returns one value of `compute` a response, in order, [sum of responses] float32.
+    """Returns what `compute` says of each response, in order, [.., sum of responses] float32.
 
     The responses of a group may be spread over rows: without a loss they need no company.
 
     Args:
-      compute: `compute(rows) -> [num_slots]` on one micro-batch, jitted, whole on every device.
+      compute: `compute(rows) -> [.., num_slots]` on one micro-batch, jitted, whole on every device;
+        0 for a response that is not in it.
       layout: of the rows.
       num_slots: responses that are packed together.
       mesh: of the rows.
@@ -156,12 +158,12 @@ def score_responses(
         now, left = left[:taken], left[taken:]
         slots = np.split(np.arange(ends[taken - 1]), ends[: taken - 1])
         rows, num_micro, _ = pack(now, layout, slots=slots, num_slots=num_slots, rows_here=here)
-        total = np.zeros(num_slots, np.float32)
+        parts = []
         for m in range(num_micro):
             micro = put_rows(mesh, jax.tree.map(lambda x, m=m: x[m], rows), layout.rows)
-            total += np.asarray(compute(micro))
-        values.append(total[: ends[taken - 1]])
-    return np.concatenate(values)
+            parts.append(np.asarray(compute(micro)))
+        values.append(np.sum(parts, axis=0)[..., : ends[taken - 1]])
+    return np.concatenate(values, axis=-1)
 
 
 def _split(whole: Group, layout: RowLayout) -> list[Group]:
@@ -195,6 +197,21 @@ def make_kl(model: Model, *, num_slots: int, block: int, chunk: int) -> RowsKl:
         return sum_by_slot(jnp.expm1(-d) + d, rows, num_slots)
 
     return kl
+
+
+def make_misses(model: Model, *, num_slots: int, block: int, chunk: int) -> RowsMisses:
+    """Returns `misses(params, rows) -> [2, num_slots]` float32, of each response.
+
+    Its log-probability in nats, and how many of its tokens are not the likeliest ones: none where
+    greedy decoding gives it.
+    """
+
+    def misses(params: Params, rows: Rows[jax.Array]) -> jax.Array:
+        how = dict(num_slots=num_slots, block=block, chunk=chunk)
+        values = token_logps_and_misses(model, params, rows, **how)
+        return jnp.stack([sum_by_slot(x, rows, num_slots) for x in values])
+
+    return misses
 
 
 def length(responses: Sequence[Sequence[int]]) -> float:

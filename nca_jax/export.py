@@ -58,6 +58,8 @@ from nca_jax.params import chosen_step, policy_params, start_params
 from nca_jax.protocols import ModelSection
 
 MERGES = ("none", "dequantised", "original")
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM makes room for
+DORA = ": vLLM serves no DoRA adapters, but what --merge=dequantised writes"
 
 
 def main(argv: list[str]) -> int:
@@ -159,7 +161,7 @@ def is_quantised(where: str) -> bool:
 def said(config: ConfigDict, merging: str) -> str:
     """Returns what was done to adapters, in words; "" where there are none."""
     if merging == "none":
-        return ", adapters alone"
+        return ", adapters alone" + DORA * config.lora.dora
     if merging == "original" and rounding(config):
         return (
             f", adapters merged into the original weights: they were trained on these in "
@@ -257,7 +259,7 @@ Models with Explicit Rewards" (arXiv:2402.05369).
 - start{"" if is_reward else ", and reference where the config names no other"}: {start}
 {_adapters(config, merging)}- step {step}; K = {config.data.num_responses}, {hyperparameters}
 - commit of nca_jax: {commit}
-
+{_serving(config, merging)}
 ## Metrics
 
 | split | step | metric | value |
@@ -290,6 +292,19 @@ def _adapters(config: ConfigDict, merging: str) -> str:
         f"- {'DoRA' if lora.dora else 'LoRA'} adapters on {lora.targets}: rank {lora.rank}, scale "
         f"{lora.alpha:g} / {scaled}; {became}\n"
     )
+
+
+def _serving(config: ConfigDict, merging: str) -> str:
+    """The line of a card that says how vLLM serves the folder."""
+    command = "vllm serve FOLDER"
+    if merging == "none":
+        rank = next((rank for rank in RANKS if rank >= config.lora.rank), 0)
+        if config.lora.dora or not rank:
+            return "- vLLM does not serve these adapters; what --merge=dequantised writes it does\n"
+        base = config.model.init_from or "BASE"
+        command = f"vllm serve {base} --enable-lora --max-lora-rank {rank}"
+        command += " --lora-modules policy=FOLDER"
+    return f"- served by `{command}`\n"
 
 
 def _metric_rows(workdir: AnyPath, step: int) -> str:

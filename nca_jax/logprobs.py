@@ -64,14 +64,43 @@ def token_logps(
     chunk: int,
 ) -> jax.Array:
     """The log-probability of each `rows.logp_token`, [R, T] float32; 0 for filler."""
-    hidden = model.rows(params, rows, block=block)
-    hidden = jnp.take_along_axis(hidden, rows.logp_at[..., None], axis=1)  # [R, T, D]
-    scored = rows.logp_slot < num_slots  # the scored tokens come first
-    num_chunks = -(-jnp.max(jnp.sum(scored, axis=1)) // chunk)
+    hidden, scored, num_chunks = _predicting(model, params, rows, num_slots, block, chunk)
     logps = head_logps(
         hidden, model.head(params), rows.logp_token, num_chunks, Logits.of(model.config), chunk
     )
     return jnp.where(scored, logps, 0.0)
+
+
+def token_logps_and_misses(
+    model: Model,
+    params: Params,
+    rows: Rows[jax.Array],
+    *,
+    num_slots: int,
+    block: int,
+    chunk: int,
+) -> tuple[jax.Array, jax.Array]:
+    """`token_logps`, and 1 for each token that is not the likeliest one, [R, T] float32 both."""
+    hidden, scored, num_chunks = _predicting(model, params, rows, num_slots, block, chunk)
+    head, to_logits = model.head(params), Logits.of(model.config)
+    logps = head_logps(hidden, head, rows.logp_token, num_chunks, to_logits, chunk)
+    misses = head_likeliest(hidden, head, num_chunks, to_logits, chunk) != rows.logp_token
+    return jnp.where(scored, logps, 0.0), jnp.where(scored, misses, False).astype(jnp.float32)
+
+
+def _predicting(
+    model: Model,
+    params: Params,
+    rows: Rows[jax.Array],
+    num_slots: int,
+    block: int,
+    chunk: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The hidden states that predict [R, T, D], which predict a scored token, and their chunks."""
+    hidden = model.rows(params, rows, block=block)
+    hidden = jnp.take_along_axis(hidden, rows.logp_at[..., None], axis=1)  # [R, T, D]
+    scored = rows.logp_slot < num_slots  # the scored tokens come first
+    return hidden, scored, -(-jnp.max(jnp.sum(scored, axis=1)) // chunk)
 
 
 def head_logps(
@@ -102,6 +131,32 @@ def head_logps(
         axis_names=set(ROWS),
         check_vma=False,
     )(hidden, head, tokens, num_chunks)
+
+
+def head_likeliest(
+    hidden: jax.Array, head: jax.Array, num_chunks: jax.Array, to_logits: Logits, chunk: int
+) -> jax.Array:
+    """argmax(to_logits(hidden @ head)), [R, T] int32; beyond `num_chunks` chunks it is 0."""
+
+    def of_rows(hidden, head, num_chunks):
+        columns, weights = slice(0, head.shape[1]), _whole(head.astype(hidden.dtype))
+
+        def one_chunk(i, tokens):
+            logits = _logits(_chunk(hidden, i, chunk), weights, columns, to_logits)
+            return _put(tokens, jnp.argmax(logits, axis=-1).astype(jnp.int32), i)
+
+        start = jnp.zeros(hidden.shape[:2], jnp.int32)
+        return jax.lax.fori_loop(0, num_chunks, one_chunk, start)
+
+    if not _is_split():
+        return of_rows(hidden, head, num_chunks)
+    return jax.shard_map(
+        of_rows,
+        in_specs=(P(ROWS), P(WIDTH), P()),
+        out_specs=P(ROWS),
+        axis_names=set(ROWS),
+        check_vma=False,
+    )(hidden, head, num_chunks)
 
 
 def _is_split() -> bool:

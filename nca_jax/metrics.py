@@ -23,6 +23,25 @@ IS_BETTER_HIGH = {
 }
 
 
+def response_rewards(
+    loss: Loss, responses: Responses, fields: Fields, *, has_reference: bool
+) -> jax.Array:
+    """r [B, K]: implicit rewards, nats; without a reference the log-probability a token.
+
+    Those of a reward model are beta times its values. The arguments are those of
+    `alignment_metrics`.
+    """
+    if has_reference or _is_reward(loss, has_reference):
+        return implicit_rewards(responses, fields)
+    lengths = jnp.maximum(responses.lengths, 1)
+    return jnp.where(responses.mask, responses.logps / lengths, 0.0)
+
+
+def _is_reward(loss: Loss, has_reference: bool) -> bool:
+    """Whether it is a reward model that learns: the loss wants a reference, and there is none."""
+    return "ref_logps" in loss.reads and not has_reference
+
+
 def prompt_weights(loss: Loss, responses: Responses, fields: Fields) -> jax.Array:
     """Returns the weight w of each prompt in the loss of a step, [B]; 0 for an empty slot.
 
@@ -74,12 +93,9 @@ def alignment_metrics(
     """
     mask, scores = responses.mask, responses.scores
     lengths = jnp.maximum(responses.lengths, 1)
-    is_reward = "ref_logps" in loss.reads and not has_reference
+    r = response_rewards(loss, responses, fields, has_reference=has_reference)
+    is_reward = _is_reward(loss, has_reference)
     is_per_token = not (has_reference or is_reward)
-    if is_per_token:
-        r = jnp.where(mask, responses.logps / lengths, 0.0)
-    else:
-        r = implicit_rewards(responses, fields)
     weights = prompt_weights(loss, responses, fields)
     present = jnp.any(mask, axis=-1)  # [B]
 

@@ -192,9 +192,11 @@ def prompts_at_once(run: Run) -> int:
     return -(-max(1, how.batch_size // how.num_samples) // shards) * shards
 
 
-def jit_sampler(run: Run) -> Wrapped:
+def jit_sampler(run: Run, more_ends: Sequence[int] = ()) -> Wrapped:
     """Returns `make_sampler` as `config.generate` says, jitted over the mesh.
 
+    Args:
+      more_ends: ids that end a response beside those that end a turn.
     Raises:
       UserError: the model is a reward model.
     """
@@ -207,7 +209,7 @@ def jit_sampler(run: Run) -> Wrapped:
         max_new_tokens=how.max_new_tokens,
         temperature=how.temperature,
         top_p=how.top_p,
-        eos_ids=run.eos_ids,
+        eos_ids=(*run.eos_ids, *more_ends),
         key_off_ids=(
             key_off_ids(run.tokenizer, run.eos_ids) if run.config.data.format == "released" else ()
         ),

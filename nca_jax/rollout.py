@@ -168,13 +168,16 @@ def read_response(run: Run, ids: np.ndarray) -> Response:
     return Response(text, sampled, is_finished)
 
 
-def make_generator(run: Run) -> Generate:
+def make_generator(run: Run, more_ends: Sequence[int] = ()) -> Generate:
     """Returns `generate(params, prompts, seed) -> samples` as `config.generate` says.
 
     `prompts` are token ids; samples[n] holds `num_samples` int32 arrays, each with its end-of-turn
     token where it has one. A prompt's samples depend on its index and the seed, not on its batch.
+
+    Args:
+      more_ends: ids that end a response beside those that end a turn.
     """
-    sample = make_batch_generator(run)
+    sample = make_batch_generator(run, more_ends)
 
     def generate(params: Params, prompts: Sequence[np.ndarray], seed: int) -> Samples:
         return [of_prompt for batch in sample(params, prompts, seed, 0) for of_prompt in batch]
@@ -182,13 +185,13 @@ def make_generator(run: Run) -> Generate:
     return generate
 
 
-def make_batch_generator(run: Run) -> SampleBatches:
+def make_batch_generator(run: Run, more_ends: Sequence[int] = ()) -> SampleBatches:
     """Returns `sample(params, prompts, seed, start)`, of which `make_generator` is the whole.
 
     It yields the samples of a batch of prompts at a time, from prompt `start` on.
     """
     how = run.config.generate
-    sampler = first_call("the sampler", jit_sampler(run))
+    sampler = first_call("the sampler", jit_sampler(run, more_ends))
     batch, rows = prompts_at_once(run), NamedSharding(run.mesh, P(ROWS))
 
     def sample(

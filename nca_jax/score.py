@@ -7,6 +7,8 @@ r"""Score sampled responses, so that they can be trained on.
 --scorer  vader     how positive a text is, in [-1, 1]
           length    words
           answer    1 where a response ends in the record's "answer", else 0
+          math      the same of mathematical values, which may be written in several ways
+          ifeval    the share of the record's instructions that it follows, as IFEval checks them
           command:CMD   a command of one's own: it reads a JSON object a response from stdin (the
                     record with its "response") and writes {"score": number} a line to stdout
           reward_model:DIR   a reward model as transformers has them (a Hugging Face folder or hub

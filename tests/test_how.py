@@ -22,6 +22,10 @@ LEFT_OUT = {
     "wandb sync": "wants an account",
     "python -m experiments.sweep": "three runs: test_sweep",
     "python -m nca_jax.score --rows=sampled": "wants a reward model: test_reward_model",
+    "python -m nca_jax.lm_eval --workdir": "wants the extra eval: test_lm_eval",
+    "python -m nca_jax.lm_eval --config": "the same",
+    "python -m nca_jax.evaluate --workdir=runs/mine --num_prompts=4": "the same: test_wins",
+    "python -m nca_jax.evaluate --config": "the same",
 }
 # What recipes ask the hub for.
 HUB = {
@@ -86,6 +90,8 @@ def folder(tmp_path_factory) -> Path:
     )
     asked = [{"instruction": f"Say {i}.", "output": "theirs"} for i in range(3)]
     (where / "alpaca_eval.json").write_text(json.dumps(asked))
+    followed = {"key": 1, "prompt": "Say.", "instruction_id_list": [], "kwargs": []}
+    (where / "input_data.jsonl").write_text(json.dumps(followed))
     (where / "datasets.py").write_text(
         f"HUB = {HUB!r}\n\n\ndef load_dataset(name, *_, split):\n    return HUB[name]\n"
     )
@@ -126,7 +132,8 @@ def test_the_recipes_for_scores_and_samples_write_what_is_asked(folder):
     record = lines_of(folder / "scored.jsonl")[0]
     assert record["scores"] == [-abs(len(text) - 80) for text in record["responses"]]
     assert [x["answer"] for x in lines_of(folder / "solved.jsonl")] == ["1", "2", "3", "4"]
-    outputs = json.loads((folder / "outputs.json").read_text())
+    assert lines_of(folder / "mine.jsonl")[0].keys() == {"prompt", "response"}
+    outputs = json.loads((folder / "mine.json").read_text())
     assert [x["instruction"] for x in outputs] == ["Say 0.", "Say 1.", "Say 2."]
     assert len(lines_of(folder / "logps.jsonl")) == 24
 

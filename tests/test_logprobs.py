@@ -16,12 +16,14 @@ from nca_jax.axes import MESH_AXES, flatten_paths
 from nca_jax.data.group import Group
 from nca_jax.data.pack import RowLayout, pack
 from nca_jax.data.plan import causal_bound
+from nca_jax.evaluators import make_misses
 from nca_jax.infra.compiler import compiler_options
 from nca_jax.infra.mesh import make_mesh
 from nca_jax.logprobs import sequence_logps
 from nca_jax.model_config import MODELS, LayerKind, Rope, alike
 from nca_jax.models.decoder import Model
 from nca_jax.models.logits import Logits
+from nca_jax.sampling.sampler import make_sampler
 
 BLOCK, CHUNK, ROW_LEN = 16, 8, 128
 LAYOUT = RowLayout(ROW_LEN, rows=2, block=BLOCK, num_pairs=causal_bound(ROW_LEN, BLOCK), align=1)
@@ -369,3 +371,24 @@ def test_remat_host_gives_the_gradient_of_remat_full_from_inputs_in_the_hosts_me
     (want, without), (got, program) = gradient("full"), gradient("host")
     jax.tree.map(np.testing.assert_array_equal, got, want)
     assert "Host" in program and "Host" not in without
+
+
+def test_the_misses_of_a_response_are_its_tokens_that_full_logits_do_not_give():
+    model = model_of("plain")
+    params = model.init(jax.random.key(0))
+    (group,) = make_groups([(5, (4,))], seed=1, vocab_size=model.config.vocab_size)
+    how = dict(num_samples=1, max_new_tokens=4, temperature=0.0, top_p=1.0, eos_ids=())
+    sample, prompts = make_sampler(model, **how), jnp.asarray(group.prompt, jnp.int32)[None]
+    tokens, _ = jax.jit(sample)(
+        params, prompts, jnp.array([5]), jax.random.split(jax.random.key(0), 1)
+    )
+    greedy = np.asarray(tokens[0, 0])
+    once_wrong = np.where(np.arange(4) == 3, (greedy + 1) % model.config.vocab_size, greedy)
+    group = Group(group.prompt, [greedy, once_wrong, group.responses[0]])
+    rows, _, _ = pack([group], LAYOUT, slots=[range(3)], num_slots=3)
+    rows = jax.tree.map(lambda x: jnp.asarray(x)[0], rows)
+    misses = make_misses(model, num_slots=3, block=BLOCK, chunk=CHUNK)
+    logps, missed = jax.jit(misses)(params, rows)
+    expected = packed_logps(model, params, [group])
+    np.testing.assert_allclose(logps, expected[0], rtol=1e-6)
+    assert missed.tolist() == [0, 1, 4]

@@ -44,6 +44,7 @@ COMMANDS = (
     "prepare",
     "score",
     "aot",
+    "lm_eval",
 )
 LEAVES = (
     "axes",
@@ -73,13 +74,14 @@ LAYERS = (  # from the bottom
         "sampling",
         "train_step",
         "values",
+        "wins",
     ),
     ("config", "config_check", "config_doc", "fields", "saved_config", "auto", "flags"),
     ("build",),
     ("params",),
     ("programs", "propose"),
     ("reference", "fit", "reward_model", "rollout"),
-    ("start", "one_round"),
+    ("start", "one_round", "harness"),
     COMMANDS,
 )
 MAX_LINES, MAX_LEAVES = 400, 88

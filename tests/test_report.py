@@ -1,6 +1,7 @@
 """What runs left behind is averaged as it says, and a page holds all of it."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -78,6 +79,22 @@ def test_spread_is_written_with_two_digits(values, said):
 def test_the_front_is_what_nothing_beats_at_a_smaller_kl():
     points = [(3, 0.5), (0, 0.1), (1, 0.3), (2, 0.2), (1, 0.25), (4, 0.5)]
     assert plots.front_of(points) == [(0, 0.1), (1, 0.3), (3, 0.5)]
+
+
+def test_the_best_of_n_is_over_all_choices_of_n_samples():
+    answers = {"p": [("a", 0.0), ("b", 2.0), ("c", 4.0)], "q": [("d", 1.0), ("e", 1.0), ("f", 1.0)]}
+    run = results.Run("x", [], {}, {"reference": answers})
+    kl, reward = zip(*results.best_of_n(run), strict=True)
+    assert kl == pytest.approx([0, math.log(2) - 1 / 2, math.log(3) - 2 / 3])
+    # Of p: the mean 2; the pairs have 2, 4, 4; all three 4. Of q always 1.
+    assert reward == pytest.approx([(2 + 1) / 2, (10 / 3 + 1) / 2, (4 + 1) / 2])
+    unscored = {"p": [("a", None)]}
+    assert results.best_of_n(run._replace(samples={"reference": unscored})) == []
+    ragged = answers | {"q": [("d", 1.0)]}
+    assert results.best_of_n(run._replace(samples={"reference": ragged})) == []
+    evaluation = {"kl": 1.0, "reward": 2.0, "reward_reference": 1.5}
+    figure = plots.front([run._replace(evaluation=evaluation)])
+    assert "best of 1 to 3 of the reference" in figure.axes[0].get_legend_handles_labels()[1]
 
 
 def test_a_page_holds_table_curves_front_and_samples_and_asks_for_nothing_else(tmp_path):

@@ -147,7 +147,7 @@ def no_weights(monkeypatch):
         ({"prompt": 7}, (), "wanted a prompt of text or messages"),
         ({"prompt": ""}, (), "the prompt is empty"),
         ({"prompt": "a" * 9}, ("--config.data.too_long=stop",), "has 9 tokens where data.max_pro"),
-        ({"prompt": "b"}, ("--config.generate.scorer=answer",), 'the scorer answer wants an "answ'),
+        ({"prompt": "b"}, ("--config.generate.scorer=answer",), 'the scorer wants an "answ'),
     ],
 )
 def test_generate_names_the_line_of_a_bad_prompt_before_it_opens_weights(
@@ -198,7 +198,7 @@ def test_score_keeps_how_samples_ended_and_makes_the_folder_of_its_output(tmp_pa
 
 def test_evaluate_finds_a_missing_answer_before_it_opens_weights(config, no_weights, tmp_path):
     flags = ("--config.data.eval_fraction=0.5", "--judge=answer", f"--out={tmp_path / 'e.json'}")
-    with pytest.raises(UserError, match=r'rows\.jsonl:\d+: the scorer answer wants an "answer"'):
+    with pytest.raises(UserError, match=r'rows\.jsonl:\d+: the scorer wants an "answer"'):
         evaluate.main(["evaluate", *config, *flags])
 
 

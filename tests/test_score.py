@@ -105,12 +105,12 @@ def test_a_command_that_fails_or_writes_no_scores_is_named(tmp_path, program, sa
 @pytest.mark.parametrize(
     ("scorer", "row", "said"),
     [
-        ("vadr", ROW | {"responses": ["a"]}, "'vadr' is not one of vader, length, answer, command"),
+        ("vadr", ROW | {"responses": ["a"]}, "'vadr' is not one of vader, length, answer"),
         ("", ROW | {"responses": ["a"]}, "--scorer"),
         ("length", ROW, "rows.jsonl:1: wanted a list of 'responses'"),
         ("length", {"responses": ["a"]}, "rows.jsonl:1: wanted a 'prompt'"),
         ("length", ROW | {"responses": [["a"]]}, "rows.jsonl:1: a response is not text"),
-        ("answer", {"prompt": "q", "responses": ["a"]}, "rows.jsonl:1: the scorer answer wants"),
+        ("answer", {"prompt": "q", "responses": ["a"]}, "rows.jsonl:1: the scorer wants"),
         ("command:no-such-program -x", ROW | {"responses": ["a"]}, "cannot be started"),
         ("command:", ROW | {"responses": ["a"]}, "names no command"),
     ],

@@ -9,7 +9,7 @@ from typing import Any
 
 from nca_jax.checks import UserError
 from nca_jax.data.sources import write_records
-from nca_jax.files import AnyPath, read_json, remove, write_json
+from nca_jax.files import AnyPath, read_json, remove, write_json, write_whole
 
 Record = dict[str, Any]  # JSON
 
@@ -52,9 +52,12 @@ def add(out: AnyPath, start: int, records: list[Record]) -> None:
     write_records(folder_of(out) / f"{start:09d}.jsonl", records)
 
 
-def finish(out: AnyPath, records: list[Record]) -> None:
-    """Writes all of them as OUT, and removes the pieces."""
-    write_records(out, records)
+def finish(out: AnyPath, records: list[Record], *, is_list: bool = False) -> None:
+    """Writes all of them as OUT, JSON lines or one list, and removes the pieces."""
+    if is_list:
+        write_whole(out, json.dumps(records, ensure_ascii=False, indent=2).encode())
+    else:
+        write_records(out, records)
     remove(folder_of(out))
 
 

@@ -131,19 +131,33 @@ def _prefilled(turn: Turn, response: str) -> str:
     return response.removeprefix(turn.prefill) + turn.closing + turn.end
 
 
-def apply_template(messages: list[dict], tokenizer: Tokenizer, *, generate: bool, date: str) -> str:
+def apply_template(
+    messages: list[dict],
+    tokenizer: Tokenizer,
+    *,
+    generate: bool,
+    date: str,
+    goes_on: bool = False,
+) -> str:
     """Returns the messages as text; with `generate`, up to where the assistant would speak.
 
+    Args:
+      goes_on: the last message is not at its end: nothing is written after it.
     Raises:
       RecordError: the template refuses the messages.
       UserError: the tokenizer has no chat template.
     """
-    (text,) = _apply([messages], tokenizer, generate=generate, date=date)
+    (text,) = _apply([messages], tokenizer, generate=generate, date=date, goes_on=goes_on)
     return text
 
 
 def _apply(
-    conversations: list[list[dict]], tokenizer: Tokenizer, *, generate: bool, date: str
+    conversations: list[list[dict]],
+    tokenizer: Tokenizer,
+    *,
+    generate: bool,
+    date: str,
+    goes_on: bool = False,
 ) -> list[str]:
     if not tokenizer.chat_template:
         raise UserError("The tokenizer has no chat template; set data.format=plain.")
@@ -153,6 +167,7 @@ def _apply(
             chat_template=_dated(tokenizer.get_chat_template(), date),
             tokenize=False,
             add_generation_prompt=generate,
+            continue_final_message=goes_on,
         )
     except Exception as error:  # a template is a program, and may fail in every way
         said = str(error) or type(error).__name__

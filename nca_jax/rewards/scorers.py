@@ -5,21 +5,17 @@ A scorer takes N records and N responses, records[i] being what response i answe
 the "prompt" and what else the data gives, such as an "answer". It gives N scores, of float32.
 """
 
-import contextlib
 import functools
 import itertools
-import json
 import re
-import shlex
-import subprocess
-import tempfile
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from nca_jax.checks import UserError
+from nca_jax.rewards import checkers
+from nca_jax.rewards.command import ask
 
 Record = dict[str, Any]  # JSON
 
@@ -84,11 +80,11 @@ def answer(records: Sequence[Record], responses: Sequence[str]) -> np.ndarray:
 
 
 def lacks_answer(record: Record) -> str:
-    """Returns what the scorer "answer" misses in a record: an "answer", a text or a number."""
+    """Returns what "answer" and "math" miss in a record: an "answer", a text or a number."""
     if type(record.get("answer")) in (str, int, float):
         return ""
     return (
-        'the scorer answer wants an "answer" of text or a number, got '
+        'the scorer wants an "answer" of text or a number, got '
         f"{record.get('answer')!r:.40} in the keys {sorted(record)}"
     )
 
@@ -119,65 +115,26 @@ def by_command(
     Raises:
       UserError: it cannot be started or fails, or what it writes is not that.
     """
-    lines = [
-        json.dumps(record | {"response": text}, ensure_ascii=False) + "\n"
-        for record, text in zip(records, responses, strict=True)
-    ]
-    who, bad, number = f"The scorer {COMMAND}{command}", None, 0
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
-        try:
-            process = subprocess.Popen(
-                shlex.split(command),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                encoding="utf-8",
-                errors="replace",
-            )
-        except (OSError, ValueError) as error:  # not there, an open quote
-            raise UserError(f"{who} cannot be started: {error}.") from None
-        with process:
-            threading.Thread(target=_feed, args=(process.stdin, lines), daemon=True).start()
-            try:
-                for number, line in enumerate(process.stdout or (), start=1):
-                    if bad is None and number <= len(lines):
-                        try:
-                            yield _read_score(who, number, line.removesuffix("\n"))
-                        except UserError as error:  # the command may say more itself when it ends
-                            bad = error
-                process.wait()
-            finally:
-                process.kill()  # where nobody wants the other scores
-        if process.returncode:
-            errors.seek(0)
-            said = errors.read().strip().splitlines()[-1:] or ["nothing on stderr"]
-            raise UserError(f"{who} stopped with status {process.returncode}: {said[0]}")
-    if number != len(lines):
-        raise UserError(f"{who} wrote {number} lines for {len(lines)} responses; one each.")
-    if bad:
-        raise bad
+    asked = [record | {"response": text} for record, text in zip(records, responses, strict=True)]
+    who, wanted = f"The scorer {COMMAND}{command}", '{"score": a finite number}'
+    return ask(who, command, asked, _read_score, what="responses", wanted=wanted)
 
 
-def _feed(stdin: IO[str], lines: Sequence[str]) -> None:
-    # It may end before it has read all.
-    with contextlib.suppress(BrokenPipeError, ValueError), stdin:
-        stdin.writelines(lines)
-
-
-def _read_score(who: str, number: int, line: str) -> float:
-    try:
-        score = json.loads(line)["score"]
-    except (ValueError, KeyError, TypeError):
-        score = None
+def _read_score(said: Any) -> float | None:
+    score = said.get("score") if isinstance(said, dict) else None
     if isinstance(score, int | float) and type(score) is not bool:
         if np.isfinite(np.float32(score)):
             return float(score)
-    raise UserError(
-        f'{who} wrote {line[:80]!r} as line {number}; wanted {{"score": a finite number}}.'
-    )
+    return None
 
 
-SCORERS = {"vader": Scorer(vader), "length": Scorer(length), "answer": Scorer(answer, lacks_answer)}
+SCORERS = {
+    "vader": Scorer(vader),
+    "length": Scorer(length),
+    "answer": Scorer(answer, lacks_answer),
+    "math": Scorer(checkers.math, lacks_answer),
+    "ifeval": Scorer(checkers.ifeval, checkers.lacks_instructions),
+}
 KNOWN = f"{', '.join(SCORERS)}, {COMMAND}CMD, {REWARD_MODEL}DIR"
 
 
