@@ -36,7 +36,7 @@ from nca_jax.infra.progress import pace_of_entries, phase
 from nca_jax.losses import LOSSES
 from nca_jax.model_config import MODELS, TARGETS, ModelConfig
 from nca_jax.models import nf4
-from nca_jax.models.attention import splash
+from nca_jax.models.attention import choice
 from nca_jax.models.decoder import Model
 from nca_jax.models.formats.pretrained import load_tokenizer, open_pretrained
 from nca_jax.models.formats.templates import check_template
@@ -147,7 +147,7 @@ def _assemble(
         jax.config.update("jax_default_matmul_precision", "highest")
     check_divides(mesh, model_config, config.data.rows)
     compiler.check_options(mesh, config.compiler_options)
-    kernel = _attention_kernel(config, mesh)
+    kernel = choice.attention_kernel(config, platform)
     model = Model(
         model_config,
         lora=adapters_of(config, model_config),
@@ -158,7 +158,7 @@ def _assemble(
         attention_kernel=kernel,
         expert_kernel="grouped" if platform == "tpu" else "dense",
         align=config.data.align,
-        splash_blocks=_splash_blocks(config, kernel),
+        splash_blocks=choice.splash_blocks(config, kernel),
         interpret=platform != "tpu",
     )
     if "lora" in config and config.lora.base_dtype == "nf4":
@@ -226,39 +226,6 @@ def _sizes_of(model: ModelSection) -> ModelConfig:
 def platform_of(mesh: Mesh) -> str:
     """What kernels are chosen by: the mesh's devices, which may be those of a compile only."""
     return mesh.devices.flat[0].platform
-
-
-def _attention_kernel(config: ConfigDict, mesh: Mesh) -> str:
-    """Returns "pairs" or "splash". Raises UserError where splash cannot compute these rows."""
-    data, asked = config.data, config.model.attention
-    if asked == "pairs" or (asked == "auto" and platform_of(mesh) != "tpu"):
-        return "pairs"
-    for is_bad, message in (
-        (
-            data.block % splash.LANES,
-            f"wants config.data.block in multiples of {splash.LANES}; it is {data.block}",
-        ),
-        (
-            data.row_len > 0 and splash.Code.of(data.row_len, data.align) is None,
-            f"of config.data.row_len={data.row_len} wants segments that lie at larger multiples "
-            f"than config.data.align={data.align}: 8 up to rows of 4096, 16 up to 8192, 64 up to "
-            "16384, 128 up to 32768",
-        ),
-    ):
-        if is_bad:
-            raise UserError(f"Splash attention {message}, or set config.model.attention='pairs'.")
-    return "splash"
-
-
-def _splash_blocks(config: ConfigDict, kernel: str) -> splash.Blocks:
-    """Returns the sizes of `config.model.splash`. Raises UserError where splash has no such."""
-    asked, data = config.model.splash, config.data
-    if asked and kernel != "splash":
-        raise UserError(
-            "config.model.splash is read by splash attention alone; set "
-            "config.model.attention='splash'."
-        )
-    return splash.parse_blocks(asked, block=data.block, row_len=data.row_len)
 
 
 def tokenizer_from(config: ConfigDict) -> str:

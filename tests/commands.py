@@ -58,3 +58,16 @@ def metric_lines(workdir: Path, split: str | None = None) -> list[dict]:
         for line in lines
         if split in (None, line["split"])
     ]
+
+
+def launch(name: str, *flags: str, processes: int, devices: int = 1) -> subprocess.Popen:
+    """Starts `python -m nca_jax.NAME FLAGS` as several processes on virtual devices."""
+    launcher = [sys.executable, "-m", "experiments.launch.local"]
+    return subprocess.Popen(
+        [*launcher, f"--processes={processes}", f"--devices={devices}"]
+        + ["--", sys.executable, "-m", f"nca_jax.{name}", *flags],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from commands import ROOT, command, finish, metric_lines, write_records
+from commands import command, finish, launch, metric_lines, write_records
 from jax.experimental import multihost_utils
 from safetensors.numpy import load_file
 from test_readme import write_chat_model
@@ -25,19 +24,6 @@ from nca_jax.infra import distributed
 from nca_jax.infra.steps import saved_step
 
 STEPS = 24
-
-
-def launch(name: str, *flags: str, processes: int, devices: int = 1) -> subprocess.Popen:
-    """Starts `python -m nca_jax.NAME FLAGS` as several processes on virtual devices."""
-    launcher = [sys.executable, "-m", "experiments.launch.local"]
-    return subprocess.Popen(
-        [*launcher, f"--processes={processes}", f"--devices={devices}"]
-        + ["--", sys.executable, "-m", f"nca_jax.{name}", *flags],
-        cwd=ROOT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
 
 
 def shared_flags(rows: Path) -> list[str]:
