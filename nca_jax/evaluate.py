@@ -64,7 +64,7 @@ from nca_jax.infra.progress import first_call, phase
 from nca_jax.infra.records import date_of, score_unit_of
 from nca_jax.params import policy_params
 from nca_jax.reference import reference_params
-from nca_jax.rewards.scorers import Scorer, score_all
+from nca_jax.rewards.scorers import Scorer, check_scorer, score_all
 from nca_jax.rollout import (
     Samples,
     check_scorable,
@@ -93,6 +93,8 @@ def main(argv: list[str]) -> int:
         subset="",
         text="",
     )
+    for name in (config.generate.scorer, flags.judge):
+        check_scorer(name)
     if flags.reference:
         config = with_reference(config, flags.reference)
     beside = as_path(flags.workdir or ".") / "evaluation.json"

@@ -39,6 +39,7 @@ from nca_jax.infra.fingerprint import params_fingerprint, text_fingerprint
 from nca_jax.infra.progress import phase
 from nca_jax.infra.records import date_of
 from nca_jax.params import policy_params
+from nca_jax.rewards.scorers import check_scorer
 from nca_jax.rollout import Record, check_scorable, open_scorer, rollout_batches, with_scores
 
 
@@ -48,6 +49,7 @@ def main(argv: list[str]) -> int:
     )
     form = questions.get_format(flags.format)
     config = config if form is None else one_answer_each(config)
+    check_scorer(config.generate.scorer)
     out = out_file(flags.out)
     run = build.build(config, date=date_of(flags.workdir))
     for line in auto.chosen(config, run.config):

@@ -55,6 +55,7 @@ from nca_jax.one_round import TRAINED, Kit, folder_of, make_round, read_round, s
 from nca_jax.params import best_is_high, open_base
 from nca_jax.programs import build_optimizer, jit_step_logps, jit_train_step, renewed
 from nca_jax.reference import examples_fingerprint, make_reference
+from nca_jax.rewards.scorers import check_scorer
 from nca_jax.rollout import check_scorable, make_batch_generator, make_sample_kl, open_scorer
 from nca_jax.saved_config import CONFIG, VERSION, check_same_run, config_json, read_saved
 from nca_jax.start import make_evaluators, open_state
@@ -71,6 +72,7 @@ def main(argv: list[str]) -> int:
     config = whole_run(config)
     if not flags.scorer:
         raise UserError("--scorer is empty; see nca_jax.score for those that there are.")
+    check_scorer(flags.scorer)
     workdir = out_folder(flags.workdir, "--workdir")
     with lock.held(workdir) as check_held, logged(workdir, check_held):
         return rounds(config, workdir, flags.prompts, flags.scorer, check_held)
@@ -176,7 +178,8 @@ def rounds(
             "tokenizer": tokenizer_fingerprint(run.tokenizer),
             "eos_ids": list(run.eos_ids),
             "date": run.date,
-            "records": f"{len(asked)} prompts ({digest})",
+            "records": f"{len(asked)} prompts",
+            "prompts": digest,
             "heldout": f"{len(data.heldout)} ({examples_fingerprint(data.heldout)})",
             "scorer": f"{scorer_name} {scorer.digest}".strip(),
             "steps": config.steps,
@@ -192,7 +195,7 @@ def rounds(
         frozen = Frozen(base, reference.params)
 
         made_from = {
-            name: str(now[name]) for name in ("reference", "records", "tokenizer", "scorer")
+            name: str(now[name]) for name in ("reference", "prompts", "tokenizer", "scorer")
         }
         made_from["config"] = text_fingerprint(json.dumps(flatten(config)))
         begin(workdir, made_from, is_new=restored_step is None)

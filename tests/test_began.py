@@ -71,7 +71,8 @@ def with_other_scores(rows):
 
 def test_run_json_holds_all_that_a_run_depends_on(begun):
     written = read_json(begun / "run" / "run.json")
-    assert written.keys() == {*DEPENDS, "commit", "commits", "jax"} - {"base"}  # of adapters alone
+    others = {"base", "prompts", "scorer"}  # of adapters, and of rounds, alone
+    assert written.keys() == {*DEPENDS, "commit", "commits", "jax"} - others
     assert written["tokenizer"] == "none" and written["steps"] == 6
 
 
@@ -186,7 +187,7 @@ def test_the_unit_of_scores_is_kept_and_evaluated_in(run, monkeypatch):
         evaluate, "heldout_responses", lambda logps, params, batches: seen.extend(batches)
     )
     monkeypatch.setattr(evaluate, "metrics_of", lambda responses, config: {"loss": 0.0})
-    monkeypatch.setattr(evaluate, "errors_of", lambda responses, config: {})
+    monkeypatch.setattr(evaluate, "values_of", lambda responses, config: {})
     for unit in (1.0, 4.0):
         (run / "run" / "run.json").write_text(json.dumps(written | {"score_unit": unit}))
         evaluate.main(["evaluate", *flags_of(run), f"--workdir={run}/run", "--num_prompts=0"])

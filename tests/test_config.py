@@ -158,24 +158,24 @@ def test_a_best_metric_that_the_run_does_not_have_is_refused(monkeypatch, change
 # Sections
 
 
-def with_rounds(monkeypatch) -> None:
+def with_later(monkeypatch) -> None:
     """Adds a section that configs do not have, as a later version would."""
-    monkeypatch.setitem(FIELDS, "rounds.number", Field(1, COUNT, "rounds"))
-    monkeypatch.setitem(FIELDS, "rounds.steps", Field(5, COUNT, "steps a round"))
+    monkeypatch.setitem(FIELDS, "later.number", Field(1, COUNT, "of them"))
+    monkeypatch.setitem(FIELDS, "later.steps", Field(5, COUNT, "steps of each"))
     for module in ("config", "config_check", "flags", "saved_config"):
-        monkeypatch.setattr(f"nca_jax.{module}.OPTIONAL", (*OPTIONAL, "rounds"))
+        monkeypatch.setattr(f"nca_jax.{module}.OPTIONAL", (*OPTIONAL, "later"))
 
 
 def test_an_override_brings_its_section_in_with_the_defaults_of_the_table(monkeypatch):
-    with_rounds(monkeypatch)
-    assert "rounds" not in smoke()
-    assert dict(smoke("--config.rounds.number=2").rounds) == {"number": 2, "steps": 5}
-    with pytest.raises(UserError, match="config.rounds.number must be a whole number"):
-        smoke("--config.rounds.number=0")
+    with_later(monkeypatch)
+    assert "later" not in smoke()
+    assert dict(smoke("--config.later.number=2").later) == {"number": 2, "steps": 5}
+    with pytest.raises(UserError, match="config.later.number must be a whole number"):
+        smoke("--config.later.number=0")
     with pytest.raises(
-        UserError, match="config.rounds.nmber is no field.*Did you mean config.rounds.number"
+        UserError, match="config.later.nmber is no field.*Did you mean config.later.number"
     ):
-        smoke("--config.rounds.nmber=2")
+        smoke("--config.later.nmber=2")
 
 
 def test_a_command_that_reads_a_section_finds_it_in_every_config():

@@ -14,7 +14,9 @@ from nca_jax import export
 from nca_jax.models.formats import hf_export, peft
 
 # Of vLLM's registry; on TPUs those of Llama and Qwen are JAX's own, others vLLM's by torchax.
-ARCHITECTURES = {f"{name}ForCausalLM" for name in ("Llama", "Mistral", "Mixtral", "Qwen2", "Qwen3")}
+NAMES = ("Llama", "Mistral", "Mixtral", "Qwen2", "Qwen3", "Qwen3Moe", "SmolLM3", "Olmo2", "Olmo3")
+NAMES += ("Phi3", "Granite", "Gemma2", "Gemma3")
+ARCHITECTURES = {f"{name}ForCausalLM" for name in NAMES}
 # What vLLM puts adapters on, by the last word of a module's name; experts by all after "experts".
 LINEAR = {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
 ATTENTION = ("q", "k", "v", "o")
@@ -42,7 +44,9 @@ def test_a_model_has_the_names_and_the_one_dtype_that_its_config_says(tmp_path, 
     assert found["model.embed_tokens.weight"][1] == (config["vocab_size"], config["hidden_size"])
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name", sorted(CONFIGS.keys() - {"phi3"})
+)  # whose are refused: fused tensors
 def test_adapters_have_the_names_and_fields_that_vllm_parses(tmp_path, name):
     config, lora = CONFIGS[name], LORA
     if config.num_experts:  # as the release's recipe

@@ -162,6 +162,8 @@ def test_the_command_writes_and_prints_results_and_names_a_task_that_is_not_ther
 
 
 def test_without_the_extra_it_says_which_one_to_install(fails, monkeypatch):
+    for name in [x for x in sys.modules if x.startswith("lm_eval.")]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     config = "--config=configs/jsonl.py:files=none,smoke"
     assert "pip install 'nca_jax[eval]'" in fails("lm_eval", config, "--tasks=arc_easy")

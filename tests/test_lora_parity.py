@@ -55,7 +55,7 @@ def golden(request, monkeypatch) -> dict:
         arrays = adapters_in(ADAPTERS / f"adapter_init_{kind}", abstract)
         return nest_paths({path: put_whole(x, shardings[path]) for path, x in arrays.items()})
 
-    monkeypatch.setattr(train, "start_trained", start)
+    monkeypatch.setattr("nca_jax.start.start_trained", start)
     return json.loads((ADAPTERS / f"trajectory_{kind}.json").read_text())
 
 

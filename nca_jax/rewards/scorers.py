@@ -138,6 +138,12 @@ SCORERS = {
 KNOWN = f"{', '.join(SCORERS)}, {COMMAND}CMD, {REWARD_MODEL}DIR"
 
 
+def check_scorer(name: str) -> None:
+    """Raises UserError, before a device is touched, unless a scorer may have that name."""
+    if not name.startswith(REWARD_MODEL):  # whether that is there is seen when it is opened
+        get_scorer(name)
+
+
 def get_scorer(name: str) -> Scorer | None:
     """Returns the scorer of a name, or of "command:CMD"; None for "".
 
