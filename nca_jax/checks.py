@@ -149,8 +149,10 @@ def _hear_threads() -> None:
 
 def _to_mend(error: Exception) -> str | None:
     """Returns what the user can mend, in words; None for a bug."""
-    if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
-        return f"{error.name} is not installed: pip install 'nca_jax[{EXTRAS[error.name]}]'."
+    if isinstance(error, ModuleNotFoundError):
+        library = (error.name or "").partition(".")[0]
+        if library in EXTRAS:
+            return f"{library} is not installed: pip install 'nca_jax[{EXTRAS[library]}]'."
     if isinstance(error, UserError):
         return str(error)
     return _exhausted(error) or _refused(error)
