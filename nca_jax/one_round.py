@@ -19,7 +19,7 @@ from nca_jax.data.encode import Prompt
 from nca_jax.data.load import load_examples
 from nca_jax.data.sources import write_records
 from nca_jax.evaluators import length
-from nca_jax.files import AnyPath, read_json, remove, write_json
+from nca_jax.files import AnyPath, read_json, remove, whole_lines, write_json
 from nca_jax.infra import distributed, progress
 from nca_jax.infra.fingerprint import params_fingerprint, text_fingerprint
 from nca_jax.protocols import RoundsSection
@@ -112,7 +112,7 @@ def make_round(
         least = run.encoder.least_responses
         write_records(folder / TRAINED, [x for x in chosen if x and len(x["scores"]) >= least])
     distributed.wait_for_first()
-    records, trained = (read_records(folder / name) for name in (ROLLOUTS, TRAINED))
+    records, trained = (whole_lines(folder / name) for name in (ROLLOUTS, TRAINED))
     metrics = metrics_of(records)
     [examples] = load_examples(str(folder / ROLLOUTS), run.encoder).sources
     groups = [example.group for example in examples]
@@ -148,7 +148,7 @@ def sample_responses(
     whole = [path for path in (out, out.with_name(ROLLOUTS)) if path.exists()]
     made_from, records = {"parameters": params_fingerprint(policy)}, []
     if distributed.is_first():
-        records = read_records(whole[0]) if whole else pieces.begin(out, made_from)
+        records = whole_lines(whole[0]) if whole else pieces.begin(out, made_from)
     start = int(distributed.from_first(np.array(len(records), np.int32)))
     if start < len(prompts):
         seed = seed_of(kit.run.config, number)
@@ -173,7 +173,7 @@ def score_samples(
     is_first, scored = distributed.is_first(), []
     if is_first:
         made_from = {"samples": text_fingerprint(json.dumps(samples))}
-        scored = read_records(out) if out.exists() else pieces.begin(out, made_from)
+        scored = whole_lines(out) if out.exists() else pieces.begin(out, made_from)
     start = int(distributed.from_first(np.array(len(scored), np.int32)))
     left = (distributed.json_from_first(samples) if scorer.digest else samples)[start:]
     asked = [prompt.record for prompt in prompts[start:]] if left else []
@@ -193,7 +193,7 @@ def best_before(kit: Kit, number: int) -> list[Record | None]:
     config, known = kit.run.config, len(kit.asked)
     best: dict[int, Record] = {}
     for earlier in range(1, number):
-        records = read_records(folder_of(kit.workdir, earlier) / ROLLOUTS)
+        records = whole_lines(folder_of(kit.workdir, earlier) / ROLLOUTS)
         for i, record in zip(drawn(config, known, earlier), records, strict=True):
             now = picked(record, [int(np.argmax(record["scores"]))])
             if i not in best or now["scores"] > best[i]["scores"]:
@@ -233,7 +233,3 @@ def metrics_of(records: Sequence[Record]) -> dict[str, float]:
         "tied": float((np.ptp(scores, axis=1) == 0).mean()),
         "finished": float(np.mean([record["finished"] for record in records])),
     }
-
-
-def read_records(path: AnyPath) -> list[Record]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -297,6 +297,7 @@ def test_the_claim_on_reward_models_runs_in_its_smoke_form(monkeypatch, tmp_path
     assert all(f"| {name} | 1 | 0." in text for name in (*arms, "the longest answer"))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_claim_on_real_answers_runs_in_its_smoke_form(monkeypatch, tmp_path):
     monkeypatch.setattr(real, "ARMS", {"dpo, K=2": ("dpo", 2)})  # one arm, for time

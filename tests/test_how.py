@@ -118,6 +118,7 @@ def lines_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_recipes_for_data_write_records(folder):
     csv, hub = lines_of(folder / "from_csv.jsonl"), lines_of(folder / "from_hub.jsonl")
@@ -127,6 +128,7 @@ def test_the_recipes_for_data_write_records(folder):
     assert hub == [{"prompt": "Say a.", "responses": ["a", "b"], "scores": [1, 2]}]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_recipes_for_scores_and_samples_write_what_is_asked(folder):
     record = lines_of(folder / "scored.jsonl")[0]
@@ -138,6 +140,7 @@ def test_the_recipes_for_scores_and_samples_write_what_is_asked(folder):
     assert len(lines_of(folder / "logps.jsonl")) == 24
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_recipes_for_training_do_what_they_say(folder):
     runs = folder / "runs"
@@ -154,6 +157,7 @@ def test_the_recipes_for_training_do_what_they_say(folder):
     assert exported["architectures"] == ["LlamaForSequenceClassification"]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_loss_in_a_loop_of_ones_own_falls_and_the_best_response_becomes_likelier(folder):
     loss, best = re.findall(r"^([\d.]+) \[\[\s*(\S+)", (folder / "said.txt").read_text(), re.M)[-1]

@@ -81,7 +81,7 @@ CASES = {
 
 
 SLOW, LONG = pytest.mark.slow, pytest.mark.long
-MARKS = {"one device": (), "8 permuted": SLOW, "one row at a time, scanned": SLOW}
+MARKS = {"one device": (), "8 permuted": SLOW}
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,10 @@ def params_of(flags: list[str], workdir: Path) -> dict[str, np.ndarray]:
         return jax.tree.map(np.asarray, flatten_paths(policy_params(run, str(workdir))))
 
 
-@pytest.mark.parametrize("more", [(), ("--config.lora.dora", "--config.lora.b_lr_ratio=4")])
+DORA = pytest.param(("--config.lora.dora", "--config.lora.b_lr_ratio=4"), marks=pytest.mark.long)
+
+
+@pytest.mark.parametrize("more", [(), DORA])
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, flags, monkeypatch, more):
     flags = [*flags, *more]
     train.main([*flags, f"--workdir={tmp_path / 'whole'}"])

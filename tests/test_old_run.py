@@ -59,7 +59,7 @@ def test_a_run_that_ended_early_says_so_and_goes_on_only_with_more_patience(
     tmp_path, monkeypatch, capsys
 ):
     losses = iter([1.0, 0.5, 0.6, 0.7, 0.8, 0.9])  # of steps 0 to 5
-    monkeypatch.setattr(train, "heldout_metrics", lambda *_, **__: {"loss": next(losses)})
+    monkeypatch.setattr("nca_jax.start.heldout_metrics", lambda *_, **__: {"loss": next(losses)})
     flags = [*FLAGS, f"--workdir={tmp_path}", "--config.checkpoint.best_metric=loss"]
     flags += ["--config.steps=9", "--config.eval_every=1"]
     for patience, last in ((2, 3), (2, 3), (4, 5)):

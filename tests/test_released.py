@@ -334,8 +334,8 @@ ONE_PROMPT = (*ONE_ROW, "--config.data.row_len=192", "--config.loss.logits_chunk
         pytest.param([0], ONE_ROW, id="micro-batches of one packed row"),
         pytest.param([0], ONE_PROMPT, id="micro-batches of one prompt"),
         pytest.param([0, 1], mesh(2, 1, 1), id="data 2"),
-        pytest.param([0, 1], mesh(1, 2, 1), id="fsdp 2"),
-        pytest.param([0, 1], mesh(1, 1, 2), id="tensor 2"),
+        pytest.param([0, 1], mesh(1, 2, 1), id="fsdp 2", marks=pytest.mark.long),
+        pytest.param([0, 1], mesh(1, 1, 2), id="tensor 2", marks=pytest.mark.long),
     ],
 )
 def test_rows_and_meshes_leave_the_released_numbers(

@@ -17,6 +17,7 @@ def test_each_kind_of_chip_is_tried_with_the_options_and_without():
     assert all("splash" not in str(trial) for trial in tpu_bench.trials("cpu").values())
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_trial_that_fails_says_so_and_the_others_are_measured(tmp_path, monkeypatch, capsys):
     tried = {
