@@ -118,6 +118,7 @@ def test_four_processes_have_the_metrics_of_one(tmp_path, rows, mesh):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_three_processes_over_which_the_rows_divide_have_the_metrics_of_one(tmp_path, rows):
     one, many = tmp_path / "one", tmp_path / "many"
     sizes = ["--config.mesh.fsdp=1", "--config.mesh.data=-1", "--config.data.rows=24"]
@@ -161,7 +162,7 @@ def test_a_reward_model_over_two_processes_scores_as_by_one(tmp_path, rows, by):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_when_one_is_killed_all_stop_and_one_process_goes_on(tmp_path, rows, alone, victim):
     workdir = tmp_path / "run"
     flags = train_flags(workdir, rows, STEPS)
@@ -185,7 +186,7 @@ def test_when_one_is_killed_all_stop_and_one_process_goes_on(tmp_path, rows, alo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_when_one_hangs_the_others_stop_within_the_limit(tmp_path, rows, victim):
     workdir = tmp_path / "run"
     flags = train_flags(workdir, rows, 3000)

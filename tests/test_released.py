@@ -296,7 +296,13 @@ IN_ORDER, PERMUTED = range(8), (5, 2, 7, 0, 3, 6, 1, 4)
             id="infonca, 8 devices permuted",
             marks=pytest.mark.slow,
         ),
-        pytest.param("nca", IN_ORDER, mesh(2, 2, 2), id="nca, 8", marks=pytest.mark.slow),
+        pytest.param(
+            "nca",
+            IN_ORDER,
+            mesh(2, 2, 2),
+            id="nca, 8",
+            marks=(pytest.mark.slow, pytest.mark.long),
+        ),
         pytest.param("infonca", [0], (), id="infonca, 1", marks=pytest.mark.slow),
     ],
 )

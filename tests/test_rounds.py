@@ -80,7 +80,7 @@ def fail_at(monkeypatch, module, name: str, call: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("reference", ["start", "previous"])
+@pytest.mark.parametrize("reference", [pytest.param("start", marks=pytest.mark.long), "previous"])
 def test_killed_while_it_samples_scores_or_trains_it_ends_bit_for_bit_the_same(
     data, tmp_path, monkeypatch, use_devices, reference
 ):

@@ -167,6 +167,7 @@ def test_ctrl_c_saves_says_so_and_the_same_command_goes_on(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_generate_stopped_at_any_moment_goes_on_to_the_same_responses(tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"Say {i}:"}) + "\n" for i in range(64)))
@@ -192,6 +193,7 @@ def test_generate_stopped_at_any_moment_goes_on_to_the_same_responses(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_no_command_needs_a_home(tmp_path):
     env = {"HOME": "/proc/nothing", "XDG_CACHE_HOME": "", "TMPDIR": str(tmp_path)}
     prompts = tmp_path / "prompts.jsonl"

@@ -96,7 +96,7 @@ def several_micro_batches(tmp_path_factory):
                 "--config.data.block=128",
                 "--config.model.attention=splash",
             ),
-            marks=pytest.mark.slow,
+            marks=(pytest.mark.slow, pytest.mark.long),
         ),
     ],
     ids=["other mesh, more rows", "one micro-batch, aligned, scanned, remat", "splash"],
