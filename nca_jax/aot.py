@@ -172,7 +172,7 @@ def prepare_decode(run: build.Run) -> Program:
     prompts = jax.ShapeDtypeStruct((n, width), jnp.int32)
     lengths = jax.ShapeDtypeStruct((n,), jnp.int32)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), n))
-    return programs.jit_sampler(run), (programs.abstract_policy(run), prompts, lengths, keys)
+    return programs.jit_sampler(run), (programs.abstract_served(run), prompts, lengths, keys)
 
 
 PREPARE = {"train": prepare_train, "precompute": prepare_precompute, "decode": prepare_decode}

@@ -22,9 +22,10 @@ from nca_jax.evaluators import make_kl, score_responses
 from nca_jax.infra import distributed
 from nca_jax.infra.mesh import put_whole
 from nca_jax.infra.progress import first_call
-from nca_jax.programs import WIDTH_MULTIPLE, jit_sampler, prompts_at_once
+from nca_jax.programs import WIDTH_MULTIPLE, jit_sampler, prompts_at_once, serving_run
 from nca_jax.reward_model import open_reward_model
 from nca_jax.rewards.scorers import REWARD_MODEL, Scorer, get_scorer, score_all
+from nca_jax.sampling.serving import serving_params
 
 Record = dict[str, Any]  # JSON, see `nca_jax.data.record`
 Samples = list[list[np.ndarray]]  # of each prompt its responses, [their length] int32
@@ -190,13 +191,14 @@ def make_batch_generator(run: Run, more_ends: Sequence[int] = ()) -> SampleBatch
 
     It yields the samples of a batch of prompts at a time, from prompt `start` on.
     """
-    how = run.config.generate
+    how, run = run.config.generate, serving_run(run)
     sampler = first_call("the sampler", jit_sampler(run, more_ends))
     batch, rows = prompts_at_once(run), NamedSharding(run.mesh, P(ROWS))
 
     def sample(
         params: Params, prompts: Sequence[np.ndarray], seed: int, start: int
     ) -> Iterator[Samples]:
+        params = serving_params(run.mesh, run.model.dtype, params)
         width = -(-max(map(len, prompts)) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
         key = jax.random.key(seed)
         for first in tqdm(range(start, len(prompts), batch), unit="batch", disable=None):
@@ -205,12 +207,13 @@ def make_batch_generator(run: Run, more_ends: Sequence[int] = ()) -> SampleBatch
             padded = np.stack([np.pad(ids, (0, width - len(ids))) for ids in filled])
             lengths = np.array([len(ids) for ids in filled], np.int32)
             keys = jax.vmap(lambda n: jax.random.fold_in(key, n))(first + jnp.arange(batch))
-            sampled = sampler(
-                params,
-                put_whole(padded.astype(np.int32), rows),
-                put_whole(lengths, rows),
-                keys,
-            )
+            with jax.set_mesh(run.mesh):
+                sampled = sampler(
+                    params,
+                    put_whole(padded.astype(np.int32), rows),
+                    put_whole(lengths, rows),
+                    keys,
+                )
             tokens, sizes = jax.device_get(sampled)
             yield [
                 [tokens[n, s, : sizes[n, s]] for s in range(how.num_samples)]
