@@ -200,14 +200,15 @@ def make_batch_generator(run: Run, more_ends: Sequence[int] = ()) -> SampleBatch
     ) -> Iterator[Samples]:
         params = serving_params(run.mesh, run.model.dtype, params)
         width = -(-max(map(len, prompts)) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
-        key = jax.random.key(seed)
+        with jax.set_mesh(run.mesh):  # what a program is given is of its own mesh
+            key = jax.random.key(seed)
         for first in tqdm(range(start, len(prompts), batch), unit="batch", disable=None):
             now = prompts[first : first + batch]
             filled = [*now, *[now[-1]] * (batch - len(now))]  # one shape
             padded = np.stack([np.pad(ids, (0, width - len(ids))) for ids in filled])
             lengths = np.array([len(ids) for ids in filled], np.int32)
-            keys = jax.vmap(lambda n: jax.random.fold_in(key, n))(first + jnp.arange(batch))
             with jax.set_mesh(run.mesh):
+                keys = jax.vmap(lambda n: jax.random.fold_in(key, n))(first + jnp.arange(batch))
                 sampled = sampler(
                     params,
                     put_whole(padded.astype(np.int32), rows),

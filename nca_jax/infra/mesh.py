@@ -82,7 +82,7 @@ def host_mesh() -> Mesh:
 
 
 def check_divides(sizes: Mapping[str, int], model_config: ModelConfig, rows: int) -> None:
-    """Raises UserError, by name, where an axis that a mesh of these sizes splits does not divide."""
+    """Raises UserError, by name, where what a mesh of these sizes splits does not divide."""
     tensor, fsdp, expert = (sizes[axis] for axis in ("tensor", "fsdp", "expert"))
     c = model_config
     for name, size, parts in (

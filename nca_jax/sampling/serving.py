@@ -13,9 +13,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jax.stages import Wrapped
 
-from nca_jax.axes import MESH_AXES, Params, flatten_paths, nest_paths
+from nca_jax.axes import MESH_AXES, Params, flatten_paths, nest_paths, pin
 from nca_jax.checks import UserError
 from nca_jax.chips import CHIPS
 from nca_jax.field import parse_pairs
@@ -180,16 +181,44 @@ def serving_params(mesh: Mesh, dtype: jnp.dtype, params: Params) -> Params:
         for x, y, sharding in zip(now, then, shardings, strict=True)
     ):
         return params
-    move = _moves(tuple(x.dtype for x in then), tuple(shardings))
+    paths = tuple(flatten_paths(wanted))
+    move = _moves(paths, tuple(x.dtype for x in then), tuple(shardings))
     with jax.set_mesh(mesh):
         return jax.tree.unflatten(jax.tree.structure(params), move(now))
 
 
 @functools.cache
-def _moves(dtypes: tuple[jnp.dtype, ...], shardings: tuple[NamedSharding, ...]) -> Wrapped:
-    """Returns the program that casts and moves a list of arrays, one for all calls of a run."""
+def _moves(
+    paths: tuple[str, ...], dtypes: tuple[jnp.dtype, ...], shardings: tuple[NamedSharding, ...]
+) -> Wrapped:
+    """Returns the program that casts and moves a list of arrays, one for all calls of a run.
+
+    What XLA finds no way to move it makes whole on every device first. So stacked layers move one
+    at a time, and each by way of a place that it does find ways to and from: split over `data` too.
+    """
 
     def move(arrays: list[jax.Array]) -> list[jax.Array]:
-        return [x.astype(dtype) for x, dtype in zip(arrays, dtypes, strict=True)]
+        return [
+            _moved(*of_array) for of_array in zip(arrays, paths, dtypes, shardings, strict=True)
+        ]
 
     return jax.jit(move, out_shardings=list(shardings))
+
+
+def _moved(x: jax.Array, path: str, dtype: jnp.dtype, sharding: NamedSharding) -> jax.Array:
+    is_stacked = path.startswith("layers/")
+    spec = [*sharding.spec, *[None] * (x.ndim - len(sharding.spec))][int(is_stacked) :]
+    by_way_of = [("data", *_axes(axes)) if "fsdp" in _axes(axes) else axes for axes in spec]
+
+    def one(x: jax.Array) -> jax.Array:
+        sizes = [math.prod(sharding.mesh.shape[a] for a in _axes(axes)) for axes in by_way_of]
+        if all(n % size == 0 for n, size in zip(x.shape, sizes, strict=True)):
+            x = pin(x, P(*by_way_of))
+        return pin(x, P(*spec))
+
+    x = x.astype(dtype)
+    return jax.lax.map(one, x) if is_stacked else one(x)
+
+
+def _axes(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else axes or ()
