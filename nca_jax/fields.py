@@ -291,8 +291,8 @@ FIELDS: dict[str, Field] = {
     "generate.mesh": Field(
         "auto",
         TEXT,
-        "for sampling: sizes as in data=-1,tensor=8; same: those of mesh; auto: weights over tensor,"
-        " on a CPU as same",
+        "for sampling: sizes as in data=-1,tensor=8; same: those of mesh; auto: weights over "
+        "tensor, on a CPU same",
         True,
         since=8,
     ),

@@ -25,7 +25,7 @@ from nca_jax.infra.progress import first_call
 from nca_jax.programs import WIDTH_MULTIPLE, jit_sampler, prompts_at_once, serving_run
 from nca_jax.reward_model import open_reward_model
 from nca_jax.rewards.scorers import REWARD_MODEL, Scorer, get_scorer, score_all
-from nca_jax.sampling.serving import serving_params
+from nca_jax.sampling.serving import on_mesh, serving_params
 
 Record = dict[str, Any]  # JSON, see `nca_jax.data.record`
 Samples = list[list[np.ndarray]]  # of each prompt its responses, [their length] int32
@@ -189,7 +189,8 @@ def make_generator(run: Run, more_ends: Sequence[int] = ()) -> Generate:
 def make_batch_generator(run: Run, more_ends: Sequence[int] = ()) -> SampleBatches:
     """Returns `sample(params, prompts, seed, start)`, of which `make_generator` is the whole.
 
-    It yields the samples of a batch of prompts at a time, from prompt `start` on.
+    It yields the samples of a batch of prompts at a time, from prompt `start` on. They are sampled
+    on the mesh of `config.generate.mesh`, to which the parameters are copied once a call.
     """
     how, run = run.config.generate, serving_run(run)
     sampler = first_call("the sampler", jit_sampler(run, more_ends))
@@ -198,30 +199,33 @@ def make_batch_generator(run: Run, more_ends: Sequence[int] = ()) -> SampleBatch
     def sample(
         params: Params, prompts: Sequence[np.ndarray], seed: int, start: int
     ) -> Iterator[Samples]:
-        params = serving_params(run.mesh, run.model.dtype, params)
         width = -(-max(map(len, prompts)) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
-        with jax.set_mesh(run.mesh):  # what a program is given is of its own mesh
-            key = jax.random.key(seed)
+        key = jax.random.key(seed)
         for first in tqdm(range(start, len(prompts), batch), unit="batch", disable=None):
             now = prompts[first : first + batch]
             filled = [*now, *[now[-1]] * (batch - len(now))]  # one shape
             padded = np.stack([np.pad(ids, (0, width - len(ids))) for ids in filled])
             lengths = np.array([len(ids) for ids in filled], np.int32)
-            with jax.set_mesh(run.mesh):
-                keys = jax.vmap(lambda n: jax.random.fold_in(key, n))(first + jnp.arange(batch))
-                sampled = sampler(
-                    params,
-                    put_whole(padded.astype(np.int32), rows),
-                    put_whole(lengths, rows),
-                    keys,
-                )
+            keys = jax.vmap(lambda n: jax.random.fold_in(key, n))(first + jnp.arange(batch))
+            sampled = sampler(
+                params,
+                put_whole(padded.astype(np.int32), rows),
+                put_whole(lengths, rows),
+                keys,
+            )
             tokens, sizes = jax.device_get(sampled)
             yield [
                 [tokens[n, s, : sizes[n, s]] for s in range(how.num_samples)]
                 for n in range(len(now))
             ]
 
-    return sample
+    def sample_there(
+        params: Params, prompts: Sequence[np.ndarray], seed: int, start: int
+    ) -> Iterator[Samples]:
+        params = serving_params(run.mesh, run.model.dtype, params)
+        return on_mesh(run.mesh, sample(params, prompts, seed, start))
+
+    return sample_there
 
 
 def make_sample_kl(run: Run, num_prompts: int) -> SampleKl:

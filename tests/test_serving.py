@@ -142,13 +142,14 @@ def test_adapters_their_norms_and_codes_sample_as_they_are_kept():
         "layers/attn/q/lora/m": "float32",
         "layers/attn/o/kernel": "float32",
         "layers/attn/k/kernel": "float16",
+        "layers/attn/k/bias": "bfloat16",
         "layers/mlp/up/codes": "uint8",
         "layers/mlp/up/absmax": "float32",
     }
     shapes = {path: jax.ShapeDtypeStruct((1, 1, 1, 1), dtype) for path, dtype in flat.items()}
     found = flatten_paths(serving_dtypes(nest_paths(shapes), jnp.dtype("bfloat16")))
     changed = {path: str(x.dtype) for path, x in found.items() if x.dtype != flat[path]}
-    assert changed == {"layers/attn/o/kernel": "bfloat16"}
+    assert changed == dict.fromkeys(("layers/attn/o/kernel", "layers/attn/k/kernel"), "bfloat16")
 
 
 # What the compiler says of it

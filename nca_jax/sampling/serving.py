@@ -8,7 +8,8 @@ that devices send each other activations alone, and prompts over what remains.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from nca_jax.model_config import ModelConfig
 from nca_jax.models import nf4
 
 Sizes = dict[str, int]  # of the axes of a mesh
+Made = TypeVar("Made")
 
 AUTO, SAME = "auto", "same"  # chosen by `default_sizes`; the mesh of the run
 CAST = ("kernel", "table", "bias")  # what is cast to the activations' dtype wherever it is used
@@ -142,6 +144,17 @@ def parse_sizes(asked: str, num_devices: int) -> Sizes:
     return sizes
 
 
+def on_mesh(mesh: Mesh, made: Iterator[Made]) -> Iterator[Made]:
+    """Yields what `made` yields, which sees this mesh; who takes it keeps the mesh that is set."""
+    while True:
+        with jax.set_mesh(mesh):
+            try:
+                one = next(made)
+            except StopIteration:
+                return
+        yield one
+
+
 def bytes_of(weights: Params) -> int:
     """Returns the bytes of all arrays, each counted once."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(weights))
@@ -150,16 +163,15 @@ def bytes_of(weights: Params) -> int:
 def serving_dtypes(params: Params, dtype: jnp.dtype) -> Params:
     """Returns the shapes of parameters with the dtypes in which they sample, the numbers the same.
 
-    A matrix that is wider than the activations has their dtype: it is cast to it wherever it is
-    used, but where DoRA takes its norm. Norms, adapters and 4-bit codes stay as they are.
+    A matrix has that of the activations: it is cast to it wherever it is used, but where DoRA takes
+    its norm. Norms, adapters and 4-bit codes stay as they are.
     """
     flat = flatten_paths(params)
 
     def one(path: str, x: jax.Array) -> jax.ShapeDtypeStruct:
         folder, _, last = path.rpartition("/")
         stays = last not in CAST or f"{folder}/lora/m" in flat
-        is_wide = x.dtype.itemsize > dtype.itemsize
-        return jax.ShapeDtypeStruct(x.shape, dtype if is_wide and not stays else x.dtype)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype if stays else dtype)
 
     return nest_paths({path: one(path, x) for path, x in flat.items()})
 
@@ -198,9 +210,8 @@ def _moves(
     """
 
     def move(arrays: list[jax.Array]) -> list[jax.Array]:
-        return [
-            _moved(*of_array) for of_array in zip(arrays, paths, dtypes, shardings, strict=True)
-        ]
+        each = zip(arrays, paths, dtypes, shardings, strict=True)
+        return [_moved(*of_array) for of_array in each]
 
     return jax.jit(move, out_shardings=list(shardings))
 
