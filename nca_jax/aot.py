@@ -49,6 +49,7 @@ from nca_jax.infra.mesh import make_mesh, row_shards, slice_of
 from nca_jax.infra.records import git_commit
 from nca_jax.protocols import DataSection, Device
 from nca_jax.reference import abstract_frozen
+from nca_jax.sampling.serving import bytes_of
 
 Program = tuple[Wrapped, tuple[Any, ...]]  # jitted, and the shapes of its arguments
 
@@ -165,14 +166,15 @@ def prepare_precompute(run: build.Run) -> Program:
 def prepare_decode(run: build.Run) -> Program:
     """Returns (the jitted sampler of `nca_jax.generate`, the shapes of its arguments).
 
-    Prompts have the longest width, as many of them at once as fill `config.generate.batch_size`.
+    The run is a `serving_run`. Prompts have the longest width, as many of them at once as fill
+    `config.generate.batch_size`.
     """
     n, width = programs.prompts_at_once(run), run.config.data.max_prompt_len
     width = -(-width // programs.WIDTH_MULTIPLE) * programs.WIDTH_MULTIPLE
     prompts = jax.ShapeDtypeStruct((n, width), jnp.int32)
     lengths = jax.ShapeDtypeStruct((n,), jnp.int32)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), n))
-    return programs.jit_sampler(run), (programs.abstract_policy(run), prompts, lengths, keys)
+    return programs.jit_sampler(run), (programs.abstract_served(run), prompts, lengths, keys)
 
 
 PREPARE = {"train": prepare_train, "precompute": prepare_precompute, "decode": prepare_decode}
@@ -249,7 +251,15 @@ def _answer(
 
 
 def compile_program(name: str, run: build.Run, *, with_code: bool) -> dict[str, Any]:
-    """Compiles one program; returns its `program_report`, and the seconds it took."""
+    """Compiles one program; returns its `program_report`, and the seconds it took.
+
+    Of sampling also its mesh, which is its own, and the bytes of all weights.
+    """
+    of_sampling = {}
+    if name == "decode":
+        run = programs.serving_run(run)
+        weights = bytes_of(programs.abstract_served(run))
+        of_sampling = {"mesh": dict(run.mesh.shape), "weights": weights}
     jitted, arguments = PREPARE[name](run)
     devices = list(run.mesh.devices.flat)
     start = time.perf_counter()
@@ -257,7 +267,7 @@ def compile_program(name: str, run: build.Run, *, with_code: bool) -> dict[str, 
         lowered = jitted.lower(*arguments)
     slices = [slice_of(device) for device in devices]
     report = program_report(lowered, devices[0].device_kind, slices, with_code=with_code)
-    return report | {"compile_seconds": time.perf_counter() - start}
+    return report | of_sampling | {"compile_seconds": time.perf_counter() - start}
 
 
 def prompts_a_row(data: DataSection) -> int:

@@ -145,7 +145,7 @@ def _assemble(
     config = auto.choose(config, model_config, platform=platform, shards=shards, **known)
     if config.model.dtype == "float32":  # throughout: TPU matmuls would otherwise be bfloat16
         jax.config.update("jax_default_matmul_precision", "highest")
-    check_divides(mesh, model_config, config.data.rows)
+    check_divides(mesh.shape, model_config, config.data.rows)
     compiler.check_options(mesh, config.compiler_options)
     kernel = choice.attention_kernel(config, platform)
     model = Model(

@@ -288,6 +288,14 @@ FIELDS: dict[str, Field] = {
     "generate.top_p": Field(1.0, SHARE, "probability of the tokens that are drawn from", True),
     "generate.stop": Field("", TEXT, "a string that ends a response; empty: none", True),
     "generate.batch_size": Field(32, COUNT, "samples at once", True),
+    "generate.mesh": Field(
+        "auto",
+        TEXT,
+        "for sampling: sizes as in data=-1,tensor=8; same: those of mesh; auto: weights over "
+        "tensor, on a CPU same",
+        True,
+        since=8,
+    ),
     "generate.scorer": Field("", TEXT, "rewards sampled responses; empty: none", True),
     "rounds.number": Field(3, COUNT, "rounds", since=7),
     "rounds.prompts": Field(64, COUNT, "drawn in a round", since=7),

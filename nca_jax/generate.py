@@ -39,6 +39,7 @@ from nca_jax.infra.fingerprint import params_fingerprint, text_fingerprint
 from nca_jax.infra.progress import phase
 from nca_jax.infra.records import date_of
 from nca_jax.params import policy_params
+from nca_jax.programs import serving_run
 from nca_jax.rewards.scorers import check_scorer
 from nca_jax.rollout import Record, check_scorable, open_scorer, rollout_batches, with_scores
 
@@ -79,9 +80,12 @@ def main(argv: list[str]) -> int:
         "tokenizer": run.encoder.digest,
     }
     distributed.check_same(prompts=made_from["prompts"])
-    with jax.set_mesh(run.mesh):
-        params = policy_params(run, flags.workdir, flags.step)
+    # A model that nothing trains comes to where it samples, in the dtype of its file.
+    opened = run if flags.workdir else serving_run(run)
+    with jax.set_mesh(opened.mesh):
+        params = policy_params(opened, flags.workdir, flags.step, dtype="")
         made_from["parameters"] = params_fingerprint(params)
+    with jax.set_mesh(run.mesh):
         with lock.held(out_folder(pieces.folder_of(out))):
             records = pieces.begin(out, made_from) if distributed.is_first() else []
             records = distributed.json_from_first(records)

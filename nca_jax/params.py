@@ -175,9 +175,11 @@ def with_dtype(abstract: Params, dtype: str) -> Params:
     return nest_paths({path: one(path, x) for path, x in flatten_paths(abstract).items()})
 
 
-def start_trained(run: Run, base: Params | None) -> Params:
+def start_trained(run: Run, base: Params | None, *, dtype: str = "float32") -> Params:
     """Returns what a run trains, at its start: the adapters on `base`, or all parameters.
 
+    Args:
+      dtype: of all parameters, as `start_params` takes it.
     Raises:
       UserError: as `start_params`.
     """
@@ -187,7 +189,7 @@ def start_trained(run: Run, base: Params | None) -> Params:
             "labels; one of one label is trained."
         )
     if base is None or run.model.lora is None:
-        return start_params(run, run.config.model.init_from)
+        return start_params(run, run.config.model.init_from, dtype=dtype)
     if run.config.lora.init_from:
         return _continued(run, run.model.lora, run.config.lora.init_from)
     shardings = param_shardings(run.mesh, run.model.abstract_trained())
@@ -229,11 +231,13 @@ def _load(
     return params
 
 
-def policy_params(run: Run, workdir: str, step: str = "") -> Params:
+def policy_params(run: Run, workdir: str, step: str = "", *, dtype: str = "float32") -> Params:
     """Returns the params of a checkpoint of a run, or of its start for workdir "".
 
     Of a run with adapters they are the base and the adapters.
 
+    Args:
+      dtype: of a start without adapters, as `start_params` takes it; a checkpoint is float32.
     Raises:
       UserError: as `start_params`, `chosen_step` or `restore_params`, or the adapters are of
         another base.
@@ -242,7 +246,7 @@ def policy_params(run: Run, workdir: str, step: str = "") -> Params:
     if not workdir:
         if step:
             raise UserError(f"--step={step} is one of a run: give its --workdir too.")
-        return merge_trained(start_trained(run, base), base or {})
+        return merge_trained(start_trained(run, base, dtype=dtype), base or {})
     folder = as_path(workdir)
     number = chosen_step(run.config, folder, step)
     if base is not None:

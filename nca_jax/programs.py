@@ -37,6 +37,7 @@ from nca_jax.infra.mesh import (
 from nca_jax.infra.optim import make_optimizer, make_schedule, merge_trained
 from nca_jax.params import abstract_base
 from nca_jax.sampling.sampler import make_sampler
+from nca_jax.sampling.serving import serving_dtypes, serving_mesh
 from nca_jax.train_step import Frozen, TrainState, make_logps, make_step_logps, make_train_step
 
 WIDTH_MULTIPLE = 16  # prompt slots are rounded up, so that few widths are compiled
@@ -80,7 +81,27 @@ def abstract_state(run: Run, tx: optax.GradientTransformation) -> tuple[TrainSta
 
 def abstract_policy(run: Run) -> Params:
     """Returns the shapes and shardings of what a model is given: with adapters, also their base."""
-    shapes = merge_trained(run.model.abstract_trained(), abstract_base(run) or {})
+    shapes = _policy_shapes(run)
+    return with_shardings(shapes, param_shardings(run.mesh, shapes))
+
+
+def _policy_shapes(run: Run) -> Params:
+    return merge_trained(run.model.abstract_trained(), abstract_base(run) or {})
+
+
+def serving_run(run: Run) -> Run:
+    """Returns the run on the mesh of `config.generate.mesh`: what sampling programs are jitted for.
+
+    Its parameters come from `serving_params`. It is the run itself where the meshes are one.
+    """
+    weights = serving_dtypes(_policy_shapes(run), run.model.dtype)
+    asked = run.config.generate.mesh
+    return run._replace(mesh=serving_mesh(asked, run.mesh, run.model.config, weights))
+
+
+def abstract_served(run: Run) -> Params:
+    """Returns the shapes and shardings of what samples, on the mesh of a `serving_run`."""
+    shapes = serving_dtypes(_policy_shapes(run), run.model.dtype)
     return with_shardings(shapes, param_shardings(run.mesh, shapes))
 
 

@@ -22,9 +22,10 @@ from nca_jax.evaluators import make_kl, score_responses
 from nca_jax.infra import distributed
 from nca_jax.infra.mesh import put_whole
 from nca_jax.infra.progress import first_call
-from nca_jax.programs import WIDTH_MULTIPLE, jit_sampler, prompts_at_once
+from nca_jax.programs import WIDTH_MULTIPLE, jit_sampler, prompts_at_once, serving_run
 from nca_jax.reward_model import open_reward_model
 from nca_jax.rewards.scorers import REWARD_MODEL, Scorer, get_scorer, score_all
+from nca_jax.sampling.serving import on_mesh, serving_params
 
 Record = dict[str, Any]  # JSON, see `nca_jax.data.record`
 Samples = list[list[np.ndarray]]  # of each prompt its responses, [their length] int32
@@ -188,9 +189,10 @@ def make_generator(run: Run, more_ends: Sequence[int] = ()) -> Generate:
 def make_batch_generator(run: Run, more_ends: Sequence[int] = ()) -> SampleBatches:
     """Returns `sample(params, prompts, seed, start)`, of which `make_generator` is the whole.
 
-    It yields the samples of a batch of prompts at a time, from prompt `start` on.
+    It yields the samples of a batch of prompts at a time, from prompt `start` on. They are sampled
+    on the mesh of `config.generate.mesh`, to which the parameters are copied once a call.
     """
-    how = run.config.generate
+    how, run = run.config.generate, serving_run(run)
     sampler = first_call("the sampler", jit_sampler(run, more_ends))
     batch, rows = prompts_at_once(run), NamedSharding(run.mesh, P(ROWS))
 
@@ -217,7 +219,13 @@ def make_batch_generator(run: Run, more_ends: Sequence[int] = ()) -> SampleBatch
                 for n in range(len(now))
             ]
 
-    return sample
+    def sample_there(
+        params: Params, prompts: Sequence[np.ndarray], seed: int, start: int
+    ) -> Iterator[Samples]:
+        params = serving_params(run.mesh, run.model.dtype, params)
+        return on_mesh(run.mesh, sample(params, prompts, seed, start))
+
+    return sample_there
 
 
 def make_sample_kl(run: Run, num_prompts: int) -> SampleKl:

@@ -166,7 +166,7 @@ def test_slices_that_data_does_not_divide_over_are_refused():
 def test_what_does_not_divide_is_refused_by_name(sizes, rows, said):
     config = dataclasses.replace(MODELS["tiny_moe"], num_heads=8)
     with pytest.raises(UserError, match=said):
-        check_divides(make_mesh(ONE | sizes), config, rows)
+        check_divides(make_mesh(ONE | sizes).shape, config, rows)
 
 
 def test_a_large_array_that_is_on_every_device_is_named():

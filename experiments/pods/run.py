@@ -67,6 +67,8 @@ ADAPTED = (
 ROW_LENS = {4096: 16, 8192: 16, 16384: 64, 32768: 128}  # data.align
 LONG_ROWS = ("v5p:4x4x4", "v6e:8x8")
 HOSTS = ("v5e:2x4", "v6e:2x4")
+SAMPLED_ON = ("v5p:4x4x4", "v5e:4x4", "v5e:2x4")
+SAMPLES = ("--config.generate.num_samples=8", "--config.generate.batch_size=64")
 ON_A_HOST = ("smollm2_135m", "qwen3_0_6b", "mistral_7b", "llama3_8b")
 
 
@@ -106,6 +108,18 @@ def cells() -> list[Cell]:
             programs=("precompute", "decode"),
         )
         for topology in ("v5p:4x4x4", "v5e:16x16")
+        for model in COPIES
+    ]
+    table += [
+        Cell(
+            f"{model}-sampling-{topology}",
+            model,
+            "cached",
+            topology,
+            flags=(f"--config.mesh.expert={EXPERTS[model]}", *SAMPLES),
+            programs=("decode",),
+        )
+        for topology in SAMPLED_ON
         for model in COPIES
     ]
     table += [
@@ -225,6 +239,26 @@ def table(reports: dict[str, dict]) -> str:
             lines.append(f"| {cell.name} |" + " - |" * 12)
             continue
         lines += [line(cell, report, name) for name in cell.programs]
+    return "\n".join(lines) + "\n" + sampling(reports)
+
+
+def sampling(reports: dict[str, dict]) -> str:
+    """Returns the Markdown table of one sampled token: a line a cell that has it."""
+    lines = [
+        "",
+        "| a token of | GiB sent a chip | of weights, GiB | share | GiB written a chip "
+        "| in slices of MiB, at most |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, report in reports.items():
+        for program in report["programs"].values():
+            if "weights" in program:
+                turn, weights = program["a_turn"], program["weights"]
+                lines.append(
+                    f"| {name} | {turn['sent'] / 2**30:.4f} | {weights / 2**30:.2f} "
+                    f"| {turn['sent'] / weights:.3%} | {turn['written'] / 2**30:.4f} "
+                    f"| {turn['largest_write'] / 2**20:.3f} |"
+                )
     return "\n".join(lines) + "\n"
 
 
@@ -232,7 +266,8 @@ def line(cell: Cell, report: dict, name: str) -> str:
     """Returns the line of one program of a cell."""
     program = report["programs"][name]
     title = cell.name.replace("forward", name)
-    mesh = " ".join(f"{axis}={n}" for axis, n in report["mesh"].items() if n > 1)
+    shape = program.get("mesh", report["mesh"])  # sampling has its own
+    mesh = " ".join(f"{axis}={n}" for axis, n in shape.items() if n > 1)
     start = f"| {title} | {report['chips']} | {mesh} | {report['rows_a_chip']} |"
     flops = f"{report['flops_a_step_and_chip']:.2e}" if name == "train" else "-"
     work = f" {flops} | {program['compile_seconds']:.0f} | {report['commit']} |"

@@ -11,7 +11,8 @@ several times, with one id: where it starts, in what is computed meanwhile, and 
 counts where it starts.
 
 A collective inside a loop counts once a turn. The turns of the loop over layers are constants of
-the program; a loop whose turns are known at run time only (the micro-batches) counts one turn.
+the program; a loop whose turns are known at run time only (micro-batches, sampled tokens) counts
+one turn, and what is inside such a loop is marked.
 """
 
 import re
@@ -38,6 +39,7 @@ class Call(NamedTuple):
     turns: int  # how often a device calls it
     bytes: int  # a device, one call
     is_async: bool
+    in_open_loop: bool = False  # one whose turns are known at run time only, here one
 
 
 class Collective(NamedTuple):
@@ -65,13 +67,13 @@ def calls(text: str, slices: Sequence[int]) -> list[Call]:
       text: `compiled.as_text()`, or what the compiler dumps before it generates code.
       slices: the slice of each device, in the order of the mesh.
     """
-    bodies, entry = _computations(text)
+    bodies, entry = computations(text)
     started = set(re.findall(r" async-start\(.*calls=%?([\w.\-]+)", text))
     for name in list(started):  # of sparse cores one that calls another, which has the collective
         inside = "\n".join(bodies[name])
         started.update(re.findall(r" call\(.*to_apply=%?([\w.\-]+)", inside))
     found = []
-    for name, turns in _turns(bodies, entry).items():
+    for name, (turns, is_open) in visits(bodies, entry).items():
         is_chain = any('"AsyncCollectiveStart"' in line for line in bodies[name])
         for line in bodies[name]:
             if "chain_id=" in line and not is_chain:  # the same one again
@@ -79,7 +81,7 @@ def calls(text: str, slices: Sequence[int]) -> list[Call]:
             sent = _SENT.search(line)
             match = _COLLECTIVE.search(line)
             if sent:
-                found.append(Call("send", "dcn", turns, shape_bytes(sent[1]), is_async=True))
+                found.append(Call("send", "dcn", turns, shape_bytes(sent[1]), True, is_open))
             elif match:
                 groups = replica_groups(line, len(slices))
                 if groups.shape[1] == 1:  # of a mesh axis of size 1
@@ -87,7 +89,8 @@ def calls(text: str, slices: Sequence[int]) -> list[Call]:
                 kind, num_bytes = _payload(match, groups.shape[1], name)
                 crosses = any(len({slices[i] for i in group}) > 1 for group in groups)
                 is_async = bool(match[3]) or is_chain or name in started
-                found.append(Call(kind, "dcn" if crosses else "ici", turns, num_bytes, is_async))
+                network = "dcn" if crosses else "ici"
+                found.append(Call(kind, network, turns, num_bytes, is_async, is_open))
     return found
 
 
@@ -176,7 +179,7 @@ def _payload(match: re.Match, group_size: int, computation: str) -> tuple[str, i
     return kind, num_bytes
 
 
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+def computations(text: str) -> tuple[dict[str, list[str]], str]:
     """Returns the lines of each computation, and the name of the entry."""
     bodies: dict[str, list[str]] = {}
     name = entry = ""
@@ -191,24 +194,36 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     return bodies, entry
 
 
-def _turns(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:
-    """Returns how often each computation runs, a loop of unknown length counting one turn."""
-    turns: dict[str, int] = {}
+def visits(bodies: dict[str, list[str]], entry: str) -> dict[str, tuple[int, bool]]:
+    """Returns how often each computation runs, and whether in a loop of unknown length.
 
-    def visit(name: str, times: int) -> None:
-        turns[name] = turns.get(name, 0) + times
+    Such a loop counts one turn. What is called from inside and outside of one is inside.
+    """
+    found: dict[str, tuple[int, bool]] = {}
+
+    def visit(name: str, times: int, is_open: bool) -> None:
+        before, was_open = found.get(name, (0, False))
+        found[name] = before + times, was_open or is_open
         for line in bodies[name]:
-            for one, several in _CALLED.findall(line):
-                for called in [one] if one else re.findall(r"[\w.\-]+", several):
-                    if called in bodies:
-                        visit(called, times * _loop_turns(line, bodies))
+            called = [
+                name
+                for one, several in _CALLED.findall(line)
+                for name in ([one] if one else re.findall(r"[\w.\-]+", several))
+                if name in bodies
+            ]
+            if called:
+                turns = _loop_turns(line, bodies)
+                for name in called:
+                    visit(name, times * (turns or 1), is_open or turns is None)
 
-    visit(entry, 1)
-    return turns
+    visit(entry, 1, False)
+    return found
 
 
-def _loop_turns(line: str, bodies: dict[str, list[str]]) -> int:
-    """Returns the turns of a while instruction that counts up to a constant; else 1.
+def _loop_turns(line: str, bodies: dict[str, list[str]]) -> int | None:
+    """Returns the turns of a while instruction that counts up to a constant, None of another one.
+
+    An instruction that is no loop has one.
 
     The counter is an element of the loop's tuple. It starts at 0; a body that the compiler has
     unrolled, as it does products that are computed while their parts arrive, adds more than 1.
@@ -222,11 +237,11 @@ def _loop_turns(line: str, bodies: dict[str, list[str]]) -> int:
     condition, body = (instructions(bodies[name]) for name in names.groups())
     compared = re.match(r"compare\(%([\w.\-]+), %([\w.\-]+)\), direction=LT", condition["ROOT"])
     if not compared:
-        return 1
+        return None
     counter, limit = (condition[name] for name in compared.groups())
     index, limit = re.search(r"index=(\d+)", counter), _constant(limit)
     if not index or limit is None:
-        return 1
+        return None
     following = body[re.findall(r"%([\w.\-]+)", body["ROOT"])[int(index[1])]]
     while copied := re.match(r"copy\(%([\w.\-]+)\)", following):
         following = body[copied[1]]

@@ -43,6 +43,15 @@ def print_report(report: dict[str, Any]) -> None:
                 f"  {one['kind']} over {one['network']}: {one['bytes'] / GIB:.3f} GiB a chip in "
                 f"{one['times']} calls, a micro-batch being one"
             )
+        if "weights" in program:
+            turn, weights = program["a_turn"], program["weights"]
+            sizes = " ".join(f"{axis}={size}" for axis, size in program["mesh"].items())
+            print(
+                f"  a token, on mesh {sizes}: {turn['sent'] / GIB:.3f} GiB a chip sent, "
+                f"{turn['sent'] / weights:.2%} of {weights / GIB:.2f} GiB of weights; "
+                f"{turn['written'] / GIB:.3f} GiB written into what is kept, "
+                f"{turn['largest_write'] / 2**20:.2f} MiB at once"
+            )
         large = program["overlap"]
         if large["times"]:
             print(

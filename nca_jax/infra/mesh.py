@@ -68,7 +68,11 @@ def slice_of(device: Device) -> int:
 
 def row_shards(mesh: Mesh) -> int:
     """Returns over how many devices the rows of a micro-batch are split."""
-    return int(np.prod([mesh.shape[axis] for axis in ROWS]))
+    return _row_shards(mesh.shape)
+
+
+def _row_shards(sizes: Mapping[str, int]) -> int:
+    return int(np.prod([sizes[axis] for axis in ROWS]))
 
 
 def host_mesh() -> Mesh:
@@ -77,9 +81,9 @@ def host_mesh() -> Mesh:
     return Mesh(device, MESH_AXES)
 
 
-def check_divides(mesh: Mesh, model_config: ModelConfig, rows: int) -> None:
-    """Raises UserError, by name, where a split axis does not divide."""
-    tensor, fsdp, expert = (mesh.shape[axis] for axis in ("tensor", "fsdp", "expert"))
+def check_divides(sizes: Mapping[str, int], model_config: ModelConfig, rows: int) -> None:
+    """Raises UserError, by name, where what a mesh of these sizes splits does not divide."""
+    tensor, fsdp, expert = (sizes[axis] for axis in ("tensor", "fsdp", "expert"))
     c = model_config
     for name, size, parts in (
         ("query heads over mesh.tensor", c.num_heads, tensor),
@@ -91,7 +95,7 @@ def check_divides(mesh: Mesh, model_config: ModelConfig, rows: int) -> None:
     ):
         if size % parts:
             raise UserError(f"{size} {name} = {parts} does not divide; change one of the two.")
-    shards = row_shards(mesh)
+    shards = _row_shards(sizes)
     if rows % shards:
         raise UserError(
             f"{rows} data.rows over mesh.data * mesh.fsdp * mesh.expert = {shards} does not "
