@@ -220,8 +220,10 @@ def jit_sampler(run: Run) -> Programs:
     jit = functools.partial(jax.jit, compiler_options=run.compiler_options)
     empty = functools.partial(sampler.empty, num_lanes)
     return Programs(
-        empty=jit(empty, static_argnums=0, out_shardings=lanes),
-        resize=jit(sampler.resize, static_argnums=1, in_shardings=(lanes,), out_shardings=lanes),
+        empty=jax.jit(empty, static_argnums=0, out_shardings=lanes),
+        resize=jax.jit(
+            sampler.resize, static_argnums=1, in_shardings=(lanes,), out_shardings=lanes
+        ),
         prefill=jit(
             sampler.prefill,
             in_shardings=(None, lanes, everywhere, everywhere, everywhere, None),
