@@ -225,18 +225,14 @@ def make_batch_generator(run: Run, stops: Sequence[str] | None = None) -> Sample
     def sample(
         params: Params, prompts: Sequence[np.ndarray], seed: int, start: int
     ) -> Iterator[list[Sampled]]:
+        params = serving_params(run.mesh, run.model.dtype, params)
+        batches = sample_batches(programs, params, prompts, seed, start, stop)
         with tqdm(total=len(prompts) - start, unit="prompt", disable=None) as bar:
-            for batch in sample_batches(programs, params, prompts, seed, start, stop):
+            for batch in on_mesh(run.mesh, batches):
                 bar.update(len(batch))
                 yield batch
 
-    def sample_there(
-        params: Params, prompts: Sequence[np.ndarray], seed: int, start: int
-    ) -> Iterator[list[Sampled]]:
-        params = serving_params(run.mesh, run.model.dtype, params)
-        return on_mesh(run.mesh, sample(params, prompts, seed, start))
-
-    return sample_there
+    return sample
 
 
 def draws_policy(run: Run) -> bool:
