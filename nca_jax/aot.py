@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.stages import Wrapped
 from ml_collections import ConfigDict
 
@@ -49,6 +48,7 @@ from nca_jax.infra.mesh import make_mesh, row_shards, slice_of
 from nca_jax.infra.records import git_commit
 from nca_jax.protocols import DataSection, Device
 from nca_jax.reference import abstract_frozen
+from nca_jax.sampling.refill import width_of
 from nca_jax.sampling.serving import bytes_of
 
 Program = tuple[Wrapped, tuple[Any, ...]]  # jitted, and the shapes of its arguments
@@ -164,17 +164,15 @@ def prepare_precompute(run: build.Run) -> Program:
 
 
 def prepare_decode(run: build.Run) -> Program:
-    """Returns (the jitted sampler of `nca_jax.generate`, the shapes of its arguments).
+    """Returns (the jitted block of tokens of `nca_jax.generate`, the shapes of its arguments).
 
     The run is a `serving_run`. Prompts have the longest width, as many of them at once as fill
     `config.generate.batch_size`.
     """
-    n, width = programs.prompts_at_once(run), run.config.data.max_prompt_len
-    width = -(-width // programs.WIDTH_MULTIPLE) * programs.WIDTH_MULTIPLE
-    prompts = jax.ShapeDtypeStruct((n, width), jnp.int32)
-    lengths = jax.ShapeDtypeStruct((n,), jnp.int32)
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), n))
-    return programs.jit_sampler(run), (programs.abstract_served(run), prompts, lengths, keys)
+    sampler, longest = programs.jit_sampler(run), run.config.data.max_prompt_len
+    lanes = jax.eval_shape(lambda: sampler.empty(width_of(longest, longest)))
+    ended = jax.ShapeDtypeStruct(lanes.done.shape, lanes.done.dtype)
+    return sampler.decode, (programs.abstract_served(run), lanes, ended)
 
 
 PREPARE = {"train": prepare_train, "precompute": prepare_precompute, "decode": prepare_decode}

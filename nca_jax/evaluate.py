@@ -68,6 +68,7 @@ from nca_jax.rewards.scorers import Scorer, check_scorer, score_all
 from nca_jax.rollout import (
     Samples,
     check_scorable,
+    draws_policy,
     make_generator,
     make_records,
     make_sample_kl,
@@ -206,13 +207,13 @@ def sample_metrics(
     drawn = {"policy": generate(policy, ids, run.config.seed)}
     if reference is not None:
         drawn["reference"] = generate(reference, ids, run.config.seed)
-    how, kl = run.config.generate, {}
+    kl = {}
     if reference is None:
         print(f"no KL: config.reference.kind='none'; --reference={START} has one")
-    elif how.temperature == 1 and how.top_p == 1:
+    elif draws_policy(run):
         kl = {"policy": kl_of_prompts(run, policy, reference, heldout, drawn["policy"])}
     else:
-        print("no KL: it is estimated on samples of generate.temperature=1 and top_p=1")
+        print("no KL: its samples want generate.temperature=1, top_p=1, top_k=0 and min_p=0")
     prompts = [as_prompt(run, example) for example in heldout]
     told = [{"prompt": prompt.record.get("prompt")} for prompt in prompts]
     values = {name: {} for name in (*scorers, "length", "repetition")}  # {who: [prompts]} of each

@@ -286,6 +286,19 @@ FIELDS: dict[str, Field] = {
     "generate.num_samples": Field(1, COUNT, "responses a prompt", True),
     "generate.temperature": Field(1.0, NOT_NEGATIVE, "of sampling; 0: the likeliest token", True),
     "generate.top_p": Field(1.0, SHARE, "probability of the tokens that are drawn from", True),
+    "generate.top_k": Field(
+        0, COUNT_OR_0, "that many of the likeliest tokens are drawn from; 0: all", True, since=8
+    ),
+    "generate.min_p": Field(
+        0.0,
+        FRACTION,
+        "tokens are drawn from that are so likely, as a share of the likeliest",
+        True,
+        since=8,
+    ),
+    "generate.logps": Field(
+        False, FLAG, "the log-probability of each sampled token is written too, nats", True, since=8
+    ),
     "generate.stop": Field("", TEXT, "a string that ends a response; empty: none", True),
     "generate.batch_size": Field(32, COUNT, "samples at once", True),
     "generate.mesh": Field(

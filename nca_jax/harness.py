@@ -5,7 +5,6 @@ texts are encoded, cut and read as there. But all continuations of one context a
 that the context is computed once, and the rows are shared by all devices of the mesh.
 """
 
-import functools
 import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -39,7 +38,8 @@ if TYPE_CHECKING:
 
 NUM_SLOTS = 1024  # continuations that are packed together
 NEW_TOKENS = 256  # of an answer, where a task does not say
-SAMPLING = ("until", "do_sample", "temperature", "top_p", "max_gen_toks")  # what a task may ask
+# What a task may ask.
+SAMPLING = ("until", "do_sample", "temperature", "top_k", "top_p", "min_p", "max_gen_toks")
 
 Scored = tuple[float, bool]  # log-probability, nats; whether greedy decoding gives it
 Request = tuple[Any, list[int], list[int]]  # what it is known by, ids of context and continuation
@@ -196,23 +196,15 @@ class Policy(TemplateLM):
             num_samples=1,
             max_new_tokens=how["max_gen_toks"],
             temperature=float(how["temperature"]) if how["do_sample"] else 0.0,
+            top_k=int(how.get("top_k", 0)),
             top_p=float(how.get("top_p", 1.0)),
+            min_p=float(how.get("min_p", 0.0)),
         )
-        generate = make_generator(run, self._ends(until))
+        generate = make_generator(run, until)
         prompts = [np.array(self.tok_encode(text)[-room:], np.int32) for text in contexts]
         samples = generate(self.params, prompts, run.config.seed)
         texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for (ids,) in samples]
         return [shared.postprocess_generated_text(text, until, None) for text in texts]
-
-    def _ends(self, until: Sequence[str]) -> list[int]:
-        """Returns the ids whose text has one of these in it, after which nothing is read."""
-        stops = [stop for stop in until if stop]
-        return [i for i, text in enumerate(self._words) if any(stop in text for stop in stops)]
-
-    @functools.cached_property
-    def _words(self) -> list[str]:
-        """The text of each id."""
-        return self.tokenizer.batch_decode([[i] for i in range(len(self.tokenizer))])
 
 
 def _row_tokens(group: Group, align: int) -> int:

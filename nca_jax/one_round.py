@@ -29,7 +29,8 @@ from nca_jax.train_step import Frozen, TrainState
 
 ROLLOUTS, TRAINED, ROUND = "rollouts.jsonl", "train.jsonl", "round.json"
 SAMPLES = "samples.jsonl"  # not scored yet
-SAMPLED = ("responses", "response_ids", "finished", "scores")  # of a record, one a response
+# Of a record, one a response.
+SAMPLED = ("responses", "response_ids", "response_logps", "finished", "scores")
 PIECE = 64  # records whose scores a stop can lose
 
 
@@ -210,7 +211,7 @@ def chosen_of(record: Record, best: Record | None, how: RoundsSection) -> Record
     if best is not None and best["scores"][0] > min(record["scores"]):
         worst = len(record["scores"]) - 1 - int(np.argmin(record["scores"][::-1]))
         stay = picked(record, [i for i in range(len(record["scores"])) if i != worst])
-        record = stay | {field: stay[field] + best[field] for field in SAMPLED}
+        record = stay | {field: stay[field] + best[field] for field in SAMPLED if field in stay}
     if how.dedupe:
         texts = record["responses"]
         record = picked(record, [i for i, text in enumerate(texts) if text not in texts[:i]])
@@ -220,7 +221,8 @@ def chosen_of(record: Record, best: Record | None, how: RoundsSection) -> Record
 
 def picked(record: Record, indices: Sequence[int]) -> Record:
     """Returns the record with some of its responses."""
-    return record | {field: [record[field][i] for i in indices] for field in SAMPLED}
+    fields = [field for field in SAMPLED if field in record]
+    return record | {field: [record[field][i] for i in indices] for field in fields}
 
 
 def metrics_of(records: Sequence[Record]) -> dict[str, float]:

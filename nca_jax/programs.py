@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jax.stages import Wrapped
 from ml_collections import ConfigDict
 
-from nca_jax.axes import ROWS, Params
+from nca_jax.axes import Params
 from nca_jax.batch import Batch, Rows
 from nca_jax.build import Run
 from nca_jax.checks import UserError
@@ -30,17 +30,18 @@ from nca_jax.infra.mesh import (
     in_host,
     param_shardings,
     put_batch,
+    put_whole,
     row_shards,
     rows_shardings,
     with_shardings,
 )
 from nca_jax.infra.optim import make_optimizer, make_schedule, merge_trained
 from nca_jax.params import abstract_base
-from nca_jax.sampling.sampler import make_sampler
+from nca_jax.sampling.draw import How
+from nca_jax.sampling.refill import Programs
+from nca_jax.sampling.sampler import lane_specs, make_sampler
 from nca_jax.sampling.serving import serving_dtypes, serving_mesh
 from nca_jax.train_step import Frozen, TrainState, make_logps, make_step_logps, make_train_step
-
-WIDTH_MULTIPLE = 16  # prompt slots are rounded up, so that few widths are compiled
 
 # Log-probability of every response of groups, in order: -> [responses] float32 nats
 GroupLogps = Callable[[Params, Sequence[Group]], np.ndarray]
@@ -213,32 +214,51 @@ def prompts_at_once(run: Run) -> int:
     return -(-max(1, how.batch_size // how.num_samples) // shards) * shards
 
 
-def jit_sampler(run: Run, more_ends: Sequence[int] = ()) -> Wrapped:
-    """Returns `make_sampler` as `config.generate` says, jitted over the mesh.
+def jit_sampler(run: Run) -> Programs:
+    """Returns sampling as `config.generate` says, jitted over the mesh; see `sampling.sampler`.
 
-    Args:
-      more_ends: ids that end a response beside those that end a turn.
     Raises:
       UserError: the model is a reward model.
     """
     if run.model.config.num_labels:
         raise UserError("config.model.head='reward' writes no responses; sample from a policy.")
-    how = run.config.generate
+    how, num_lanes, shards = run.config.generate, prompts_at_once(run), row_shards(run.mesh)
     sampler = make_sampler(
         run.model,
         num_samples=how.num_samples,
         max_new_tokens=how.max_new_tokens,
-        temperature=how.temperature,
-        top_p=how.top_p,
-        eos_ids=(*run.eos_ids, *more_ends),
+        how=How(how.temperature, how.top_k, how.top_p, how.min_p),
+        eos_ids=run.eos_ids,
         key_off_ids=(
             key_off_ids(run.tokenizer, run.eos_ids) if run.config.data.format == "released" else ()
         ),
+        logps=how.logps,
     )
-    rows, everywhere = NamedSharding(run.mesh, P(ROWS)), NamedSharding(run.mesh, P())
-    return jax.jit(
-        sampler,
-        in_shardings=(None, rows, rows, None),
-        out_shardings=everywhere,
-        compiler_options=run.compiler_options,
+    everywhere = NamedSharding(run.mesh, P())
+    lanes = jax.tree.map(
+        lambda spec: NamedSharding(run.mesh, spec), lane_specs(), is_leaf=lambda x: isinstance(x, P)
+    )
+    jit = functools.partial(jax.jit, compiler_options=run.compiler_options)
+    empty = functools.partial(sampler.empty, num_lanes)
+    return Programs(
+        empty=jax.jit(empty, static_argnums=0, out_shardings=lanes),
+        resize=jax.jit(
+            sampler.resize, static_argnums=1, in_shardings=(lanes,), out_shardings=lanes
+        ),
+        prefill=jit(
+            sampler.prefill,
+            in_shardings=(None, lanes, everywhere, everywhere, everywhere, None),
+            out_shardings=lanes,
+            donate_argnums=1,
+        ),
+        decode=jit(
+            sampler.decode,
+            in_shardings=(None, lanes, everywhere),
+            out_shardings=(lanes, everywhere),
+            donate_argnums=1,
+        ),
+        put=lambda x: put_whole(x, everywhere),
+        num_lanes=num_lanes,
+        num_samples=how.num_samples,
+        at_once=max(1, num_lanes // (4 * shards)) * shards,
     )

@@ -4,14 +4,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from nca_jax.axes import ROWS, Params
+from nca_jax.axes import Params
 from nca_jax.build import Run
 from nca_jax.callable import make_callable
 from nca_jax.checks import UserError
@@ -20,18 +19,20 @@ from nca_jax.data.group import Group
 from nca_jax.data.room import row_layout
 from nca_jax.evaluators import make_kl, score_responses
 from nca_jax.infra import distributed
-from nca_jax.infra.mesh import put_whole
 from nca_jax.infra.progress import first_call
-from nca_jax.programs import WIDTH_MULTIPLE, jit_sampler, prompts_at_once, serving_run
+from nca_jax.programs import jit_sampler, serving_run
 from nca_jax.reward_model import open_reward_model
 from nca_jax.rewards.scorers import REWARD_MODEL, Scorer, get_scorer, score_all
+from nca_jax.sampling.draw import How
+from nca_jax.sampling.refill import Sampled, sample_batches
 from nca_jax.sampling.serving import on_mesh, serving_params
+from nca_jax.sampling.stops import stop_at
 
 Record = dict[str, Any]  # JSON, see `nca_jax.data.record`
 Samples = list[list[np.ndarray]]  # of each prompt its responses, [their length] int32
 Generate = Callable[[Params, Sequence[np.ndarray], int], Samples]  # see `make_generator`
 # see `make_batch_generator`
-SampleBatches = Callable[[Params, Sequence[np.ndarray], int, int], Iterator[Samples]]
+SampleBatches = Callable[[Params, Sequence[np.ndarray], int, int], Iterator[list[Sampled]]]
 # Policy, reference, prompts with samples of the policy -> of each sample, [samples] nats
 SampleKl = Callable[[Params, Params, Sequence[Group]], np.ndarray]
 
@@ -98,10 +99,16 @@ def rollout_batches(
         in a whole rollout.
     """
     sample = sample or make_batch_generator(run)
-    for samples in sample(params, [prompt.ids for prompt in prompts], seed, start):
-        now = prompts[start : start + len(samples)]
-        yield make_records(run, now, samples, None) if distributed.is_first() else []
-        start += len(samples)
+    for sampled in sample(params, [prompt.ids for prompt in prompts], seed, start):
+        now = prompts[start : start + len(sampled)]
+        start += len(sampled)
+        if not distributed.is_first():
+            yield []
+            continue
+        records = make_records(run, now, [found.ids for found in sampled], None)
+        if run.config.generate.logps:
+            records = [with_logps(*pair) for pair in zip(records, sampled, strict=True)]
+        yield records
 
 
 def check_scorable(prompts: Sequence[Prompt], scorer: Scorer | None) -> None:
@@ -121,6 +128,15 @@ def make_records(
         for prompt, of_prompt in zip(prompts, samples, strict=True)
     ]
     return with_scores(prompts, records, scorer)
+
+
+def with_logps(record: Record, sampled: Sampled) -> Record:
+    """Returns a record of samples with "response_logps": those of their ids, nats a token.
+
+    They are of the policy that was sampled from, not tempered; None where there are no ids.
+    """
+    pairs = zip(record["response_ids"], sampled.logps, strict=True)
+    return record | {"response_logps": [ids and logps.tolist() for ids, logps in pairs]}
 
 
 def with_scores(
@@ -169,69 +185,70 @@ def read_response(run: Run, ids: np.ndarray) -> Response:
     return Response(text, sampled, is_finished)
 
 
-def make_generator(run: Run, more_ends: Sequence[int] = ()) -> Generate:
+def make_generator(run: Run, stops: Sequence[str] | None = None) -> Generate:
     """Returns `generate(params, prompts, seed) -> samples` as `config.generate` says.
 
     `prompts` are token ids; samples[n] holds `num_samples` int32 arrays, each with its end-of-turn
     token where it has one. A prompt's samples depend on its index and the seed, not on its batch.
 
     Args:
-      more_ends: ids that end a response beside those that end a turn.
+      stops: strings that end a response; None: `config.generate.stop`.
     """
-    sample = make_batch_generator(run, more_ends)
+    sample = make_batch_generator(run, stops)
 
     def generate(params: Params, prompts: Sequence[np.ndarray], seed: int) -> Samples:
-        return [of_prompt for batch in sample(params, prompts, seed, 0) for of_prompt in batch]
+        batches = sample(params, prompts, seed, 0)
+        return [sampled.ids for batch in batches for sampled in batch]
 
     return generate
 
 
-def make_batch_generator(run: Run, more_ends: Sequence[int] = ()) -> SampleBatches:
+def make_batch_generator(run: Run, stops: Sequence[str] | None = None) -> SampleBatches:
     """Returns `sample(params, prompts, seed, start)`, of which `make_generator` is the whole.
 
-    It yields the samples of a batch of prompts at a time, from prompt `start` on. They are sampled
-    on the mesh of `config.generate.mesh`, to which the parameters are copied once a call.
+    It yields the samples of a batch of prompts at a time, from prompt `start` on, in their order.
+    They are sampled on the mesh of `config.generate.mesh`, to which the parameters are copied once
+    a call.
     """
-    how, run = run.config.generate, serving_run(run)
-    sampler = first_call("the sampler", jit_sampler(run, more_ends))
-    batch, rows = prompts_at_once(run), NamedSharding(run.mesh, P(ROWS))
+    run = serving_run(run)
+    programs, stop = jit_sampler(run), None
+    programs = programs._replace(
+        prefill=first_call("the sampler's prompts", programs.prefill),
+        decode=first_call("the sampler", programs.decode),
+    )
+    stops = [run.config.generate.stop] if stops is None else stops
+    if run.tokenizer is not None:
+        stop = stop_at(stops, run.tokenizer.decode, set(run.eos_ids))
+    elif any(stops):
+        raise UserError("generate.stop needs a tokenizer: set config.data.tokenizer.")
 
     def sample(
         params: Params, prompts: Sequence[np.ndarray], seed: int, start: int
-    ) -> Iterator[Samples]:
-        width = -(-max(map(len, prompts)) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
-        key = jax.random.key(seed)
-        for first in tqdm(range(start, len(prompts), batch), unit="batch", disable=None):
-            now = prompts[first : first + batch]
-            filled = [*now, *[now[-1]] * (batch - len(now))]  # one shape
-            padded = np.stack([np.pad(ids, (0, width - len(ids))) for ids in filled])
-            lengths = np.array([len(ids) for ids in filled], np.int32)
-            keys = jax.vmap(lambda n: jax.random.fold_in(key, n))(first + jnp.arange(batch))
-            sampled = sampler(
-                params,
-                put_whole(padded.astype(np.int32), rows),
-                put_whole(lengths, rows),
-                keys,
-            )
-            tokens, sizes = jax.device_get(sampled)
-            yield [
-                [tokens[n, s, : sizes[n, s]] for s in range(how.num_samples)]
-                for n in range(len(now))
-            ]
+    ) -> Iterator[list[Sampled]]:
+        with tqdm(total=len(prompts) - start, unit="prompt", disable=None) as bar:
+            for batch in sample_batches(programs, params, prompts, seed, start, stop):
+                bar.update(len(batch))
+                yield batch
 
     def sample_there(
         params: Params, prompts: Sequence[np.ndarray], seed: int, start: int
-    ) -> Iterator[Samples]:
+    ) -> Iterator[list[Sampled]]:
         params = serving_params(run.mesh, run.model.dtype, params)
         return on_mesh(run.mesh, sample(params, prompts, seed, start))
 
     return sample_there
 
 
+def draws_policy(run: Run) -> bool:
+    """Whether samples follow the policy itself: nothing is sharpened, or cut off."""
+    how = run.config.generate
+    return How(how.temperature, how.top_k, how.top_p, how.min_p) == How()
+
+
 def make_sample_kl(run: Run, num_prompts: int) -> SampleKl:
     """Returns `kl(policy, reference, groups)`, of `generate.num_samples` samples a prompt.
 
-    They were drawn at temperature 1; see `evaluators.make_kl`.
+    They were drawn as `draws_policy` says; see `evaluators.make_kl`.
     """
     config = run.config
     num_slots = num_prompts * config.generate.num_samples

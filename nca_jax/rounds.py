@@ -56,7 +56,13 @@ from nca_jax.params import best_is_high, open_base
 from nca_jax.programs import build_optimizer, jit_step_logps, jit_train_step, renewed
 from nca_jax.reference import examples_fingerprint, make_reference
 from nca_jax.rewards.scorers import check_scorer
-from nca_jax.rollout import check_scorable, make_batch_generator, make_sample_kl, open_scorer
+from nca_jax.rollout import (
+    check_scorable,
+    draws_policy,
+    make_batch_generator,
+    make_sample_kl,
+    open_scorer,
+)
 from nca_jax.saved_config import CONFIG, VERSION, check_same_run, config_json, read_saved
 from nca_jax.start import make_evaluators, open_state
 from nca_jax.train_step import Frozen, TrainState
@@ -208,8 +214,7 @@ def rounds(
         }
         train_step = progress.first_call("a step", jit_train_step(run, optimizer, frozen))
         step_logps = progress.first_call("held-out log-probabilities", jit_step_logps(run))
-        untempered = config.generate.temperature == 1 and config.generate.top_p == 1
-        has_kl = untempered and frozen.reference is not None
+        has_kl = draws_policy(run) and frozen.reference is not None
         kit = Kit(
             run,
             workdir,

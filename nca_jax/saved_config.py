@@ -14,7 +14,8 @@ from nca_jax.files import AnyPath, read_json
 
 # 1 had none written, and every loss had an alpha; 2 had no data.join; 3 no score_unit, warmup_from;
 # 4 no data.store, compiler_options, model.splash, optim.moments, fields of losses but alpha, beta;
-# 5 no optim.grad_dtype, data.train_on, loss.reduce; 6 no model.head; 7 no generate.mesh.
+# 5 no optim.grad_dtype, data.train_on, loss.reduce; 6 no model.head;
+# 7 no generate.top_k, min_p, logps, mesh.
 VERSION = 8
 NEUTRAL = {"loss.alpha": 0.0}  # fields that older runs have, and the value that meant nothing
 CONFIG = "config.json"

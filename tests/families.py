@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from drawn import sampler_of
 from safetensors.numpy import save_file
 
 from nca_jax.axes import flatten_paths
@@ -22,7 +23,6 @@ from nca_jax.models.families.family import FULL, SLIDING
 from nca_jax.models.formats import names
 from nca_jax.models.formats.hf import read_config, tensor_names
 from nca_jax.models.formats.pretrained import open_pretrained
-from nca_jax.sampling.sampler import make_sampler
 
 GOLDEN = Path(__file__).parent / "data" / "families.npz"
 VOCAB, EOS = 61, 2
@@ -171,13 +171,11 @@ def packed_logits(model: Model, params: dict) -> np.ndarray:
 
 def greedy(model: Model, params: dict) -> np.ndarray:
     """Returns the most likely NEW_TOKENS after each prompt of `pieces`, [prompts, NEW_TOKENS]."""
-    sample = make_sampler(
-        model, num_samples=1, max_new_tokens=NEW_TOKENS, temperature=0.0, top_p=1.0, eos_ids=()
-    )
+    sample = sampler_of(model, max_new_tokens=NEW_TOKENS)
     lengths = np.array([length for length, _ in LENGTHS], np.int32)
     prompts = [np.pad(group.prompt, (0, max(lengths) - len(group.prompt))) for group in pieces()]
     keys = jax.random.split(jax.random.key(0), len(prompts))
-    return np.asarray(jax.jit(sample)(params, np.stack(prompts), lengths, keys)[0])[:, 0]
+    return np.asarray(sample(params, np.stack(prompts), lengths, keys).tokens)[:, 0]
 
 
 def read_params(folder: Path) -> tuple[Model, dict]:

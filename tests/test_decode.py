@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import write_records
+from drawn import sampler_of
 
 from nca_jax import evaluate, evaluators, generate
 from nca_jax.data.group import Group
@@ -23,7 +24,6 @@ from nca_jax.model_config import MODELS, LayerKind
 from nca_jax.models.decoder import Model
 from nca_jax.models.formats.pretrained import load_tokenizer
 from nca_jax.rollout import Response, read_response
-from nca_jax.sampling.sampler import make_sampler
 
 LENGTHS = np.array([9, 4, 1], np.int32)
 LAYOUT = RowLayout(row_len=64, rows=8, block=16, num_pairs=causal_bound(64, 16), align=1)
@@ -40,20 +40,10 @@ def prompts() -> np.ndarray:
     return np.random.default_rng(0).integers(3, 259, (len(LENGTHS), 9)).astype(np.int32)
 
 
-def sampler(
-    model, *, num_samples=2, temperature=0.0, top_p=1.0, eos_ids=(), max_new_tokens=6, off=()
-):
-    return jax.jit(
-        make_sampler(
-            model,
-            num_samples=num_samples,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            eos_ids=eos_ids,
-            key_off_ids=off,
-        )
-    )
+def sampler(model, *, num_samples=2, max_new_tokens=6, **how):
+    """Returns `sample(...) -> (tokens [N, S, T], sizes [N, S])`."""
+    sample = sampler_of(model, num_samples=num_samples, max_new_tokens=max_new_tokens, **how)
+    return lambda *args: sample(*args)[:2]
 
 
 def keys(seed: int = 0) -> jax.Array:
@@ -65,9 +55,8 @@ def dense_logits(model: Model, params: dict, ids: jax.Array, key_on: jax.Array) 
     """[T] int32, [T] bool -> [T, V]: one dense causal forward, no earlier state."""
     place = jnp.arange(len(ids))
     distance = (place[:, None] - place[None])[None]
-    attends = model.over_caches((distance >= 0) & key_on[None, None], distance, jnp.int32(0))
-    caches = model.make_caches(1, len(ids))
-    hidden, _ = model.hidden(params, ids[None], place[None], attends, caches)
+    attends = model.over_prompts((distance >= 0) & key_on[None, None], distance)
+    hidden, _ = model.hidden(params, ids[None], place[None], attends)
     return model.logits(params, hidden)[0]
 
 
@@ -100,7 +89,7 @@ def test_greedy_tokens_are_those_of_an_uncached_forward(changes, scan_layers):
 def test_nothing_attends_to_a_prompt_token_that_is_switched_off_as_a_key():
     model, params = tiny()
     off = (int(prompts()[0, 0]), int(prompts()[0, 4]), int(prompts()[1, 3]))
-    tokens, _ = sampler(model, num_samples=1, off=off)(params, prompts(), LENGTHS, keys())
+    tokens, _ = sampler(model, num_samples=1, key_off_ids=off)(params, prompts(), LENGTHS, keys())
     free, _ = sampler(model, num_samples=1)(params, prompts(), LENGTHS, keys())
     assert (tokens != free).any()
     for n, length in enumerate(LENGTHS):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import sampler_of
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -23,7 +24,6 @@ from nca_jax.logprobs import sequence_logps
 from nca_jax.model_config import MODELS, LayerKind, Rope, alike
 from nca_jax.models.decoder import Model
 from nca_jax.models.logits import Logits
-from nca_jax.sampling.sampler import make_sampler
 
 BLOCK, CHUNK, ROW_LEN = 16, 8, 128
 LAYOUT = RowLayout(ROW_LEN, rows=2, block=BLOCK, num_pairs=causal_bound(ROW_LEN, BLOCK), align=1)
@@ -67,10 +67,9 @@ def plain_logps(model: Model, params: dict, groups: list[Group], k: int = 3) -> 
         key_on[i, : len(prompt) + len(response)] = np.concatenate(pairs_on[i])
     place = jnp.arange(length)
     distance = (place[:, None] - place[None])[None]
-    attends = model.over_caches((distance >= 0) & key_on[:, None], distance, jnp.int32(0))
+    attends = model.over_prompts((distance >= 0) & key_on[:, None], distance)
     positions = jnp.broadcast_to(place[None], ids.shape)
-    caches = model.make_caches(*ids.shape)
-    hidden, _ = model.hidden(params, jnp.asarray(ids), positions, attends, caches)
+    hidden, _ = model.hidden(params, jnp.asarray(ids), positions, attends)
     logps = jax.nn.log_softmax(model.logits(params, hidden), axis=-1)[:, :-1]
     picked = jnp.take_along_axis(logps, jnp.asarray(ids)[:, 1:, None], axis=2)[..., 0]
     sums = jnp.sum(picked, axis=1, where=scored)
@@ -377,12 +376,9 @@ def test_the_misses_of_a_response_are_its_tokens_that_full_logits_do_not_give():
     model = model_of("plain")
     params = model.init(jax.random.key(0))
     (group,) = make_groups([(5, (4,))], seed=1, vocab_size=model.config.vocab_size)
-    how = dict(num_samples=1, max_new_tokens=4, temperature=0.0, top_p=1.0, eos_ids=())
-    sample, prompts = make_sampler(model, **how), jnp.asarray(group.prompt, jnp.int32)[None]
-    tokens, _ = jax.jit(sample)(
-        params, prompts, jnp.array([5]), jax.random.split(jax.random.key(0), 1)
-    )
-    greedy = np.asarray(tokens[0, 0])
+    sample, prompts = sampler_of(model, max_new_tokens=4), jnp.asarray(group.prompt)[None]
+    found = sample(params, prompts, jnp.array([5]), jax.random.split(jax.random.key(0), 1))
+    greedy = np.asarray(found.tokens[0, 0])
     once_wrong = np.where(np.arange(4) == 3, (greedy + 1) % model.config.vocab_size, greedy)
     group = Group(group.prompt, [greedy, once_wrong, group.responses[0]])
     rows, _, _ = pack([group], LAYOUT, slots=[range(3)], num_slots=3)

@@ -128,9 +128,9 @@ def test_packed_log_probabilities_are_those_of_the_scored_tokens_alone(tokenizer
         ids[b, : len(text)] = text
     place = jnp.arange(ids.shape[1])
     distance = (place[:, None] - place[None])[None]
-    attends = model.over_caches(distance >= 0, distance, jnp.int32(0))
+    attends = model.over_prompts(distance >= 0, distance)
     positions = jnp.broadcast_to(place[None], ids.shape)
-    hidden, _ = model.hidden(params, ids, positions, attends, model.make_caches(*ids.shape))
+    hidden, _ = model.hidden(params, ids, positions, attends)
     logps = jax.nn.log_softmax(model.logits(params, hidden))
     for b, group in enumerate(groups):
         at = len(group.prompt) + np.flatnonzero(group.scored[0])

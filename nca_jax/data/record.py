@@ -14,6 +14,8 @@ A rollout has the first form, and beside its text
                                   something else, since it was cut at generate.stop
     "tokenizer"                   a digest of the tokenizer whose ids these are
     "finished"                    for each response, whether it ended its turn
+    "response_logps"              log-probability of each token when it was sampled, nats; where
+                                  generate.logps asked for it
 Its ids are used where the tokenizer is the reader's own, else its text. "finished" may be in a
 record of any form; without it all responses are, but empty ones, which hold nothing to learn from.
 Every other key goes along to the scorers.
@@ -36,7 +38,7 @@ FORMS: tuple[tuple[str, ...], ...] = (
 )
 ANSWERS = ("responses", "scores", "chosen", "rejected")
 CHOICES = ("chosen", "rejected")
-ROLLOUT = ("prompt_ids", "response_ids", "finished", "tokenizer")
+ROLLOUT = ("prompt_ids", "response_ids", "response_logps", "finished", "tokenizer")
 OTHER_TOKENIZER = "records of another tokenizer: their text is encoded"
 EQUAL = "records with equal responses of different scores"
 UNREAD_SCORES = (

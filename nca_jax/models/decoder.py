@@ -21,7 +21,7 @@ from nca_jax.batch import Rows
 from nca_jax.model_config import LayerKind, ModelConfig
 from nca_jax.models import grouped, nf4
 from nca_jax.models.attention import cached, pairs, splash
-from nca_jax.models.attention.attend import ATTENDED, KEPT, Attend, Attends, Cache, Caches
+from nca_jax.models.attention.attend import ATTENDED, KEPT, Attend, Attends, Cache
 from nca_jax.models.layers import Attention, Kernel, Mlp, RMSNorm
 from nca_jax.models.logits import Logits
 from nca_jax.models.lora import Lora, split_adapters
@@ -65,13 +65,13 @@ class Layer(nnx.Module):
     def __call__(
         self, x: jax.Array, attend: Attend, cache: Cache | None
     ) -> tuple[jax.Array, Cache | None]:
-        """[R, T, D] -> [R, T, D]."""
+        """[R, T, D] -> [R, T, D], and what attention keeps."""
         y = x if self.attn_norm is None else self.attn_norm(x)
-        y, cache = self.attn(y, attend, cache)
+        y, kept = self.attn(y, attend, cache)
         x = self._add(x, y, self.attn_post_norm)
         y = x if self.mlp_norm is None else self.mlp_norm(x)
         feed_forward = self.moe if self.sparse else self.mlp
-        return self._add(x, feed_forward(y), self.mlp_post_norm), cache
+        return self._add(x, feed_forward(y), self.mlp_post_norm), kept
 
     def _add(self, x: jax.Array, y: jax.Array, norm: RMSNorm | None) -> jax.Array:
         if norm is not None:
@@ -235,11 +235,14 @@ class Model:
         tokens: jax.Array,
         positions: jax.Array,
         attends: Attends,
-        caches: Caches | None = None,
+        caches: Cache | None = None,
         *,
         lengths: jax.Array | None = None,
-    ) -> tuple[jax.Array, Caches | None]:
-        """[R, T] int32 tokens and positions -> ([R, T, D] in `dtype`, the caches of `make_caches`).
+    ) -> tuple[jax.Array, Cache | None]:
+        """[R, T] int32 tokens and positions -> ([R, T, D] in `dtype`, what attention keeps).
+
+        `caches` are read and stay as they are: what is kept of each layer, [L, ...], is of these
+        tokens alone, and the caller writes it where it likes.
 
         `lengths`, [R, T] or [R, 1] int32, are what `rope.sequence_lengths` says; a model without
         LongRope needs none.
@@ -282,18 +285,10 @@ class Model:
 
         if self.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT[self.remat], prevent_cse=False)
-        if self.scan_layers or caches is None:
-            # Unrolled too, a scan stacks the layers' gradients in place.
-            unroll = 1 if self.scan_layers else self.config.num_layers
-            x, caches = jax.lax.scan(layer, x, (layers, which, caches), unroll=unroll)
-        else:
-            after = []
-            for i, cache in enumerate(caches):
-                of_layer = jax.tree.map(lambda p, i=i: p[i], (layers, which))
-                x, cache = layer(x, (*of_layer, cache))
-                after.append(cache)
-            caches = tuple(after)
-        return decoder.norm(x), caches
+        # Unrolled too, a scan stacks the layers' gradients in place.
+        unroll = 1 if self.scan_layers else self.config.num_layers
+        x, kept = jax.lax.scan(layer, x, (layers, which, caches), unroll=unroll)
+        return decoder.norm(x), kept
 
     def _in_grad_dtype(self, path: tuple, param: jax.Array) -> jax.Array:
         """A layer's parameter, which has the dtype that its gradient is to come in.
@@ -332,35 +327,42 @@ class Model:
         lengths = sequence_lengths(rows) if self.config.has_longrope else None
         return self.hidden(params, rows.tokens, rows.positions, attends, lengths=lengths)[0]
 
-    def over_caches(self, mask: jax.Array, distance: jax.Array, write_at: jax.Array) -> Attends:
-        """Returns attention over the caches.
+    def over_prompts(self, mask: jax.Array, distance: jax.Array) -> Attends:
+        """Returns attention of the tokens of a row over each other; see `cached.whole`.
 
         Args:
-          mask: which slots each query may see after the write, were there no window, [R, T, S].
-          distance: how many positions a slot lies behind a query, [R, T, S] or what broadcasts.
-          write_at: see `cached.cached`.
+          mask: which tokens each query may see, were there no window, [R, T, T].
+          distance: how many positions a token lies behind a query, [R, T, T] or [1, T, T].
         """
-        c = self.config
-        seen = {window: mask & (distance < window) if window else mask for window in c.windows}
+        c, how = self.config, self._scores
+        return {w: cached.whole(mask & _within(distance, w), **how) for w in c.windows}
+
+    def over_lanes(
+        self, prompt: jax.Array, behind: jax.Array, new: jax.Array, age: jax.Array
+    ) -> Attends:
+        """Returns attention of a new token of each sample; see `cached.lane`.
+
+        Args:
+          prompt: which slots of its prompt a lane sees, were there no window, [M, P].
+          behind: how many positions they lie behind the new token, [M, P].
+          new, age: the same of the slots of a sample's own tokens, [M, W] and [1, W].
+        """
         return {
-            window: cached.cached(seen, write_at, scale=c.score_scale, cap=c.attn_cap)
-            for window, seen in seen.items()
+            w: cached.lane(prompt & _within(behind, w), new & _within(age, w), **self._scores)
+            for w in self.config.windows
         }
 
-    def make_caches(self, num_rows: int, num_slots: int) -> Caches:
-        """Empty key-value caches: one of `cached.empty_cache` a layer.
-
-        Scanned layers have theirs stacked on a leading L axis. Unrolled layers have their own
-        arrays, so that a new token is written in place.
-        """
-        c = self.config
-        one = cached.empty_cache(num_rows, num_slots, c.num_kv_heads, c.head_dim, self.dtype)
-        if self.scan_layers:
-            return jax.tree.map(lambda x: jnp.zeros((c.num_layers, *x.shape), x.dtype), one)
-        return tuple(jax.tree.map(jnp.zeros_like, one) for _ in range(c.num_layers))
+    @property
+    def _scores(self) -> dict[str, float]:
+        return {"scale": self.config.score_scale, "cap": self.config.attn_cap}
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
         """[..., D] -> [..., V] float32, see `Logits`: for decoding, a token at a time."""
         head = self.head(params).astype(self.dtype)
         product = jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=jnp.float32)
         return Logits.of(self.config)(product)
+
+
+def _within(distance: jax.Array, window: int) -> jax.Array:
+    """Which keys so far behind a query a window has; 0: all."""
+    return distance < window if window else jnp.bool(True)

@@ -149,13 +149,13 @@ class Attention(nnx.Module):
     def __call__(
         self, x: jax.Array, attend: Attend, cache: Cache | None
     ) -> tuple[jax.Array, Cache | None]:
-        """[R, T, D] -> [R, T, D]."""
+        """[R, T, D] -> [R, T, D], and what attention keeps."""
         q, k, v = self.q(x), self.k(x), self.v(x)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        out, cache = attend(q, k, v, cache)
+        out, kept = attend(q, k, v, cache)
         out = constrain(out, "rows", None, "heads", None)
-        return self.o(out), cache
+        return self.o(out), kept
 
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu}

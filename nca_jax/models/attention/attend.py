@@ -9,9 +9,10 @@ NEVER = -1e30  # finite: a query without a key gives exp(NEVER - NEVER), never n
 KEPT = "kept"  # products
 ATTENDED = "attended"  # the output of attention and its log-sum: without them it runs again
 
-Cache = dict[str, jax.Array]  # keys and values of one layer; only decoding has one
-Caches = Cache | tuple[Cache, ...]  # of all layers: stacked, [L, ...], or one each
+# Keys and values, of one layer or stacked of all, [L, ...]; sampling alone has them.
+Cache = dict[str, jax.Array]
 
-# attend(q [R, T, N, H], k [R, T, G, H], v [R, T, G, H], cache) -> (out [R, T, N, H], cache)
+# attend(q [R, T, N, H], k [R, T, G, H], v [R, T, G, H], cache) -> (out [R, T, N, H], what is kept)
+# `cache` is read alone. What is kept is of the tokens at hand; None: nothing.
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Cache | None], tuple[jax.Array, Cache | None]]
 Attends = Mapping[int, Attend]  # of each of `ModelConfig.windows`
