@@ -10,7 +10,7 @@ a slot from before the lane began is not looked at.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -277,15 +277,10 @@ def _logps(logits: jax.Array, token: jax.Array) -> jax.Array:
     )
 
 
-def lane_specs() -> Lanes:
-    """Returns where lanes are: split as rows are, and their heads as heads."""
+def lane_specs() -> Any:
+    """Returns Lanes of PartitionSpecs: they are split as rows are, and their heads as heads."""
     rows, heads = P(ROWS), ACTIVATION_RULES["heads"]
-    of_all = dict.fromkeys(Lanes._fields, rows)
-    return Lanes(
-        **of_all
-        | {
-            "prompt": {"k": P(None, ROWS, heads), "v": P(None, ROWS, heads)},
-            "new": {"k": P(None, ROWS, None, heads), "v": P(None, ROWS, None, heads)},
-            "step": P(),
-        }
-    )
+    prompt, new = P(None, ROWS, heads), P(None, ROWS, None, heads)
+    specs: dict[str, Any] = dict.fromkeys(Lanes._fields, rows)
+    specs |= {"prompt": {"k": prompt, "v": prompt}, "new": {"k": new, "v": new}, "step": P()}
+    return Lanes(**specs)
