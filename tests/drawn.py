@@ -16,14 +16,14 @@ def sampler_of(
     temperature: float = 0.0,
     eos_ids: tuple[int, ...] = (),
     key_off_ids: tuple[int, ...] = (),
-    **how: float,
+    top_p: float = 1.0,
 ):
     """Returns `sample(params, prompts [N, P], lengths [N], keys [N]) -> Found`, jitted."""
     sampler = make_sampler(
         model,
         num_samples=num_samples,
         max_new_tokens=max_new_tokens,
-        how=How(temperature, **how),
+        how=How(temperature, top_p=top_p),
         eos_ids=eos_ids,
         key_off_ids=key_off_ids,
         logps=True,
@@ -36,7 +36,8 @@ def sampler_of(
         lengths = jnp.asarray(lengths)
         lanes = sampler.prefill(params, lanes, prompts, lengths, jnp.arange(num), keys)
         ended = jnp.zeros((num, num_samples), bool)
-        for _ in range(-(-max_new_tokens // BLOCK)):
+        lanes, found = sampler.decode(params, lanes, ended)
+        for _ in range(max_new_tokens // BLOCK):
             lanes, found = sampler.decode(params, lanes, ended)
         return found
 

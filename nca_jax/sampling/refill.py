@@ -176,5 +176,7 @@ def _look(
     for lane in running:
         for s, size in enumerate(found.sizes[lane].tolist()):
             if not size_at_stop[lane, s]:
-                size_at_stop[lane, s] = stop(found.tokens[lane, s, :size], int(looked[lane, s]))
+                size_at_stop[lane, s] = stop(
+                    np.asarray(found.tokens[lane, s, :size]), int(looked[lane, s])
+                )
                 looked[lane, s] = size

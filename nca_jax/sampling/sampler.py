@@ -10,7 +10,7 @@ a slot from before the lane began is not looked at.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -203,13 +203,21 @@ def make_sampler(
         place = jnp.arange(lanes.key_on.shape[1])[None]  # slot = position inside a prompt
         most = _most(lanes.lengths)
 
-        def is_running(carry: tuple[jax.Array, Lanes]) -> jax.Array:
-            block, lanes = carry
+        def written(lanes: Lanes, last: Cache) -> Cache:
+            write, ring = jax.lax.dynamic_update_slice_in_dim, (lanes.step - 1) % max_new_tokens
+            return {name: write(x, last[name], ring, axis=4) for name, x in lanes.new.items()}
+
+        def is_running(carry: tuple[jax.Array, Lanes, Cache]) -> jax.Array:
+            block, lanes, _ = carry
             return (block < BLOCK) & ~jnp.all(lanes.done)
 
-        def next_token(carry: tuple[jax.Array, Lanes]) -> tuple[jax.Array, Lanes]:
-            block, lanes = carry
-            ring, behind = lanes.step % max_new_tokens, (lanes.count - 1)[:, None]
+        def next_token(
+            carry: tuple[jax.Array, Lanes, Cache],
+        ) -> tuple[jax.Array, Lanes, Cache]:
+            block, lanes, last = carry
+            # Before the layers read: what is written after them, unrolled, is a copy of the ring.
+            lanes = lanes._replace(new=written(lanes, last))
+            behind = (lanes.count - 1)[:, None]
             at = lanes.lengths[:, None] + behind  # [N, 1], the position of the tokens before
             age = ((lanes.step - new) % max_new_tokens)[None]  # [1, T], of what lies in a slot
             attends = model.over_lanes(lanes.key_on, at - place, (age > 0) & (age <= behind), age)
@@ -235,12 +243,7 @@ def make_sampler(
             found = lanes.logps
             if logps:
                 found = jnp.where(is_here, _logps(logits, token)[:, :, None], found)
-            write = jax.lax.dynamic_update_slice_in_dim
-            return block + 1, lanes._replace(
-                new={
-                    name: write(x, kept[name][:, :, :, :, None], ring, axis=4)
-                    for name, x in lanes.new.items()
-                },
+            lanes = lanes._replace(
                 step=lanes.step + 1,
                 count=lanes.count + jnp.any(running, axis=1),
                 tokens=jnp.where(is_here, token[:, :, None], lanes.tokens),
@@ -248,11 +251,15 @@ def make_sampler(
                 done=lanes.done | _ends(token) | (sizes == max_new_tokens),
                 logps=found,
             )
+            return block + 1, lanes, {name: x[:, :, :, :, None] for name, x in kept.items()}
 
         whole = lanes
         lanes = lanes._replace(prompt={}, done=lanes.done | ended)  # prompts are read, not carried
-        _, lanes = jax.lax.while_loop(is_running, next_token, (jnp.int32(0), lanes))
-        lanes = lanes._replace(prompt=whole.prompt)
+        read, ring = jax.lax.dynamic_slice_in_dim, (lanes.step - 1) % max_new_tokens
+        last = {name: read(x, ring, 1, axis=4) for name, x in lanes.new.items()}
+        start = (jnp.int32(0), lanes, last)
+        _, lanes, last = jax.lax.while_loop(is_running, next_token, start)
+        lanes = lanes._replace(prompt=whole.prompt, new=written(lanes, last))
         return lanes, Found(lanes.tokens, lanes.sizes, lanes.done, lanes.logps)
 
     def _ends(token: jax.Array) -> jax.Array:
@@ -277,15 +284,10 @@ def _logps(logits: jax.Array, token: jax.Array) -> jax.Array:
     )
 
 
-def lane_specs() -> Lanes:
-    """Returns where lanes are: split as rows are, and their heads as heads."""
+def lane_specs() -> Any:
+    """Returns Lanes of PartitionSpecs: they are split as rows are, and their heads as heads."""
     rows, heads = P(ROWS), ACTIVATION_RULES["heads"]
-    of_all = dict.fromkeys(Lanes._fields, rows)
-    return Lanes(
-        **of_all
-        | {
-            "prompt": {"k": P(None, ROWS, heads), "v": P(None, ROWS, heads)},
-            "new": {"k": P(None, ROWS, None, heads), "v": P(None, ROWS, None, heads)},
-            "step": P(),
-        }
-    )
+    prompt, new = P(None, ROWS, heads), P(None, ROWS, None, heads)
+    specs: dict[str, Any] = dict.fromkeys(Lanes._fields, rows)
+    specs |= {"prompt": {"k": prompt, "v": prompt}, "new": {"k": new, "v": new}, "step": P()}
+    return Lanes(**specs)
