@@ -245,7 +245,7 @@ def rounds(
             for number in range(1, how.number + 1):
                 folder = folder_of(workdir, number)
                 one = read_round(folder)
-                if one is not None and one.first < one.last <= int(state.step):
+                if one is not None and one.first < int(state.step) >= one.last:  # it is over
                     first = one.last
                     continue
                 if how.reference == "previous":
