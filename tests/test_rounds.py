@@ -147,6 +147,7 @@ def test_rounds_without_a_signal_say_so_and_train_nothing(data, tmp_path, capsys
     assert run_rounds(data, tmp_path, *flags, scorer="answer") == 0
     said = capsys.readouterr().out
     assert "round 1 has no signal" in said and "round 2 has no signal" in said
+    assert "nothing was trained" in said and "next: " not in said
     assert metric_lines(tmp_path, "train") == []
     assert [x["tied"] for x in metric_lines(tmp_path, "rounds")] == [1.0, 1.0]
 
