@@ -218,7 +218,7 @@ class Policy(TemplateLM):
         return [shared.postprocess_generated_text(text, until, None) for text in texts]
 
     def _generator(self, until: Sequence[str], **how: Any) -> Generate:
-        """Returns `make_generator` with these fields of `generate`; it is kept with its programs."""
+        """Returns `make_generator` with these fields of `generate`, kept with its programs."""
         key = (*until, *how.items())
         if key not in self._generators:
             self._generators[key] = make_generator(

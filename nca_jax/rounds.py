@@ -296,8 +296,8 @@ def rounds(
     print(f"done: {how.number} rounds, {step} steps in {workdir}, {took} since the start")
     if not step:  # and there is no checkpoint
         print(
-            "no round had a signal, so nothing was trained: more rounds.samples, easier prompts or a "
-            "scorer that says more than right and wrong give one"
+            "no round had a signal, so nothing was trained: more rounds.samples, easier prompts or "
+            "a scorer that says more than right and wrong give one"
         )
         return 0
     next_ones = advice.what_next(workdir, can_evaluate=bool(len(data.heldout)), can_sample=True)

@@ -93,7 +93,6 @@ def ask(process: subprocess.Popen, task: str, limit: int | None) -> dict:
     raise RuntimeError(f"{task}: a side ended without an answer.")
 
 
-
 def answer(side: str, out: Path, batch_size: int) -> None:
     """Answers what `ask` asks, line by line, until there is nothing more."""
     os.environ["HF_HUB_OFFLINE"] = "1"
