@@ -27,7 +27,6 @@ from nca_jax.checks import run_main
 ARMS = {  # {name: (loss, K)}
     "reward model, infonca, K=4": ("infonca", 4),
     "reward model, dpo (Bradley-Terry), K=2": ("dpo", 2),
-    "reward model, infonca, K=10": ("infonca", NUM_ANSWERS),
 }
 POLICIES = ("infonca, K=4", "dpo, K=2", "nca, K=10")  # of `real`
 FLAGS = (

@@ -25,7 +25,6 @@ SMOKE = {"made_arithmetic": 10, "made_choices": 3, "made_answers": 2, "made_text
 FIRST = 2  # documents of a first call
 SIDES = ("transformers", "ours")
 ANSWER = "answer: "  # what a side prints before one
-HOW = dict(fewshot=1, until=["\n\n"], tokens=16, words=150)
 
 
 def main() -> None:
@@ -40,10 +39,11 @@ def main() -> None:
         answer(args.side, args.out, args.batch_size)
         return
     if not (args.out / "tasks").exists():
-        write_tasks(args.out / "tasks", SMOKE if args.smoke else COUNTS, **HOW)
+        counts = SMOKE if args.smoke else COUNTS
+        write_tasks(args.out / "tasks", counts, fewshot=1, until=["\n\n"], tokens=16, words=150)
     write_model(args.out / "HF")
     processes = {side: open_side(side, args) for side in SIDES}
-    found = {side: {task: {"laps": []} for task in TASKS} for side in SIDES}
+    found: dict[str, dict[str, dict]] = {x: {task: {"laps": []} for task in TASKS} for x in SIDES}
     turns = itertools.cycle([SIDES, SIDES[::-1]])
     for _ in range(1 + args.rounds):
         for task in TASKS:
@@ -120,7 +120,7 @@ def open_theirs(folder: Path, batch_size: int):
     return HFLM(str(folder), device="cpu", dtype="float32", batch_size=batch_size)
 
 
-def open_ours(folder: Path, _: int):
+def open_ours(folder: Path, batch_size: int):  # which it chooses itself
     import jax
 
     from nca_jax import build
