@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.stages import Wrapped
 from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]  # an extra
 from lm_eval.models import utils as shared  # pyright: ignore[reportMissingImports]
 from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
@@ -24,19 +25,20 @@ from nca_jax.axes import Params
 from nca_jax.build import Run, with_generate, with_rows_for
 from nca_jax.checks import UserError
 from nca_jax.data.group import Group
-from nca_jax.data.pack import segment_spans
+from nca_jax.data.pack import RowLayout, segment_spans
 from nca_jax.data.room import row_layout
 from nca_jax.data.sources import RecordError
 from nca_jax.data.template import apply_template
 from nca_jax.evaluators import make_misses, score_responses
 from nca_jax.infra.progress import phase
 from nca_jax.protocols import Tokenizer
-from nca_jax.rollout import make_generator
+from nca_jax.rollout import Generate, make_generator
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]
 
 NUM_SLOTS = 1024  # continuations that are packed together
+ROOM = 1024  # tokens of a row up to which they go by powers of two
 NEW_TOKENS = 256  # of an answer, where a task does not say
 # What a task may ask.
 SAMPLING = ("until", "do_sample", "temperature", "top_k", "top_p", "min_p", "max_gen_toks")
@@ -57,6 +59,8 @@ class Policy(TemplateLM):
             raise UserError("lm-eval asks in text: set config.data.tokenizer.")
         self.run, self.params = run, params
         self.tokenizer: Tokenizer = run.tokenizer
+        self._programs: dict[RowLayout, Wrapped] = {}
+        self._generators: dict[tuple, Generate] = {}  # by where they end, and how they sample
 
     @property
     def eot_token_id(self) -> int:
@@ -146,22 +150,32 @@ class Policy(TemplateLM):
         """Returns `make_misses` of the responses of all groups, in order, [2, responses]."""
         if not groups:
             return np.zeros((2, 0), np.float32)
-        align = self.run.config.data.align
-        run = with_rows_for(self.run, [_row_tokens(group, align) for group in groups])
-        data = run.config.data
-        how = dict(num_slots=NUM_SLOTS, block=data.block, chunk=run.config.loss.logits_chunk)
-        misses = jax.jit(
-            make_misses(run.model, **how),
-            out_shardings=NamedSharding(run.mesh, P()),
-            compiler_options=run.compiler_options,
-        )
+        misses, layout = self._misses(groups)
         return score_responses(
             lambda rows: misses(self.params, rows),
             groups,
-            row_layout(data),
+            layout,
             num_slots=NUM_SLOTS,
-            mesh=run.mesh,
+            mesh=self.run.mesh,
         )
+
+    def _misses(self, groups: Sequence[Group]) -> tuple[Wrapped, RowLayout]:
+        """Returns `make_misses`, jitted, and the layout of rows that hold such groups.
+
+        Programs are kept: a task whose rows another one has had waits for no compiler.
+        """
+        tokens = max(_row_tokens(group, self.run.config.data.align) for group in groups)
+        run = with_rows_for(self.run, [_rounded(tokens, self.max_length + 1)])
+        data = run.config.data
+        layout = row_layout(data)
+        if layout not in self._programs:
+            how = dict(num_slots=NUM_SLOTS, block=data.block, chunk=run.config.loss.logits_chunk)
+            self._programs[layout] = jax.jit(
+                make_misses(run.model, **how),
+                out_shardings=NamedSharding(run.mesh, P()),
+                compiler_options=run.compiler_options,
+            )
+        return self._programs[layout], layout
 
     def generate_until(self, requests: "list[Instance]", disable_tqdm: bool = False) -> list[str]:
         """Returns an answer to each context, as the task's generation_kwargs say."""
@@ -191,8 +205,8 @@ class Policy(TemplateLM):
                 f"a task asks for {how['max_gen_toks']} new tokens, and the model was made for "
                 f"{self.max_length}: lower max_gen_toks in its generation_kwargs."
             )
-        run = with_generate(
-            self.run,
+        generate = self._generator(
+            until,
             num_samples=1,
             max_new_tokens=how["max_gen_toks"],
             temperature=float(how["temperature"]) if how["do_sample"] else 0.0,
@@ -200,11 +214,17 @@ class Policy(TemplateLM):
             top_p=float(how.get("top_p", 1.0)),
             min_p=float(how.get("min_p", 0.0)),
         )
-        generate = make_generator(run, until)
         prompts = [np.array(self.tok_encode(text)[-room:], np.int32) for text in contexts]
-        samples = generate(self.params, prompts, run.config.seed)
+        samples = generate(self.params, prompts, self.run.config.seed)
         texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for (ids,) in samples]
         return [shared.postprocess_generated_text(text, until, None) for text in texts]
+
+    def _generator(self, until: Sequence[str], **how: Any) -> Generate:
+        """Returns `make_generator` with these fields of `generate`, kept with its programs."""
+        key = (*until, *how.items())
+        if key not in self._generators:
+            self._generators[key] = make_generator(with_generate(self.run, **how), until)
+        return self._generators[key]
 
 
 def _row_tokens(group: Group, align: int) -> int:
@@ -215,3 +235,15 @@ def _row_tokens(group: Group, align: int) -> int:
         for lengths in (responses, [max(responses)])
     )
     return min(whole, 2 * longest)
+
+
+def _rounded(tokens: int, usual: int) -> int:
+    """Returns one of few sizes that holds so many tokens, so that tasks share programs.
+
+    It is a power of two, above `ROOM` a multiple of a quarter of one; or `usual`, tokens of a whole
+    window, of which long texts are full, where that is the next to hold them.
+    """
+    power = 1 << (tokens - 1).bit_length()
+    step = power if power <= ROOM else power // 8
+    size = -(-tokens // step) * step
+    return usual if tokens <= usual < size else size

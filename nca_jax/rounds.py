@@ -250,7 +250,7 @@ def rounds(
             for number in range(1, how.number + 1):
                 folder = folder_of(workdir, number)
                 one = read_round(folder)
-                if one is not None and one.first < one.last <= int(state.step):
+                if one is not None and one.first < int(state.step) >= one.last:  # it is over
                     first = one.last
                     continue
                 if how.reference == "previous":
@@ -299,6 +299,12 @@ def rounds(
         return 0
     took = progress.duration(time.perf_counter() - started)
     print(f"done: {how.number} rounds, {step} steps in {workdir}, {took} since the start")
+    if not step:  # and there is no checkpoint
+        print(
+            "no round had a signal, so nothing was trained: more rounds.samples, easier prompts or "
+            "a scorer that says more than right and wrong give one"
+        )
+        return 0
     next_ones = advice.what_next(workdir, can_evaluate=bool(len(data.heldout)), can_sample=True)
     print(*next_ones, sep="\n")
     return 0

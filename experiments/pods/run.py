@@ -69,6 +69,7 @@ LONG_ROWS = ("v5p:4x4x4", "v6e:8x8")
 HOSTS = ("v5e:2x4", "v6e:2x4")
 SAMPLED_ON = ("v5p:4x4x4", "v5e:4x4", "v5e:2x4")
 SAMPLES = ("--config.generate.num_samples=8", "--config.generate.batch_size=64")
+REWARD = "configs/reward_model.py:files=rows.jsonl.gz,init_from=HF_FOLDER"
 ON_A_HOST = ("smollm2_135m", "qwen3_0_6b", "mistral_7b", "llama3_8b")
 
 
@@ -126,6 +127,10 @@ def cells() -> list[Cell]:
         Cell(f"host-{model}-{topology}", model, "live", topology, flags=SIZES, config=OWN_RECORDS)
         for topology in HOSTS
         for model in ON_A_HOST
+    ]
+    table += [
+        Cell(f"reward-{model}-v5e:2x4", model, "none", "v5e:2x4", flags=SIZES, config=REWARD)
+        for model in ON_A_HOST[:2]
     ]
     table += [
         Cell(

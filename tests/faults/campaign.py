@@ -24,6 +24,7 @@ from nca_jax.data.tfds_source import TfdsSource
 from nca_jax.infra.checkpoint import restore_params
 from nca_jax.infra.mesh import host_mesh
 from nca_jax.infra.steps import saved_step
+from nca_jax.model_config import MODELS
 from nca_jax.models.decoder import Model
 from nca_jax.models.formats.hf import read_config
 
@@ -147,10 +148,11 @@ def name_of(number: int, job: Job) -> str:
 # What jobs leave behind
 
 
-def run_result(workdir: Path, model: Path = MODEL) -> Any:
-    """The metrics of a run, without times, and its last parameters."""
+def run_result(workdir: Path, model: Path | str = MODEL) -> Any:
+    """The metrics of a run, without times, and its last parameters. `model`: a folder or a size."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    shapes = Model(read_config(model)).abstract_params()
+    config = MODELS[model] if isinstance(model, str) else read_config(model)
+    shapes = Model(config).abstract_params()
     params = restore_params(workdir, shapes, host_mesh())
     digest = hashlib.sha256()
     for x in jax.tree.leaves(params):

@@ -95,12 +95,28 @@ def generate(tmp_path) -> Job:
     )
 
 
-JOBS = (train, precompute, sweep, export, prepare, generate)
+def rounds(tmp_path) -> Job:
+    records = write_records(tmp_path / "records.jsonl", num_rows=8)
+    flags = [
+        *(*text_flags(records), f"--prompts={records}", "--scorer=length", "--config.save_every=1"),
+        *("--config.rounds.number=3", "--config.rounds.prompts=3", "--config.rounds.samples=2"),
+        *("--config.rounds.steps=2", "--config.rounds.reference=previous", "--config.eval_every=2"),
+    ]
+
+    def result(to: Path):
+        files = {path: x for path, x in files_result(to / "run/rounds").items() if ".json" in path}
+        return files, run_result(to / "run", "tiny")
+
+    return Job("rounds", lambda to: nca_jax("rounds", *flags, f"--workdir={to}/run"), result)
+
+
+JOBS = (train, precompute, sweep, export, prepare, generate, rounds)
+SLOW = (sweep, rounds)  # jobs that take several times as long as the others
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.__name__)
 def test_a_command_killed_at_any_moment_ends_as_if_it_never_was(job, tmp_path, tries, seed, tally):
-    tries = tries // 2 if job is sweep else tries  # it takes five times as long as the others
+    tries = tries // 2 if job in SLOW else tries
     stop_at_random(
         job(tmp_path), tmp_path / "stops", [signal.SIGKILL], tries=tries, seed=seed, tally=tally
     )
