@@ -65,7 +65,7 @@ def asked(tmp_path, monkeypatch):
         return tokenizer
 
     monkeypatch.setattr(build, "load_tokenizer", load_tokenizer)
-    monkeypatch.setattr(generate, "policy_params", lambda *_: {"a": np.zeros(2)})
+    monkeypatch.setattr(generate, "policy_params", lambda *_, **__: {"a": np.zeros(2)})
 
     def ask(format: str, questions: str, out: str, *flags: str) -> tuple[str, list]:
         argv = ["generate", "--config=configs/jsonl.py:files=none,smoke", "--config.data.rows=8"]
