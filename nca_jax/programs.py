@@ -214,6 +214,12 @@ def prompts_at_once(run: Run) -> int:
     return -(-max(1, how.batch_size // how.num_samples) // shards) * shards
 
 
+def drawn_how(run: Run) -> How:
+    """Returns how `config.generate` has tokens drawn."""
+    how = run.config.generate
+    return How(how.temperature, how.top_k, how.top_p, how.min_p)
+
+
 def jit_sampler(run: Run) -> Programs:
     """Returns sampling as `config.generate` says, jitted over the mesh; see `sampling.sampler`.
 
@@ -227,7 +233,7 @@ def jit_sampler(run: Run) -> Programs:
         run.model,
         num_samples=how.num_samples,
         max_new_tokens=how.max_new_tokens,
-        how=How(how.temperature, how.top_k, how.top_p, how.min_p),
+        how=drawn_how(run),
         eos_ids=run.eos_ids,
         key_off_ids=(
             key_off_ids(run.tokenizer, run.eos_ids) if run.config.data.format == "released" else ()

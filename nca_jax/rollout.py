@@ -20,7 +20,7 @@ from nca_jax.data.room import row_layout
 from nca_jax.evaluators import make_kl, score_responses
 from nca_jax.infra import distributed
 from nca_jax.infra.progress import first_call
-from nca_jax.programs import jit_sampler, serving_run
+from nca_jax.programs import drawn_how, jit_sampler, serving_run
 from nca_jax.reward_model import open_reward_model
 from nca_jax.rewards.scorers import REWARD_MODEL, Scorer, get_scorer, score_all
 from nca_jax.sampling.draw import How
@@ -237,8 +237,7 @@ def make_batch_generator(run: Run, stops: Sequence[str] | None = None) -> Sample
 
 def draws_policy(run: Run) -> bool:
     """Whether samples follow the policy itself: nothing is sharpened, or cut off."""
-    how = run.config.generate
-    return How(how.temperature, how.top_k, how.top_p, how.min_p) == How()
+    return drawn_how(run) == How()
 
 
 def make_sample_kl(run: Run, num_prompts: int) -> SampleKl:
