@@ -6,6 +6,7 @@ Blocks go on from one row to the next: no width is a multiple of 64. digests.jso
 bitsandbytes makes of each matrix, in float32.
 """
 
+import copy
 import hashlib
 import json
 import shutil
@@ -42,10 +43,28 @@ def make(folder: Path, *, double: bool, model_type: str = "mistral"):
 def dequantised(model) -> dict[str, torch.Tensor]:
     """Returns {tensor name: its values in float32} of what is quantised."""
     return {
-        f"{name}.weight": dequantize_4bit(module.weight.data, module.weight.quant_state).float()
+        f"{name}.weight": values(module.weight)
         for name, module in model.named_modules()
         if isinstance(module, Linear4bit)
     }
+
+
+def values(weight) -> torch.Tensor:
+    """Returns what bitsandbytes makes of one matrix, in float32.
+
+    Taken as one long row: with AVX-512 its kernel (0.50.2) starts a block anew at every row, where
+    its quantisation, its other kernels and CUDA's let a block go on.
+    """
+    state = copy.deepcopy(weight.quant_state)
+    shape, state.shape = state.shape, torch.Size([1, state.shape.numel()])
+    return dequantize_4bit(weight.data.reshape(-1, 1), state).float().reshape(shape)
+
+
+def dense(model, folder: Path):
+    """Returns folder/whole with `dequantised` in place: the quantised model in plain products."""
+    whole = AutoModelForCausalLM.from_pretrained(folder / "whole", dtype=torch.float32)
+    assert not whole.load_state_dict(dequantised(model), strict=False).unexpected_keys
+    return whole.eval()
 
 
 if __name__ == "__main__":
