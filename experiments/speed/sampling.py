@@ -7,9 +7,9 @@ The model is SmolLM2-135M in float32 on both sides, at temperature 1. Prompts ar
 the file in order of length, so that they differ as much as they can, and cut at --longest tokens.
 Each side samples --samples responses to each, of --tokens at most, to the end of a turn.
 transformers has each of --batches rows at once, its prompts sorted by length and padded on the
-left; the best counts. Ours has --ours rows at once. Both say how many tokens they sampled, and are
-timed after a pass that compiles ours and warms theirs; prompts are encoded outside. Greedy tokens
-must agree on the first prompts before anything is timed. Wants the extras demo and torch, and a
+left; the best counts. Ours has --ours rows at once. Both say how many tokens they sampled. Greedy
+tokens must agree on the first prompts before anything is timed, which warms theirs; ours is timed
+after a pass that compiles it. Prompts are encoded outside. Wants the extras demo and torch, and a
 machine that does nothing else.
 """
 
@@ -59,9 +59,11 @@ def main() -> None:
     with jax.set_mesh(run.mesh):
         params = policy_params(run, "")
         generate = make_generator(run)
-        sides: dict[str, Callable[[], Samples]] = {
-            f"nca_jax, {args.ours} rows": lambda: as_lists(generate(params, prompts, 0))
-        }
+
+        def ours() -> Samples:
+            return as_lists(generate(params, prompts, 0))
+
+        sides: dict[str, Callable[[], Samples]] = {f"nca_jax, {args.ours} rows": ours}
         if args.batches:
             model = opened()
             check_greedy(run, params, model, prompts, args)
@@ -71,8 +73,8 @@ def main() -> None:
                     model, prompts, ends, args, batch
                 )
         found = {}
+        ours()
         for name, side in sides.items():
-            side()
             found[name] = [timed(side) for _ in range(args.rounds)]
     lengths = [len(ids) for ids in prompts]
     print(
@@ -97,7 +99,7 @@ def ours_run(args: argparse.Namespace) -> build.Run:
         "batch_size": args.ours,
     }
     flags = [f"--config.generate.{name}={value}" for name, value in how.items()]
-    flags += [f"--config.data.max_prompt_len={args.longest}", "--config.model.scan_layers=False"]
+    flags.append(f"--config.data.max_prompt_len={args.longest}")
     config = f"--config=configs/jsonl.py:files=none,init_from={MODEL}"
     return build.build(parse_flags(["sampling", config, *flags], sections=("generate",))[0])
 

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+GROUPS = 128  # of neighbouring tokens; devices that share a vocabulary hold whole ones
+
 
 class How(NamedTuple):
     """How tokens are drawn.
@@ -53,7 +55,28 @@ def allowed(logits: jax.Array, how: How) -> jax.Array:
 
 
 def draw(logits: jax.Array, keys: jax.Array, how: How) -> jax.Array:
-    """[R, V] of `allowed` and a random key a row, [R] -> [R] int32."""
+    """[R, V] of `allowed` and a random key a row, [R] -> [R] int32.
+
+    One of GROUPS groups is drawn, then one of its tokens: two uniform numbers a row, where the
+    largest of logits with Gumbel noise would take V of them and V logarithms.
+    """
     if how.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+    logits = jnp.pad(logits, ((0, 0), (0, -logits.shape[1] % GROUPS)), constant_values=-jnp.inf)
+    weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    groups = weights.reshape(len(logits), GROUPS, -1)  # [R, GROUPS, tokens]
+    at_group, at_token = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys).T
+    group = _drawn(jnp.sum(groups, axis=-1), at_group)
+    # A masked sum, not a gather: where the vocabulary is split, a group is sent and not all of it.
+    is_drawn = jnp.arange(GROUPS)[None, :, None] == group[:, None, None]
+    token = _drawn(jnp.sum(jnp.where(is_drawn, groups, 0), axis=1), at_token)
+    return (group * groups.shape[2] + token).astype(jnp.int32)
+
+
+def _drawn(weights: jax.Array, at: jax.Array) -> jax.Array:
+    """[R, n] of any sum and numbers in [0, 1), [R] -> [R]: where the sum of the weights reaches it.
+
+    Never one whose weight is 0, though sums in float32 may fall by a rounding from one to the next.
+    """
+    so_far = jnp.where(weights > 0, jnp.cumsum(weights, axis=-1), 0)
+    return jnp.argmax(so_far > at[:, None] * jnp.max(so_far, axis=-1, keepdims=True), axis=-1)

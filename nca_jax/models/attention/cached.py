@@ -58,27 +58,29 @@ def lane(prompt: jax.Array, new: jax.Array, *, scale: float, cap: float = 0.0) -
             scores = jnp.einsum(form, q, keys, preferred_element_type=jnp.float32)
             return _capped(scores * scale, cap)
 
+        def turned(x: jax.Array) -> jax.Array:  # [M, S, G, ...] <-> [M, G, S, ...]
+            return x.swapaxes(1, 2)
+
+        # One softmax over three parts, which are nowhere laid side by side. That of the prompt is
+        # [M, G, S, J, P] throughout: as its products have it, so that none of them transposes.
         of_prompt = scored("msgjh,mghp->mgsjp", cache["prompt_k"])
+        of_prompt = jnp.where(prompt[:, None, None, None], of_prompt, NEVER)
         of_new = scored("msgjh,msgwh->msgjw", cache["new_k"])
-        parts = [
-            jnp.where(prompt[:, None, None, None], of_prompt, NEVER).transpose(0, 2, 1, 3, 4),
-            jnp.where(new[:, None, None, None], of_new, NEVER),
-            scored("msgjh,msgh->msgj", k)[..., None],
-        ]
-        # One softmax over three parts, which are nowhere laid side by side.
-        top = parts[2][..., 0]
-        for part in parts[:2]:
-            top = jnp.maximum(top, jnp.max(part, axis=-1))
-        of_prompt, of_new, own = (jnp.exp(part - top[..., None]) for part in parts)
-        total = jnp.sum(of_prompt, axis=-1) + jnp.sum(of_new, axis=-1) + own[..., 0]
+        of_new = jnp.where(new[:, None, None, None], of_new, NEVER)
+        own = scored("msgjh,msgh->msgj", k)
+        top = jnp.maximum(turned(jnp.max(of_prompt, axis=-1)), jnp.max(of_new, axis=-1))
+        top = jnp.maximum(top, own)
+        of_prompt = jnp.exp(of_prompt - turned(top)[..., None])
+        of_new, own = jnp.exp(of_new - top[..., None]), jnp.exp(own - top)
+        total = turned(jnp.sum(of_prompt, axis=-1)) + jnp.sum(of_new, axis=-1) + own
 
         def values(form: str, weights: jax.Array, of: jax.Array) -> jax.Array:
             weights = weights.astype(of.dtype)
             return jnp.einsum(form, weights, of, preferred_element_type=jnp.float32)
 
-        out = values("msgjp,mgph->msgjh", of_prompt, cache["prompt_v"])
+        out = turned(values("mgsjp,mgph->mgsjh", of_prompt, cache["prompt_v"]))
         out += values("msgjw,msgwh->msgjh", of_new, cache["new_v"])
-        out += own * v[:, :, :, None].astype(jnp.float32)
+        out += own[..., None] * v[:, :, :, None].astype(jnp.float32)
         out = (out / total[..., None]).astype(v.dtype)
         return out.reshape(lanes, samples, num_heads, head_dim), {"k": k, "v": v}
 
