@@ -19,7 +19,7 @@ from nca_jax.models.decoder import Model
 from nca_jax.models.formats.pretrained import load_tokenizer
 from nca_jax.models.lora import Lora
 from nca_jax.sampling import refill
-from nca_jax.sampling.draw import How, allowed
+from nca_jax.sampling.draw import How, allowed, draw
 from nca_jax.sampling.sampler import make_sampler
 from nca_jax.sampling.stops import stop_at
 
@@ -173,3 +173,15 @@ def test_top_k_top_p_and_min_p_leave_the_tokens_that_they_say():
     assert left(How(min_p=0.3)) == [1, 3, 4] and left(How(min_p=0.5)) == [1, 3]
     # At temperature 1/2 the shares are squared.
     assert left(How(0.5, min_p=0.3)) == [1, 3]
+
+
+def test_draws_have_the_shares_of_the_logits_in_any_group_and_never_a_token_that_may_not_come():
+    rng, num = np.random.default_rng(0), 20_000
+    logits = rng.normal(size=1000).astype(np.float32)  # not a multiple of the groups
+    logits[rng.choice(1000, 900, replace=False)] = -np.inf  # whole groups have none
+    keys = jax.random.split(jax.random.key(0), num)
+    rows = jnp.broadcast_to(logits, (num, 1000))
+    drawn = np.bincount(jax.jit(draw, static_argnums=2)(rows, keys, How()), minlength=1000) / num
+    probs = np.exp(logits) / np.exp(logits).sum()
+    # Five standard deviations of a binomial frequency.
+    assert (np.abs(drawn - probs) <= 5 * np.sqrt(probs * (1 - probs) / num)).all()
