@@ -128,8 +128,8 @@ def test_a_round_without_a_signal_is_over_once_a_later_one_has_trained(
 
     def tied_in_the_second(*args):
         calls.append(args)
-        scored = score(*args)
-        return [x | {"scores": [1.0] * 3} for x in scored] if len(calls) == 2 else scored
+        scores = [1.0, 1.0, 1.0] if len(calls) == 2 else [0.0, 0.5, 1.0]
+        return [x | {"scores": scores} for x in score(*args)]
 
     flags = ["--config.rounds.reference=previous", "--config.data.files=", "--config.eval_every=0"]
     monkeypatch.setattr(one_round, "score_samples", tied_in_the_second)
