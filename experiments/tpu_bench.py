@@ -40,6 +40,7 @@ from nca_jax.flags import parse_flags
 from nca_jax.infra.compiler import OPTIONS
 from nca_jax.infra.mesh import put_batch
 from nca_jax.infra.records import git_commit
+from nca_jax.params import open_base
 
 K = 4
 GIB = 2**30
@@ -130,7 +131,7 @@ def measure(work: Work, trial: Trial) -> dict[str, Any]:
     host = Dataset(data.sources, run.config.data, seed=0).batch_at(0)
     host = with_reference(host, np.zeros_like(host.batch.scores))
     with jax.set_mesh(run.mesh):
-        program = compile_step(run, host.batch, live=False)
+        program = compile_step(run, open_base(run), host.batch, live=False)
         on_mesh = put_batch(run.mesh, host.batch, rows)
         state = program.start()
 

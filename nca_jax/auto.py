@@ -19,6 +19,7 @@ TIMES = 10  # evaluations and checkpoints of a run, at most
 APART = 10  # steps between checkpoints, at least: one holds all parameters three times
 SEVERAL = 1024  # tokens of a row that several short prompts may share
 ROUND = 256  # tokens: a multiple of row_len, so that chunks and blocks divide it
+BLOCK = {"gpu": 256, "tpu": 512}  # tokens of attention's blocks (experiments/speed: on a GPU)
 CHUNK, LOGITS = 512, 2**24  # most tokens of a chunk; most logits of it, 64 MiB of float32
 UNROLLED = 4  # most layers that compile as fast unrolled
 LARGE = 10**9  # parameters; from there on a layer's products are not kept for the backward pass
@@ -68,7 +69,7 @@ def choose(
     times = ADAPTERS if "lora" in config else 1
     config.optim.lr = config.optim.lr or times * (LR_LARGE if is_large else LR)
     data.align = data.align or (_align(data.row_len) if platform == "tpu" else 1)
-    data.block = data.block or math.gcd(512 if platform == "tpu" else 64, data.row_len)
+    data.block = data.block or math.gcd(BLOCK.get(platform, 64), data.row_len)
     data.rows = data.rows or shards
     if "generate" in config:
         config.generate.max_new_tokens = config.generate.max_new_tokens or data.max_response_len

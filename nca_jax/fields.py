@@ -205,7 +205,7 @@ FIELDS: dict[str, Field] = {
         1, COUNT_OR_0, "in a micro-batch: a multiple of data * fsdp * expert; 0: it", True, auto=0
     ),
     "data.block": Field(
-        64, COUNT_OR_0, "tokens in an attention block; 0: 64, on TPU 512", True, auto=0
+        64, COUNT_OR_0, "tokens in an attention block; 0: 64, on GPU 256, on TPU 512", True, auto=0
     ),
     "data.row_pairs": Field(0, COUNT_OR_0, "attention block pairs that a row may hold; 0: all"),
     "data.align": Field(

@@ -44,7 +44,7 @@ def test_what_is_open_is_a_value_that_its_field_accepts_and_the_file_of_own_data
     [
         ("tiny", "cpu", ("float32", "none", False), (1, 64, 1e-5)),
         ("smollm2_135m", "cpu", ("float32", "dots", True), (1, 64, 1e-5)),
-        ("smollm2_135m", "gpu", ("bfloat16", "dots", True), (1, 64, 1e-5)),
+        ("smollm2_135m", "gpu", ("bfloat16", "dots", True), (1, 256, 1e-5)),
         ("mistral_7b", "tpu", ("bfloat16", "full", True), (16, 512, 5e-7)),
     ],
 )

@@ -20,6 +20,7 @@ import numpy as np
 from experiments.speed.ours_side import Program, compile_step, config_of, train, with_reference
 from nca_jax import build
 from nca_jax.data.pipeline import Dataset, HostBatch
+from nca_jax.params import open_base
 
 # Group of an instruction: the first whose pattern its op_name has; the einsums are those of
 # models/attention.py and logprobs.py.
@@ -71,7 +72,7 @@ def main() -> None:
     host = Dataset(build.read_data(run).sources, run.config.data, seed=0).batch_at(0)
     host = with_reference(host, np.asarray(job["ref_logps"], np.float32))
     with jax.set_mesh(run.mesh):
-        program = compile_step(run, host.batch, live=False)
+        program = compile_step(run, open_base(run), host.batch, live=False)
         groups = groups_of(program.hlo)
         seconds = collections.Counter()
         for event in trace(program, host):

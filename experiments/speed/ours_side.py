@@ -2,7 +2,7 @@
 
 ours_fast keeps the products of each layer for the backward pass, ours_lean computes layers again.
 `_live` runs the reference in the step; `_cached` is given the log-probabilities that the check
-wrote, as `nca_jax.precompute` does for a run.
+wrote, as `nca_jax.precompute` does for a run; `_bf16` has matmuls in bfloat16.
 """
 
 import time
@@ -14,6 +14,7 @@ import numpy as np
 
 from experiments.speed.clock import Lap, Side, laps, measure
 from nca_jax import build, programs
+from nca_jax.axes import Params
 from nca_jax.batch import Batch
 from nca_jax.data.pipeline import Dataset, HostBatch
 from nca_jax.evaluators import heldout_metrics
@@ -31,7 +32,7 @@ SETTINGS = {
 }
 
 
-def config_of(job: dict, setting: str, *, live: bool):
+def config_of(job: dict, setting: str, *, live: bool, dtype: str = "float32"):
     """Returns the checked config of a job: configs/jsonl.py with the job's sizes."""
     arg = f"files={job['rows']},init_from={job['model']},algo={job['loss']},k={job['k']}"
     flags = {
@@ -56,6 +57,7 @@ def config_of(job: dict, setting: str, *, live: bool):
     }
     if job["adapter"]:
         flags |= {"lora.init_from": job["adapter"]}
+    flags |= {"model.dtype": dtype}
     argv = [f"--config.{name}={value}" for name, value in flags.items()]
     argv = [f"--config=configs/jsonl.py:{arg}", *argv, *SETTINGS[setting], *job["ours_flags"]]
     return parse_flags(["speed", *argv])[0]
@@ -72,11 +74,10 @@ class Program(NamedTuple):
     hlo: str  # the optimised program
 
 
-def compile_step(run: build.Run, batch: Batch, *, live: bool) -> Program:
-    """Compiles the step of `nca_jax.train` for batches of one shape."""
+def compile_step(run: build.Run, base: Params | None, batch: Batch, *, live: bool) -> Program:
+    """Compiles the step of `nca_jax.train` for batches of one shape; `base` is `open_base`'s."""
     optimizer = programs.build_optimizer(run.config, steps=1)
     abstract, _ = programs.abstract_state(run, optimizer.tx)
-    base = open_base(run)
     frozen = Frozen(base, open_reference(run, base) if live else None)
     jitted = programs.jit_train_step(run, optimizer, frozen)
     began = time.perf_counter()
@@ -137,7 +138,7 @@ def check_program(run: build.Run, host: HostBatch, *, live: bool) -> dict:
     ref_logps = np.asarray(step_logps(params, host.batch))
     ref_seconds = time.perf_counter() - began
     host = with_reference(host, None if live else ref_logps)
-    program = compile_step(run, host.batch, live=live)
+    program = compile_step(run, base, host.batch, live=live)
     state, metrics = train(program, program.start(), host)
     given, params = with_reference(host, ref_logps), program.frozen.whole(state.params)
     after = heldout_metrics(step_logps, params, [given], run.config)
@@ -158,8 +159,8 @@ def with_reference(host: HostBatch, ref_logps: np.ndarray | None) -> HostBatch:
 
 def open_side(job: dict, side: str) -> Side:
     _, setting, *rest = side.split("_")
-    live = "live" in rest
-    run = build.build(config_of(job, setting, live=live))
+    live, dtype = "live" in rest, "bfloat16" if "bf16" in rest else "float32"
+    run = build.build(config_of(job, setting, live=live, dtype=dtype))
     data = run.config.data
     host = Dataset(build.read_data(run).sources, data, seed=0).batch_at(0)
     facts = {"slots": int(host.batch.num_micro) * data.rows * data.row_len}
@@ -172,10 +173,13 @@ def open_side(job: dict, side: str) -> Side:
     def run_steps(steps: int) -> list[Lap]:
         with jax.set_mesh(run.mesh):
             given = with_reference(host, None if live else np.float32(job["ref_logps"]))
-            program = compile_step(run, given.batch, live=live)
+            program = compile_step(run, open_base(run), given.batch, live=live)
             facts["compile_seconds"] = program.compile_seconds
             state, _ = train(program, program.start(), given)  # this touches the memory
-            return time_steps(program, state, given, steps)
+            found = time_steps(program, state, given, steps)
+            if stats := jax.local_devices()[0].memory_stats():  # not of a CPU
+                facts["peak_bytes"] = stats["peak_bytes_in_use"]
+            return found
 
     return Side(check, run_steps, facts)
 

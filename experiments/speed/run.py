@@ -1,7 +1,7 @@
 """Times nca_jax beside the PyTorch release, TRL and Tunix, on the same token ids and weights.
 
     python experiments/speed/run.py --out=DIR --data=ROWS.jsonl.gz [--cells=real_k4,real_pairs]
-        [--sides=released_f32,ours_fast] [--rounds=3] [--steps=1] [--smoke]
+        [--sides=released_f32,ours_fast] [--rounds=3] [--steps=1] [--device=cuda] [--smoke]
 
 For each cell: every side first computes one step in a process of its own, and its
 log-probabilities, loss and gradient norm must agree with those of the first side, or it is not
@@ -49,6 +49,8 @@ SIDES = {
     "ours_fast_live": Side("ours_side"),
     "ours_lean_cached": Side("ours_side", cached=True),
     "ours_lean_live": Side("ours_side"),
+    "ours_fast_cached_bf16": Side("ours_side", cached=True, is_bf16=True),
+    "ours_lean_cached_bf16": Side("ours_side", cached=True, is_bf16=True),
 }
 
 # How far a side may be from the first one: nats of a response, and relative.
@@ -60,7 +62,9 @@ TOLERANCES = {
         "loss_after": 1e-3,
         "grad_norm": 1e-3,
     },
-    True: {"logps": 4.0, "logps_after": 6.0, "loss": 1e-4, "loss_after": 0.1, "grad_norm": 0.1},
+    # Adam's first step is the sign of the gradient, which rounding turns where it is near 0, so
+    # what comes after an update is not compared.
+    True: {"logps": 4.0, "loss": 5e-3, "grad_norm": 0.1},
 }  # by is_bf16
 
 
@@ -75,6 +79,7 @@ def main() -> None:
     parser.add_argument("--tunix_python", default="", help="a Python that has google-tunix")
     parser.add_argument("--torch_python", default="", help="one that has torch, PEFT and TRL")
     parser.add_argument("--ours_flags", default="", help="more flags of nca_jax, by spaces")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda for PyTorch and JAX on a GPU")
     parser.add_argument("--ladder", default="real_k4", help="cells whose factors are taken apart")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes")
     args = parser.parse_args()
@@ -94,6 +99,7 @@ def run_cell(cell: str, args: argparse.Namespace) -> None:
     if not (folder / "job.json").exists():
         flags = [f"--data={args.data.resolve()}"] if args.data else []
         flags += ["--smoke"] if args.smoke else []
+        flags += [f"--device={args.device}"]
         start("experiments.speed.cells", f"--out={args.out}", f"--cell={cell}", *flags)
     job = json.loads((folder / "job.json").read_text())
     names = [

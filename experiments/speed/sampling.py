@@ -2,15 +2,16 @@
 
     python experiments/speed/sampling.py --rows=ROWS.jsonl.gz [--prompts=32] [--samples=8]
         [--tokens=128] [--batches=8,16,32,64,128,256] [--ours=64] [--rounds=1] [--out=FILE.json]
+        [--device=cuda] [--dtype=bfloat16]
 
-The model is SmolLM2-135M in float32 on both sides, at temperature 1. Prompts are spread evenly over
+The model is SmolLM2-135M in --dtype on both sides, at temperature 1. Prompts are spread evenly over
 the file in order of length, so that they differ as much as they can, and cut at --longest tokens.
 Each side samples --samples responses to each, of --tokens at most, to the end of a turn.
 transformers has each of --batches rows at once, its prompts sorted by length and padded on the
 left; the best counts. Ours has --ours rows at once. Both say how many tokens they sampled. Greedy
-tokens must agree on the first prompts before anything is timed, which warms theirs; ours is timed
-after a pass that compiles it. Prompts are encoded outside. Wants the extras demo and torch, and a
-machine that does nothing else.
+tokens must agree on the first prompts before anything is timed (in float32), which warms theirs;
+ours is timed after a pass that compiles it. Prompts are encoded outside. Wants the extras demo and
+torch, and a machine that does nothing else.
 """
 
 import argparse
@@ -52,6 +53,8 @@ def main() -> None:
     parser.add_argument("--batches", default="8,16,32,64,128,256", help="of transformers; '': none")
     parser.add_argument("--ours", type=int, default=64, help="rows at once")
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--device", default="cpu", help="of transformers: cpu or cuda")
+    parser.add_argument("--dtype", default="float32", help="of both sides, or bfloat16")
     parser.add_argument("--out", default="", help="JSON")
     args = parser.parse_args()
     run = ours_run(args)
@@ -65,8 +68,9 @@ def main() -> None:
 
         sides: dict[str, Callable[[], Samples]] = {f"nca_jax, {args.ours} rows": ours}
         if args.batches:
-            model = opened()
-            check_greedy(run, params, model, prompts, args)
+            model = opened(args)
+            if args.dtype == "float32":
+                check_greedy(run, params, model, prompts, args)
             ends = list(run.eos_ids)
             for batch in map(int, args.batches.split(",")):
                 sides[f"transformers, {batch} rows"] = lambda batch=batch: theirs(
@@ -79,7 +83,8 @@ def main() -> None:
     lengths = [len(ids) for ids in prompts]
     print(
         f"{len(prompts)} prompts of {min(lengths)} to {max(lengths)} tokens, {args.samples} "
-        f"samples of up to {args.tokens}, {os.cpu_count()} CPU cores"
+        f"samples of up to {args.tokens} in {args.dtype}, {jax.devices()[0].device_kind}, "
+        f"{os.cpu_count()} CPU cores"
     )
     print("| side | seconds | tokens | tokens/s |\n|---|---|---|---|")
     for name, several in found.items():
@@ -100,6 +105,7 @@ def ours_run(args: argparse.Namespace) -> build.Run:
     }
     flags = [f"--config.generate.{name}={value}" for name, value in how.items()]
     flags.append(f"--config.data.max_prompt_len={args.longest}")
+    flags.append(f"--config.model.dtype={args.dtype}")
     config = f"--config=configs/jsonl.py:files=none,init_from={MODEL}"
     return build.build(parse_flags(["sampling", config, *flags], sections=("generate",))[0])
 
@@ -114,11 +120,12 @@ def spread_prompts(run: build.Run, args: argparse.Namespace) -> list[np.ndarray]
     return [run.encoder.prompt(by_length[i]["prompt"])[-args.longest :] for i in places]
 
 
-def opened():
-    """Returns transformers' model, in float32."""
+def opened(args: argparse.Namespace):
+    """Returns transformers' model."""
     with tempfile.TemporaryDirectory() as folder:
         write_hf(Path(folder), *open_pretrained(MODEL))
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        dtype = getattr(torch, args.dtype)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(args.device)
 
 
 def as_lists(samples: list[list[np.ndarray]]) -> Samples:
@@ -157,8 +164,8 @@ def theirs(
             mask[row, width - len(prompts[i]) :] = 1
         how = dict(do_sample=False) if greedy else dict(do_sample=True, temperature=1.0, top_k=0)
         out = model.generate(
-            ids,
-            attention_mask=mask,
+            ids.to(model.device),
+            attention_mask=mask.to(model.device),
             max_new_tokens=args.tokens,
             eos_token_id=ends,
             pad_token_id=ends[0],

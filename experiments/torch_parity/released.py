@@ -46,6 +46,8 @@ class Settings(NamedTuple):
     first_bonus: float = 0.01  # added to the score of each row's first response
     eos_id: int | None = None  # is no key, except where it ends a response; None: every token is
     adapter: Path | None = None  # a PEFT folder, which is trained; None: every weight is
+    device: str = "cpu"
+    dtype: str = "float32"  # of the weights that are read
 
 
 class State(NamedTuple):
@@ -139,7 +141,7 @@ def padded(row: Row, eos_id: int | None) -> dict[str, torch.Tensor]:
 
 def response_logps(model: PreTrainedModel, row: Row, eos_id: int | None) -> torch.Tensor:
     """log pi(y|x) of each response, [K] float32."""
-    inputs = padded(row, eos_id)
+    inputs = {name: x.to(model.device) for name, x in padded(row, eos_id).items()}
     output = model(inputs["tokens"], attention_mask=inputs["attended"], use_cache=False)
     all_logps = torch.log_softmax(output.logits[:, :-1].float(), dim=-1)  # [K, T - 1, V]
     labels = inputs["labels"][:, 1:]
@@ -153,8 +155,9 @@ def response_logps(model: PreTrainedModel, row: Row, eos_id: int | None) -> torc
 
 def start(model_dir: Path, settings: Settings) -> State:
     """Returns the state before the first step: policy and reference hold the same weights."""
-    # Every weight is float32; a model with dropout has it off, for the reference has none either.
-    policy = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    # A model with dropout has it off, for the reference has none either.
+    dtype = getattr(torch, settings.dtype)
+    policy = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).to(settings.device).eval()
     if settings.adapter:
         import peft
 
@@ -199,11 +202,12 @@ def gradients(
     state.optimizer.zero_grad()
     total, logps, ref_logps = 0.0, [], []
     for row in rows:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        with torch.autocast(settings.device, dtype=torch.bfloat16, enabled=autocast):
             row_logps = response_logps(state.policy, row, settings.eos_id)
             row_ref_logps = reference_logps(state, row, settings)
         rewards = settings.beta * (row_logps - row_ref_logps)
-        loss = loss_of(rewards[None], torch.tensor([row.scores]), settings)
+        scores = torch.tensor([row.scores], device=rewards.device)
+        loss = loss_of(rewards[None], scores, settings)
         (loss / len(rows)).backward()
         total += loss.item() / len(rows)
         logps.append(row_logps.detach())
