@@ -5,6 +5,7 @@ said here and nowhere else: `config` makes the defaults from it, `config_check` 
 `config_doc` the page, `saved_config` what an older run means. A new field is one line.
 """
 
+from nca_jax.axes import MESH_AXES
 from nca_jax.data.chat import FORMATS
 from nca_jax.field import (
     AXIS,
@@ -19,6 +20,7 @@ from nca_jax.field import (
     Check,
     Field,
     one_of,
+    parse_pairs,
 )
 from nca_jax.losses import LOSSES
 from nca_jax.metrics import IS_BETTER_HIGH
@@ -31,7 +33,21 @@ OPTIONAL = {
     "rounds": "of nca_jax.rounds alone",
 }
 
+
+def _is_sampling_mesh(text: str) -> bool:
+    sizes = parse_pairs(text)
+    is_size = [x == "-1" or (x.isdecimal() and int(x) > 0) for x in sizes.values()]
+    are_sizes = bool(sizes) and sizes.keys() <= set(MESH_AXES) and all(is_size)
+    return text in ("auto", "same") or (are_sizes and list(sizes.values()).count("-1") <= 1)
+
+
 DTYPES = ("float32", "bfloat16")
+SAMPLING_MESH = Check(
+    str,
+    _is_sampling_mesh,
+    f"'auto', 'same', or sizes of {', '.join(MESH_AXES)}, at most one of them -1, as in "
+    "'data=-1,tensor=8'",
+)
 ALIGN = Check(int, lambda x: x in (0, 1, 8, 16, 64, 128), "0, 1, 8, 16, 64 or 128")
 EVERY = Check(int, lambda x: x >= 1 or x == -1, "a whole number of at least 1, or -1")
 EVERY_OR_0 = Check(int, lambda x: x >= -1, "a whole number of at least -1")
@@ -303,7 +319,7 @@ FIELDS: dict[str, Field] = {
     "generate.batch_size": Field(32, COUNT, "samples at once", True),
     "generate.mesh": Field(
         "auto",
-        TEXT,
+        SAMPLING_MESH,
         "for sampling: sizes as in data=-1,tensor=8; same: those of mesh; auto: weights over "
         "tensor, on a CPU same",
         True,

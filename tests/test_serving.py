@@ -86,15 +86,20 @@ def test_slices_are_copies_and_what_no_tensor_axis_makes_fit_is_gathered():
     [
         ("tensor=8", "4 query heads over mesh.tensor = 8 does not divide"),
         ("data=3", "does not fill the 8 devices"),
-        ("data=-1,fsdp=-1", "does not fill the 8 devices"),
-        ("heads=2", "must be 'auto', 'same', or sizes of data, fsdp, tensor, expert"),
-        ("tensor=two", "must be 'auto'"),
+        ("data=16,fsdp=-1", "does not fill the 8 devices"),
     ],
 )
 def test_a_mesh_that_cannot_be_is_refused_by_name(asked, said):
     run = run_of(f"--config.generate.mesh={asked}")
     with pytest.raises(UserError, match=f"config.generate.mesh='{asked}'.*{said}"):
         serving_run(run)
+
+
+@pytest.mark.parametrize("asked", ["heads=2", "tensor=two", "data=-1,fsdp=-1", "tensor=0", "", "x"])
+def test_what_is_no_mesh_is_refused_before_a_device_is_touched(asked):
+    said = "config.generate.mesh must be 'auto', 'same', or sizes of data, fsdp, tensor, expert"
+    with pytest.raises(UserError, match=said):
+        parse_flags(["x", "--config=configs/jsonl.py:smoke", f"--config.generate.mesh={asked}"])
 
 
 # What samples

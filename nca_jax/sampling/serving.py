@@ -122,21 +122,13 @@ def parse_sizes(asked: str, num_devices: int) -> Sizes:
     """Returns the sizes of all axes of "data=-1,tensor=8"; one may be -1, what remains.
 
     Raises:
-      UserError: these are no sizes, or they do not multiply to the number of devices.
+      UserError: they do not multiply to the number of devices.
     """
-    pairs = parse_pairs(asked)
-    is_size = {x: n == "-1" or (n.isdecimal() and int(n) > 0) for x, n in pairs.items()}
-    if not pairs or not set(pairs) <= set(MESH_AXES) or not all(is_size.values()):
-        raise UserError(
-            f"config.generate.mesh={asked!r} must be {AUTO!r}, {SAME!r}, or sizes of "
-            f"{', '.join(MESH_AXES)}, as in 'data=-1,tensor=8'."
-        )
-    sizes = dict.fromkeys(MESH_AXES, 1) | {axis: int(size) for axis, size in pairs.items()}
-    opened = [axis for axis, size in sizes.items() if size < 0]
+    sizes = dict.fromkeys(MESH_AXES, 1)
+    sizes |= {axis: int(size) for axis, size in parse_pairs(asked).items()}
     known = math.prod(size for size in sizes.values() if size > 0)
-    if len(opened) == 1:
-        sizes[opened[0]] = num_devices // known
-    if len(opened) > 1 or math.prod(sizes.values()) != num_devices:
+    sizes = {axis: size if size > 0 else num_devices // known for axis, size in sizes.items()}
+    if math.prod(sizes.values()) != num_devices:
         raise UserError(
             f"config.generate.mesh={asked!r} does not fill the {num_devices} devices; set one axis "
             "to -1."
