@@ -3,7 +3,9 @@
 The dequantised weights are what is trained and what the reference is; nothing is requantised.
 """
 
+import functools
 import math
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -47,6 +49,15 @@ _INTERLEAVED = re.compile(r"blk\.\d+\.attn_[qk]\.weight")
 
 class _Reader(GGUFReader):
     """Stops at the end of the file: it would read nothing there, as often as a length says."""
+
+    @property
+    def data(self) -> np.ndarray:
+        """The bytes of the file. Of an np.memmap each of 10^5 strings would be a slow slice."""
+        return self._bytes
+
+    @data.setter
+    def data(self, mapped: np.memmap) -> None:
+        self._bytes = mapped.view(np.ndarray)
 
     def _get(self, offset: int, dtype: Any, count: Any = 1, *more: Any, **named: Any) -> Any:
         found = super()._get(offset, dtype, count, *more, **named)
@@ -108,6 +119,13 @@ def open_gguf(path: str | Path) -> tuple[ModelConfig, dict[str, names.Param]]:
 
 def _open_file(path: str | Path) -> File:
     check_file(Path(path))
+    found = os.stat(path)
+    return _parsed(path, found.st_mtime_ns, found.st_size)
+
+
+@functools.lru_cache(maxsize=1)  # config, tokenizer and weights of a run are in one file
+def _parsed(path: str | Path, changed: int, size: int) -> File:
+    """Returns the file as it is since `changed`; reading its strings takes seconds."""
     try:
         file = File(Path(path), _Reader(path))
     except Exception as error:  # whatever its bytes make of the reader
