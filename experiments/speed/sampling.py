@@ -69,8 +69,7 @@ def main() -> None:
         sides: dict[str, Callable[[], Samples]] = {f"nca_jax, {args.ours} rows": ours}
         if args.batches:
             model = opened(args)
-            if args.dtype == "float32":
-                check_greedy(run, params, model, prompts, args)
+            check_greedy(run, params, model, prompts, args)
             ends = list(run.eos_ids)
             for batch in map(int, args.batches.split(",")):
                 sides[f"transformers, {batch} rows"] = lambda batch=batch: theirs(
@@ -178,11 +177,12 @@ def theirs(
 
 
 def check_greedy(run: build.Run, params, model, prompts, args: argparse.Namespace) -> None:
-    """Asserts that both sides find the same likeliest tokens."""
+    """Asserts that in float32 both sides find the same likeliest tokens; warms theirs."""
     few, how = prompts[:CHECKED], argparse.Namespace(samples=1, tokens=SAME)
     here = build.with_generate(run, temperature=0.0, num_samples=1, max_new_tokens=SAME)
     ours = as_lists(make_generator(here)(params, few, 0))
-    assert ours == theirs(model, few, list(run.eos_ids), how, CHECKED, greedy=True)
+    found = theirs(model, few, list(run.eos_ids), how, CHECKED, greedy=True)
+    assert ours == found or args.dtype != "float32"
 
 
 if __name__ == "__main__":
