@@ -120,14 +120,14 @@ def open_gguf(path: str | Path) -> tuple[ModelConfig, dict[str, names.Param]]:
 def _open_file(path: str | Path) -> File:
     check_file(Path(path))
     found = os.stat(path)
-    return _parsed(path, found.st_mtime_ns, found.st_size)
+    return _parsed(Path(path), found.st_mtime_ns, found.st_size)
 
 
 @functools.lru_cache(maxsize=1)  # config, tokenizer and weights of a run are in one file
-def _parsed(path: str | Path, changed: int, size: int) -> File:
+def _parsed(path: Path, changed: int, size: int) -> File:
     """Returns the file as it is since `changed`; reading its strings takes seconds."""
     try:
-        file = File(Path(path), _Reader(path))
+        file = File(path, _Reader(path))
     except Exception as error:  # whatever its bytes make of the reader
         raise UserError(f"Cannot read {path} as GGUF: {error}") from error
     if file.get("split.count", default=1) != 1:
