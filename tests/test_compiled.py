@@ -1,5 +1,7 @@
 """What is read of a compiler's text: memory, temporaries by name, bytes, what is asynchronous."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -70,6 +72,9 @@ def test_memory_is_what_is_set_aside_on_the_device_and_the_host_apart():
     found = memory(ASSIGNMENT)
     assert found == Memory(arguments=4096, output=512, temporaries=64 + 67584, host=8192)
     assert found.total == 4096 + 512 + 64 + 67584
+    paged = re.sub(r"(allocation .*?: size \d+(, color \d+)?)", r"\1, page 0", ASSIGNMENT)
+    assert "color 5, page 0, parameter 1" in paged  # as libtpu 0.0.48 writes it
+    assert memory(paged) == found
 
 
 def test_temporaries_where_most_is_alive_are_named_by_what_they_come_from():

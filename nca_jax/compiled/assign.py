@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 from jax.stages import Lowered
 
-LAST = "*-memory-usage-report.txt"  # of what is read here and written before there is code
+LAST = "*_after_buffer_assignment.txt"  # written after all that is read, and before there is code
 
 
 class Assigned(NamedTuple):

@@ -23,7 +23,7 @@ from nca_jax.compiled.hlo import instructions
 DEVICE, HOST = "0", "5"  # memory spaces
 PACKAGE = "/nca_jax/"  # whose source lines name a buffer
 
-_ALLOCATION = re.compile(r"allocation \d+: size (\d+)(?:, color (\d+))?, (.*):$")
+_ALLOCATION = re.compile(r"allocation \d+: size (\d+)(?:, color (\d+))?(?:, page \d+)?, (.*):$")
 _VALUE = re.compile(r" value: <\d+ (\S+)(?: \(phi\))? @\d+> \(size=(\d+),offset=(\d+)\): (.*)")
 _RANGE = re.compile(r"^    (\S+):(\d+)-(\d+)$", re.MULTILINE)
 

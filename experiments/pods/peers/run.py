@@ -1,10 +1,10 @@
-r"""Compiles pairs by Tunix and by nca_jax for the same chips, then writes README.md's table.
+r"""Compiles pairs by Tunix, MaxText and nca_jax for the same chips, then writes README's table.
 
-    python -m experiments.pods.peers.run --tunix_python=PYTHON [--only=TEXT] [--table]
+    python -m experiments.pods.peers.run --python=PYTHON [--only=TEXT] [--table]
 
 Llama-3-8B on v6e:4x4, all chips in `fsdp`, prompts and responses of 512 tokens. A cell is one
 program and one file in cells/; those that are there are not compiled again. PYTHON is one that has
-google-tunix 0.1.7 and this JAX; both want libtpu and no TPU.
+requirements.txt, so that all are compiled by the same JAX and libtpu; it wants no TPU.
 
     --only   cells whose name has this text
     --table  compiles nothing
@@ -14,7 +14,6 @@ import argparse
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +27,7 @@ CELLS, README = HERE / "cells", HERE / "README.md"
 TOPOLOGY = "v6e:4x4"
 MODEL = "llama3_8b"
 LENGTH = 512  # tokens of a prompt, and of a response
+PEERS = ("tunix", "maxtext")
 GIB = 2**30
 
 
@@ -63,20 +63,27 @@ class Ours(NamedTuple):
         ]
 
 
-class Tunix(NamedTuple):
-    """One of the two programs of a step of Tunix's DPOTrainer."""
+class Peer(NamedTuple):
+    """One of the two programs of a step of Tunix's DPOTrainer, with a peer's model."""
 
+    peer: str
     dtype: str  # of weights, gradients and moments
     pairs: int  # a chip
     program: str = "train"
 
     @property
     def name(self) -> str:
-        return f"tunix-{self.program}-{self.dtype}-{self.pairs}"
+        return f"{self.peer}-{self.program}-{self.dtype}-{self.pairs}"
+
+    @property
+    def reference(self) -> "Peer":
+        """Returns the program beside it; its weights are in bfloat16, whatever the policy's."""
+        return Peer(self.peer, "bfloat16", 1, "reference")
 
     def command(self, python: str) -> list[str]:
         return [
-            *(python, "-m", "experiments.pods.peers.tunix_step"),
+            *(python, "-m", "experiments.pods.peers.peer_step"),
+            f"--peer={self.peer}",
             f"--topology={TOPOLOGY}",
             f"--dtype={self.dtype}",
             f"--pairs={self.pairs}",
@@ -84,28 +91,28 @@ class Tunix(NamedTuple):
         ]
 
 
-REFERENCE = Tunix("bfloat16", 1, "reference")  # whatever the policy's dtype
-PROGRAMS: tuple[Ours | Tunix, ...] = (
+STEPS: tuple[Ours | Peer, ...] = (
     *(Ours(k, 1, reference) for k in (2, 4) for reference in ("cached", "live")),
-    Tunix("float32", 1),
-    REFERENCE,
-    Tunix("bfloat16", 1),
-    *(Tunix("float32", pairs) for pairs in (2, 3)),  # how many fit
+    *(Peer(peer, dtype, 1) for peer in PEERS for dtype in ("float32", "bfloat16")),
+    *(Peer(peer, "float32", pairs) for peer in PEERS for pairs in (2, 3, 4, 8)),  # how many fit
     Ours(2, 16, "live"),
     Ours(4, 16, "live"),
 )
 
 
-def path_of(program: Ours | Tunix) -> Path:
+def path_of(program: Ours | Peer) -> Path:
     return CELLS / f"{program.name}.json"
 
 
-def compile_missing(only: str, tunix_python: str) -> None:
+def programs_of(step: Ours | Peer) -> tuple[Ours | Peer, ...]:
+    return (step,) if isinstance(step, Ours) else (step, step.reference)
+
+
+def compile_missing(only: str, python: str) -> None:
     CELLS.mkdir(exist_ok=True)
-    for program in PROGRAMS:
+    for program in dict.fromkeys(program for step in STEPS for program in programs_of(step)):
         out = path_of(program)
-        python = sys.executable if isinstance(program, Ours) else tunix_python
-        if out.exists() or only not in program.name or not python:
+        if out.exists() or only not in program.name:
             continue
         print(f"== {program.name}", flush=True)
         status = subprocess.run([*program.command(python), f"--json={out}"], cwd=ROOT).returncode
@@ -120,8 +127,7 @@ def table() -> str:
         "| step | state | pairs a chip | GiB a chip | of | sent, GiB | FLOPs a pair | commit |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    steps = (program for program in PROGRAMS if program != REFERENCE)
-    return "\n".join([*lines, *map(line, steps)]) + "\n"
+    return "\n".join([*lines, *map(line, STEPS)]) + "\n"
 
 
 def with_table(readme: str) -> str:
@@ -130,9 +136,9 @@ def with_table(readme: str) -> str:
     return re.sub(r"<!-- table -->.*<!-- -->", lambda _: filled, readme, flags=re.DOTALL)
 
 
-def line(step: Ours | Tunix) -> str:
+def line(step: Ours | Peer) -> str:
     """Returns the line of a step."""
-    state = step.dtype if isinstance(step, Tunix) else "float32"
+    state = step.dtype if isinstance(step, Peer) else "float32"
     start = f"| {step.name} | {state} | {step.pairs} |"
     if not all(path_of(program).exists() for program in programs_of(step)):
         return start + " - |" * 5
@@ -146,30 +152,26 @@ def line(step: Ours | Tunix) -> str:
     )
 
 
-def programs_of(step: Ours | Tunix) -> tuple[Ours | Tunix, ...]:
-    return (step,) if isinstance(step, Ours) else (step, REFERENCE)
-
-
-def read(program: Ours | Tunix) -> dict:
+def read(program: Ours | Peer) -> dict:
     """Returns the report of a program with its commit."""
     report = json.loads(path_of(program).read_text())
     return report.get("programs", {}).get("train", report) | {"commit": report["commit"]}
 
 
-def memory_gib(step: Ours | Tunix) -> float:
-    """Returns what a step needs of a chip; Tunix's reference lies beside its train program."""
+def memory_gib(step: Ours | Peer) -> float:
+    """Returns what a step needs of a chip; a peer's reference lies beside its train program."""
     train, *beside = (read(program)["memory"] for program in programs_of(step))
     return train["total"] + sum(reference["arguments"] for reference in beside)
 
 
-def flops_a_pair(step: Ours | Tunix) -> float:
+def flops_a_pair(step: Ours | Peer) -> float:
     """Returns what a pair of full length costs, by `nca_jax.flops`, recomputation left out.
 
-    Three forward passes of the policy, and one of a live reference. Of Tunix a pair is two rows,
+    Three forward passes of the policy, and one of a live reference. Of a peer a pair is two rows,
     each with the prompt.
     """
     config = MODELS[MODEL]
-    if isinstance(step, Tunix):
+    if isinstance(step, Peer):
         return 2 * 4 * forward_flops(config, LENGTH, [LENGTH]).total
     passes = 3 + (step.reference == "live")
     return passes * forward_flops(config, LENGTH, [LENGTH] * step.k).total / (step.k - 1)
@@ -177,12 +179,14 @@ def flops_a_pair(step: Ours | Tunix) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tunix_python", default="", help="a Python that has google-tunix")
+    parser.add_argument("--python", help="one that has requirements.txt")
     parser.add_argument("--only", default="")
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
     if not args.table:
-        compile_missing(args.only, args.tunix_python)
+        if args.python is None:
+            parser.error("--python=PYTHON is wanted, one that has requirements.txt; or --table")
+        compile_missing(args.only, args.python)
     README.write_text(with_table(README.read_text()))
     print(table())
 
