@@ -28,6 +28,8 @@ _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(")
 _SENT = re.compile(r" = \((\S+?), u32\[\].*? send\(.*is_host_transfer=true")
 _SHAPE = re.compile(r"\b(?:pred|[a-z]+(\d+)\w*)\[([\d,]*)\](\{[^{}]*\})?")
+_RESULT = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) [\w\-]+\(")
+_ELEMENT = re.compile(r"%([\w.\-]+)#(\d+)")
 _CALLED = re.compile(r"(?:calls|body|to_apply)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
 
 
@@ -180,7 +182,7 @@ def _payload(match: re.Match, group_size: int, computation: str) -> tuple[str, i
 
 
 def computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """Returns the lines of each computation, and the name of the entry."""
+    """Returns the lines of each computation, with `_spelt_out`, and the name of the entry."""
     bodies: dict[str, list[str]] = {}
     name = entry = ""
     for line in text.splitlines():
@@ -191,7 +193,39 @@ def computations(text: str) -> tuple[dict[str, list[str]], str]:
             entry = name if header[1] else entry
         elif name:
             bodies[name].append(line)
-    return bodies, entry
+    return {name: _spelt_out(lines) for name, lines in bodies.items()}, entry
+
+
+def _spelt_out(lines: list[str]) -> list[str]:
+    """Returns a computation in which an element of a tuple is an instruction.
+
+    From libtpu 0.0.48 on `%p#1` is written for one. It becomes `%p.element.1`, the result of a
+    `get-tuple-element(%p), index=1` ahead of its first use.
+    """
+    shapes, seen, found = {}, set(), []
+    for line in lines:
+        for name, index in _ELEMENT.findall(line):
+            if (name, index) not in seen:
+                seen.add((name, index))
+                shape = _elements(shapes[name])[int(index)]
+                made = f"get-tuple-element(%{name}), index={index}"
+                found.append(f"  %{name}.element.{index} = {shape} {made}")
+        found.append(_ELEMENT.sub(r"%\1.element.\2", line))
+        if result := _RESULT.match(line):
+            shapes[result[1]] = result[2]
+    return found
+
+
+def _elements(shape: str) -> list[str]:
+    """Returns the shapes in a tuple's, which may be tuples."""
+    elements, depth = [""], 0
+    for part in re.split(r"(, |[()])", re.sub(r"/\*.*?\*/", "", shape[1:-1])):
+        depth += (part == "(") - (part == ")")
+        if part == ", " and depth == 0:
+            elements.append("")
+        else:
+            elements[-1] += part
+    return elements
 
 
 def visits(bodies: dict[str, list[str]], entry: str) -> dict[str, tuple[int, bool]]:
