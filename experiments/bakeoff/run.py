@@ -101,6 +101,7 @@ def run(
     out = args.out / prompts.name
     config = prompts.smoke_config if args.smoke else prompts.config
     argv = ["sweep", f"--config={config}files={out}/rows/train-{{seed}}.jsonl", *prompts.flags]
+    argv += [f"--config.generate.num_samples={prompts.samples}"]
     argv += [f"--config.data.eval_files={out}/rows/heldout.jsonl", f"--out={out}"]
     argv += [f"--seeds={seeds}", f"--jobs={args.jobs}"]
     for setting in wanted:
@@ -117,7 +118,8 @@ def run(
 
 def evaluate_task(args: argparse.Namespace, prompts: Prompts, workdir: Path) -> Task:
     """Evaluates a run on all four held-out answers and its own samples, beside where it began."""
-    fields = {"data.num_responses": settings.K, "generate.batch_size": 256}
+    at_once = prompts.samples * settings.NUM_HELDOUT
+    fields = {"data.num_responses": settings.K, "generate.batch_size": at_once}
     fields |= study.row_shape(prompts.row_lens[settings.K])
     if args.smoke:
         fields |= {"generate.max_new_tokens": 4, "generate.scorer": "length"}

@@ -75,7 +75,8 @@ class Prompts(NamedTuple):
       config: of a run, without the files; `smoke_config` is a tiny model's.
       row_lens: tokens of a row by the number of responses.
       flags: overrides of the config.
-      judge: the second scorer of samples.
+      samples: of a held-out prompt.
+      judge: their second scorer.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Prompts(NamedTuple):
     smoke_config: str
     row_lens: Mapping[int, int]
     flags: tuple[str, ...]
+    samples: int
     judge: str = ""
 
 
@@ -104,7 +106,8 @@ OWN = Prompts(
     "configs/sentiment.py:",
     "configs/sentiment.py:smoke,",
     {2: 512, K: 704},
-    (*COMMON, "--config.generate.num_samples=2"),
+    COMMON,
+    2,
     study.JUDGE,
 )
 REAL = Prompts(
@@ -118,9 +121,9 @@ REAL = Prompts(
         *COMMON,
         "--config.data.max_prompt_len=256",
         "--config.data.max_response_len=256",
-        "--config.generate.num_samples=1",
         "--config.generate.max_new_tokens=64",
     ),
+    1,
 )
 
 
