@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from nca_jax.axes import ROWS, WIDTH, Params, constrain
+from nca_jax.axes import ROWS, WIDTH, Params, constrain, pin
 from nca_jax.batch import Rows
 from nca_jax.models.decoder import Model
 from nca_jax.models.logits import Logits, token_of
@@ -124,6 +124,9 @@ def head_logps(
 
     if not _is_split():
         return of_rows(hidden, head, tokens, num_chunks)
+    # It is there already. But what adds a gradient up in place (`train_step`) goes no further than
+    # this on jax 0.12, which refuses to inside the map.
+    head = pin(head, P(WIDTH, P.UNCONSTRAINED))
     return jax.shard_map(
         of_rows,
         in_specs=(P(ROWS), P(WIDTH), P(ROWS), P()),
