@@ -14,7 +14,7 @@ COMPILE := $(BIN)/uv pip compile --quiet --upgrade --generate-hashes --no-annota
 	--no-emit-index-url --python-platform x86_64-unknown-linux-gnu
 
 # Of the tests, those where another JAX would show first.
-CHOSEN := $(patsubst %,tests/test_%.py,losses logprobs splash mesh resume aot)
+CHOSEN := $(patsubst %,tests/test_%.py,losses logprobs splash mesh train_step resume compiled aot)
 # The first of these that runs (pyenv has commands for Pythons that are not installed).
 SECOND = $(shell for python in python3.13 python3.12 \
 	$$(ls -dr "$$(pyenv root 2>/dev/null)"/versions/3.1[23].*/bin/python 2>/dev/null); do \
