@@ -95,7 +95,7 @@ def maxtext(args: argparse.Namespace, devices: Sequence[jax.Device]) -> Peer:
         "skip_jax_distributed_system": True,
         "enable_checkpointing": False,
         "run_name": "peer",
-        "base_output_directory": "/tmp/peer",
+        "base_output_directory": str(args.json.parent),  # nothing is written
     }
     dpo = Path(package.__file__).parent / "configs/post_train/dpo.yml"
     config = pyconfig.initialize_pydantic(["", str(dpo), *(f"{k}={v}" for k, v in fields.items())])
