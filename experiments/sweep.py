@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from experiments import results
-from experiments.tasks import TRAINED, Task, commands_left, run_tasks
+from experiments.tasks import GOES_ON, TRAINED, Task, commands_left, run_tasks
 from nca_jax.checks import UserError, run_main
 from nca_jax.files import local_path, out_folder
 from nca_jax.flags import parse_flags
@@ -67,16 +67,12 @@ def main(argv: list[str]) -> int:
     out_folder(args.out)
     # Points of one shape share their compiled programs.
     env = {"JAX_COMPILATION_CACHE_DIR": str(args.out.absolute() / "compiled")} | os.environ
-    try:
-        lost = run_tasks(caches, jobs=args.jobs, env=env)
-        for task, cache in left:
-            if cache and cache.name in lost:
-                broken[task.name] = f"{cache.name}: {lost[cache.name]}"
-        ready = [task for task in tasks if task.name not in broken]
-        broken |= run_tasks(ready, jobs=args.jobs, env=env)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from there")
-        return 1
+    lost = run_tasks(caches, jobs=args.jobs, env=env)
+    for task, cache in left:
+        if cache and cache.name in lost:
+            broken[task.name] = f"{cache.name}: {lost[cache.name]}"
+    ready = [task for task in tasks if task.name not in broken]
+    broken |= run_tasks(ready, jobs=args.jobs, env=env)
     return report(args.out, broken)
 
 
@@ -259,4 +255,4 @@ def write_page(out: Path) -> int:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, interrupted=GOES_ON)

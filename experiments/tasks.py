@@ -24,6 +24,7 @@ from nca_jax.infra.records import METRICS, RUN, is_metrics
 
 SECONDS = 0.2  # between two looks at what is running
 TRAINED = "the last checkpoint"  # in place of the file that a training run makes
+GOES_ON = "the same command goes on from there"  # what a command of tasks says when it is stopped
 
 
 class Task(NamedTuple):

@@ -31,7 +31,7 @@ from experiments import sweep
 from experiments.bakeoff import settings, table
 from experiments.bakeoff.settings import ARMS, Prompts, Setting
 from experiments.claims import study
-from experiments.tasks import Task, run_tasks
+from experiments.tasks import GOES_ON, Task, run_tasks
 from nca_jax.checks import UserError, run_main
 
 SETS = {"own": settings.OWN, "real": settings.REAL}
@@ -132,4 +132,4 @@ def evaluate_task(args: argparse.Namespace, prompts: Prompts, workdir: Path) -> 
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, interrupted=GOES_ON)

@@ -16,6 +16,7 @@ import matplotlib
 from experiments import results
 from experiments.claims import study
 from experiments.claims.study import pairs_arm, scores_arm
+from experiments.tasks import GOES_ON
 from nca_jax.checks import run_main
 
 matplotlib.use("agg")
@@ -104,4 +105,4 @@ def _draw(axes, members: Sequence[results.Run], split: str, rank: str, *, label:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, interrupted=GOES_ON)

@@ -16,6 +16,7 @@ import numpy as np
 from experiments import plots, results
 from experiments.claims import chosen, study
 from experiments.claims.study import STEPS, pairs_arm
+from experiments.tasks import GOES_ON
 from nca_jax.checks import run_main
 
 # Operations of a step beside those of K = 4: prompts of 54 tokens, responses of 25.
@@ -63,4 +64,4 @@ def table(runs: Sequence[results.Run]) -> list[list[str]]:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, interrupted=GOES_ON)

@@ -23,7 +23,7 @@ from experiments import results, sweep
 from experiments.claims import chosen, study
 from experiments.claims.rows import write_new
 from experiments.claims.study import ALPHA, BATCH
-from experiments.tasks import Task, run_tasks
+from experiments.tasks import GOES_ON, Task, run_tasks
 from nca_jax.checks import UserError, run_main
 from nca_jax.losses import LOSSES
 
@@ -167,4 +167,4 @@ def plot(path: Path, runs: Sequence[results.Run]) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, interrupted=GOES_ON)

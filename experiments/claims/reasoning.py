@@ -24,7 +24,7 @@ import matplotlib
 from experiments import results, sweep
 from experiments.claims import study
 from experiments.claims.rows import without_empty, write_new
-from experiments.tasks import Task, run_tasks
+from experiments.tasks import GOES_ON, Task, run_tasks
 from nca_jax.checks import run_main
 from nca_jax.files import whole_lines
 from nca_jax.rewards.scorers import SCORERS
@@ -251,4 +251,4 @@ def plot(path: Path, runs: dict[tuple[int, str], list[results.Run]]) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, interrupted=GOES_ON)

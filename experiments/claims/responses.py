@@ -19,7 +19,7 @@ from experiments import results, sweep
 from experiments.claims import study
 from experiments.claims.rows import DEMO, split_rows, take, without_empty, write_new
 from experiments.claims.study import ALPHA, BATCH, NUM_HELDOUT
-from experiments.tasks import Task, run_tasks
+from experiments.tasks import GOES_ON, Task, run_tasks
 from nca_jax.checks import run_main
 from nca_jax.files import whole_lines
 
@@ -129,4 +129,4 @@ def plot(path: Path, runs: Sequence[results.Run]) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, interrupted=GOES_ON)

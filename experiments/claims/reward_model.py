@@ -21,7 +21,7 @@ from experiments import results, sweep
 from experiments.claims import real, study
 from experiments.claims.real import NUM_ANSWERS, ROW_LENS
 from experiments.claims.study import ALPHA
-from experiments.tasks import Task, run_tasks
+from experiments.tasks import GOES_ON, Task, run_tasks
 from nca_jax.checks import run_main
 
 ARMS = {  # {name: (loss, K)}
@@ -100,4 +100,4 @@ def evaluate_task(args: argparse.Namespace, name: str, seed: int) -> Task:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, interrupted=GOES_ON)

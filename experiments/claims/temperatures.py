@@ -17,6 +17,7 @@ import matplotlib
 from experiments import results
 from experiments.claims import chosen, study
 from experiments.claims.study import ALPHA, Arm, pairs_arm, scores_arm
+from experiments.tasks import GOES_ON
 from nca_jax.checks import run_main
 
 matplotlib.use("agg")
@@ -100,4 +101,4 @@ def plot(path: Path, runs: Sequence[results.Run]) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, interrupted=GOES_ON)
