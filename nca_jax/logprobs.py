@@ -124,8 +124,8 @@ def head_logps(
 
     if not _is_split():
         return of_rows(hidden, head, tokens, num_chunks)
-    # It is there already. But what adds a gradient up in place (`train_step`) goes no further than
-    # this on jax 0.12, which refuses to inside the map.
+    # It is laid out so already. But jax 0.12 adds no gradient up in place (as `train_step` does)
+    # that comes straight out of the map.
     head = pin(head, P(WIDTH, P.UNCONSTRAINED))
     return jax.shard_map(
         of_rows,
