@@ -28,7 +28,8 @@ _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(")
 _SENT = re.compile(r" = \((\S+?), u32\[\].*? send\(.*is_host_transfer=true")
 _SHAPE = re.compile(r"\b(?:pred|[a-z]+(\d+)\w*)\[([\d,]*)\](\{[^{}]*\})?")
-_RESULT = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) [\w\-]+\(")
+# An instruction: its name, shape, opcode and operands.
+MADE = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)")
 _ELEMENT = re.compile(r"%([\w.\-]+)#(\d+)")
 _CALLED = re.compile(r"(?:calls|body|to_apply)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
 
@@ -208,11 +209,11 @@ def _spelt_out(lines: list[str]) -> list[str]:
             if (name, index) not in seen:
                 seen.add((name, index))
                 shape = _elements(shapes[name])[int(index)]
-                made = f"get-tuple-element(%{name}), index={index}"
-                found.append(f"  %{name}.element.{index} = {shape} {made}")
+                taken = f"get-tuple-element(%{name}), index={index}"
+                found.append(f"  %{name}.element.{index} = {shape} {taken}")
         found.append(_ELEMENT.sub(r"%\1.element.\2", line))
-        if result := _RESULT.match(line):
-            shapes[result[1]] = result[2]
+        if made := MADE.match(line):
+            shapes[made[1]] = made[2]
     return found
 
 

@@ -7,9 +7,7 @@ array; a cache that a turn makes anew, whole, is a slice of the layer's size.
 import re
 from typing import NamedTuple
 
-from nca_jax.compiled.hlo import computations, shape_bytes, visits
-
-_MADE = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)")
+from nca_jax.compiled.hlo import MADE, computations, shape_bytes, visits
 
 
 class Writes(NamedTuple):
@@ -26,7 +24,7 @@ def writes_a_turn(text: str) -> Writes:
     for name, (turns, is_open) in visits(bodies, entry).items():
         if not is_open:
             continue
-        made = [match.groups() for match in map(_MADE.match, bodies[name]) if match]
+        made = [match.groups() for match in map(MADE.match, bodies[name]) if match]
         shapes = {name: shape for name, shape, _, _ in made}
         for _, _, opcode, operands in made:
             if opcode == "dynamic-update-slice":
