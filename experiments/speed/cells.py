@@ -49,6 +49,7 @@ class Cell(NamedTuple):
     loss: str = "nca"
     rank: int = 0  # of LoRA adapters on every matrix of the layers; 0: all parameters are trained
     model: str = ""  # of MODELS, random weights in bfloat16
+    num_layers: int = 0  # of that model; 0: all
 
 
 SWEEP = Cell(k=4, batch_size=4, prompt_len=256, response_len=128, vocab_size=32_768)
@@ -62,8 +63,8 @@ CELLS = {
     # For an accelerator.
     "many_real_k4": Cell(batch_size=48),
     "many_prompt512_k8": Cell(k=8, batch_size=32, prompt_len=512, response_len=128),
-    "lora_mistral_real_k4": Cell(batch_size=12, rank=16, model="mistral_7b"),
-    "lora_mistral_prompt512_k8": Cell(8, 8, 512, 128, rank=16, model="mistral_7b"),
+    "lora_mistral_real_k4": Cell(batch_size=12, rank=16, model="mistral_7b", num_layers=8),
+    "lora_mistral_prompt512_k8": Cell(8, 8, 512, 128, rank=16, model="mistral_7b", num_layers=8),
     "sweep_center": SWEEP,
     "sweep_k2": SWEEP._replace(k=2),
     "sweep_k8": SWEEP._replace(k=8),
@@ -77,7 +78,8 @@ CELLS = {
 def model_of(cell: Cell, *, is_smoke: bool) -> ModelConfig:
     """SmolLM2-135M, the cell's own, or a small model whose layers and head both count."""
     if cell.model and not is_smoke:
-        return MODELS[cell.model]
+        config = MODELS[cell.model]
+        return dataclasses.replace(config, num_layers=cell.num_layers or config.num_layers)
     if is_smoke:
         return dataclasses.replace(MODELS["tiny"], vocab_size=cell.vocab_size)
     if not cell.vocab_size:
