@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 OF_A_MACHINE = ("model", "adapter", "rows", "ref_logps")  # of a job: no part of what is published
 
 COLUMNS = {
-    "seconds": ("s a step", "{:.1f}"),
+    "seconds": ("s a step", "{:.4g}"),
     "prompts_per_second": ("prompts/s", "{:.4f}"),
     "ratio": ("of the first", "{:.2f}x"),
     "prompts_per_second_1_epoch": ("with reference pass, 1 epoch", "{:.4f}"),
@@ -57,11 +57,16 @@ def stored_cells(out: Path) -> dict[str, dict]:
 
 
 def read_cell(folder: Path) -> dict:
-    """Returns {"job", "peak_flops_per_second", "agreement", "sides": {name: figures}}."""
+    """Returns {"job", "peak_flops_per_second", "agreement", "sides": {name: figures}}.
+
+    The job's device is the accelerator's name where one was used.
+    """
     told = json.loads((folder / "job.json").read_text())
     job = {key: value for key, value in told.items() if key not in OF_A_MACHINE}
     peaks = [json.loads(path.read_text()) for path in folder.glob("peak.*.json")]
     peak = median(x["flops_per_second"] for x in peaks) if peaks else 0.0
+    if peaks and told.get("device", "cpu") != "cpu":
+        job["device"] = peaks[0]["device"]
     agreement = folder / "agreement.json"
     apart = json.loads(agreement.read_text()) if agreement.exists() else {}
     sides = {}
@@ -112,6 +117,7 @@ def tables(cells: dict[str, dict]) -> str:
 def table(name: str, cell: dict) -> str:
     """Returns one cell as Markdown."""
     job, peak = cell["job"], cell["peak_flops_per_second"] / 1e9
+    device = accelerator(cell)
     times_needed = job["released_flops"] / job["needed_flops"]
     lines = [
         f"## {name}",
@@ -119,8 +125,8 @@ def table(name: str, cell: dict) -> str:
         f"{job['batch_size']} prompts, K = {job['k']}, loss {job['loss']}: {job['needed_tokens']} "
         f"needed tokens ({job['scored_tokens']} scored), {job['padded_tokens']} as the released "
         f"trainer pads them. Head: {job['head_flops'] / job['needed_flops']:.0%} of the needed "
-        f"operations; the release computes {times_needed:.2f} times those needed. float32 matmul "
-        f"peak: {peak:.0f} GFLOP/s.",
+        f"operations; the release computes {times_needed:.2f} times those needed. "
+        f"{f'{device}, bfloat16' if device else 'float32'} matmul peak: {peak:.0f} GFLOP/s.",
         "",
         *side_table(cell, tuple(COLUMNS)),
     ]
@@ -132,6 +138,12 @@ def table(name: str, cell: dict) -> str:
     if "ladder" in cell:
         lines += ["", "Our own step, rung by rung:", "", *ladder_table(cell["ladder"])]
     return "\n".join(lines) + "\n"
+
+
+def accelerator(cell: dict) -> str:
+    """Returns the name of the device that a cell was measured on; "": a CPU."""
+    device = cell["job"].get("device", "cpu")
+    return "" if device == "cpu" else device
 
 
 def side_table(cell: dict, keys: tuple[str, ...]) -> list[str]:
@@ -217,7 +229,8 @@ def plot(path: Path, cells: dict) -> None:
             ]
             heights = [x["sides"][name][key] for x in cells.values() if name in x["sides"]]
             axis.bar(places, heights, width=0.8 / len(names), label=name, align="edge")
-        axis.set_xticks([c + 0.4 for c in range(len(cells))], list(cells))
+        labels = [f"{name}\n{accelerator(cell)}".strip() for name, cell in cells.items()]
+        axis.set_xticks([c + 0.4 for c in range(len(cells))], labels, rotation=20)
         axis.set_ylabel(title)
     axes[0, 0].legend(fontsize="small", ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
     figure.tight_layout()
