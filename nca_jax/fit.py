@@ -27,9 +27,18 @@ from nca_jax.infra.writer import SilentWriter
 from nca_jax.params import starts_at_reference
 from nca_jax.train_step import Frozen, Metrics, TrainState, TrainStep
 
-# How far apart policy and reference may be at the start, nats a token. The same arrays in the same
-# program agree exactly; a cache was made by a program of another shape.
-START_TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}
+
+class Tolerance(NamedTuple):
+    """How far apart policy and reference may be at the start, nats a token."""
+
+    mean: float  # of all tokens together: other tokens, masks or weights move it
+    most: float  # of one response: a few tokens in bfloat16 are off by rounding alone
+
+
+# The same arrays in the same program agree exactly; a cache was made by a program of another shape,
+# in which a GPU rounds to bfloat16 in other places. SmolLM2-135M in bfloat16 is 0.036 from float32
+# in a real response of 5 tokens, the most of 192, and 4e-4 on average over all of their tokens.
+START_TOLERANCES = {"float32": Tolerance(1e-3, 1e-3), "bfloat16": Tolerance(1e-2, 0.2)}
 
 
 class Evaluator(NamedTuple):
@@ -268,19 +277,22 @@ def check_start(metrics: dict[str, float], config: ConfigDict) -> None:
     """
     if "start_loss" not in metrics:
         return
-    tolerance = START_TOLERANCE[config.model.dtype]
-    apart = metrics["max_abs_logratio_per_token"]
+    allowed = START_TOLERANCES[config.model.dtype]
+    mean, most = metrics["mean_logratio_per_token"], metrics["max_abs_logratio_per_token"]
     loss, start = metrics["loss"], metrics["start_loss"]
-    if apart > tolerance or (apart == 0 and abs(loss - start) > 1e-5 * max(1.0, abs(start))):
+    is_apart = abs(mean) > allowed.mean or most > allowed.most
+    if is_apart or (most == 0 and abs(loss - start) > 1e-5 * max(1.0, abs(start))):
         raise UserError(
-            f"Step 1: policy and reference start equal, so log-ratios must be 0 within {tolerance} "
-            f"nats a token and the {config.loss.name} loss {start:.6f}; they are up to "
-            f"{apart:.6f} and {loss:.6f}. Tokens, masks, dtype or sharding differ between the two."
+            f"Step 1: policy and reference start equal, so log-ratios must be 0, within "
+            f"{allowed.mean} nats a token on average and {allowed.most} in a response, and the "
+            f"{config.loss.name} loss {start:.6f}; they are {mean:.6f} and up to {most:.6f}, and "
+            f"{loss:.6f}. Tokens, masks, dtype or sharding differ between the two."
         )
-    if apart:
+    if most:
         print(
-            f"step 1: log-probabilities of policy and reference differ by up to {apart:.1e} nats a "
-            f"token, where 0 is expected of the same arrays; tolerated up to {tolerance}"
+            f"step 1: log-probabilities of policy and reference differ by {mean:.1e} nats a token "
+            f"on average and by up to {most:.1e} in a response, where 0 is expected of the same "
+            f"arrays; tolerated up to {allowed.mean} and {allowed.most}"
         )
 
 

@@ -85,8 +85,10 @@ def alignment_metrics(
       chosen_logp_drift         logratio/0: what happens to the likelihood of the best response
       max_abs_logratio          the largest |log pi - log pi_ref|, nats
       max_abs_logratio_per_token  the same divided by the response's length, nats a token
+      mean_logratio_per_token   log pi - log pi_ref of all tokens together, nats a token: how far
+                                the policy is lifted, or lowered, as a whole
     Without a reference r is the log-probability a token, rewards/k is called logps_per_token/k, and
-    what speaks of a reference (start_loss, logratio/k and the last three) is absent; where a loss
+    what speaks of a reference (start_loss, logratio/k and the last four) is absent; where a loss
     that wants one has none, it is a reward model that learns, and what speaks of log-probabilities
     is absent too. Where K = 1 there are no others: accuracy, accuracy_half_ties, top1 and margin
     are absent.
@@ -144,6 +146,8 @@ def alignment_metrics(
         metrics["chosen_logp_drift"] = mean(at_ranks["logratio"][:, 0])
         metrics["max_abs_logratio"] = jnp.max(jnp.abs(logratio))
         metrics["max_abs_logratio_per_token"] = jnp.max(jnp.abs(logratio) / lengths)
+        total = jnp.maximum(jnp.sum(responses.lengths, where=mask), 1)
+        metrics["mean_logratio_per_token"] = jnp.sum(logratio) / total
     for name, values in at_ranks.items():
         for k in range(scores.shape[1]):
             total = jnp.sum(values[:, k], where=there[:, k])

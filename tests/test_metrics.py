@@ -81,6 +81,12 @@ def test_the_largest_log_ratio_is_said_whole_and_a_token():
     assert (found["max_abs_logratio"], found["max_abs_logratio_per_token"]) == (4, 1)
 
 
+def test_the_mean_log_ratio_is_of_all_tokens_together_without_responses_that_are_not_there():
+    mask = [[True, True, False]]
+    found = metrics_of(responses([[-4, 1, 9]], [[1, 0, 2]], mask, lengths=[[8, 2, 5]]))
+    assert found["mean_logratio_per_token"] == pytest.approx((-4 + 1) / (8 + 2))
+
+
 def test_excess_is_the_loss_above_its_floor_and_start_loss_is_that_of_the_reference():
     given = responses([[1, 2, 3]], [[0, 1, 2]])
     found = metrics_of(given)
