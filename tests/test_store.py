@@ -109,6 +109,14 @@ def test_a_store_that_was_cut_off_is_named_when_it_is_opened(files, keep, name, 
         read(files, keep)
 
 
+def test_a_store_that_is_cut_off_while_it_is_read_is_named(files, keep):
+    read(files, keep)
+    table, _ = read(files, keep)
+    os.truncate(folder_of(keep) / "00001.bytes", 0)
+    with pytest.raises(UserError, match="00001.bytes is damaged at byte 0"):
+        list(table)
+
+
 @pytest.mark.parametrize("name", ["00001.bytes", "00001.index"])
 def test_a_flipped_bit_of_a_store_is_never_read_back_as_another_number(files, keep, name):
     read(files, keep)

@@ -1,4 +1,4 @@
-"""Encoded records on disk, of which every later start maps what it reads.
+"""Encoded records on disk, of which every later start reads what its steps take.
 
 A store is a folder under `Keep.folder`, named by a digest of all that it is made from: the names
 and contents of the files, the tokenizer, the format and lengths, and the code that encodes.
@@ -21,8 +21,8 @@ import hashlib
 import io
 import itertools
 import json
-import mmap
 import os
+import weakref
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -194,7 +194,7 @@ def _parts_made(making: Path) -> tuple[int, int]:
 
 def _write_part(folder: Path, part: int, chunks: list[Chunk]) -> None:
     table = joined([chunk.table for chunk in chunks])
-    contents = [bytes(blob.content) for blob in table.blobs]
+    contents = [blob.content[:] for blob in table.blobs]  # in memory: they were just made
     starts = np.cumsum([0, *map(len, contents)])
     entries = table.entries.copy()
     entries["start"] += starts[entries["blob"]]
@@ -216,7 +216,7 @@ def _write_part(folder: Path, part: int, chunks: list[Chunk]) -> None:
 
 
 def _read_part(folder: Path, part: int) -> Chunk:
-    """Returns one part, its bytes mapped.
+    """Returns one part, its bytes still on the disk.
 
     Raises:
       UserError: it is not what was written.
@@ -236,14 +236,21 @@ def _read_part(folder: Path, part: int) -> Chunk:
             f"{path} is damaged ({error}). Remove {folder}, and the next start encodes the records "
             "anew; then look at the disk."
         ) from None
-    blob = Blob(_mapped(path) if said["bytes"] else b"", str(path))
+    blob = Blob(_File(path), str(path))
     table = Table(entries, lengths, scores, (blob,))
     return Chunk(table, Counter(dict(said["counts"])), said["records"], 1.0)
 
 
-def _mapped(path: Path) -> memoryview:
-    """Returns the bytes of a file, read when they are asked for."""
-    with path.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    mapped.madvise(mmap.MADV_RANDOM)  # what lies around an example is of no use
-    return memoryview(mapped)
+class _File:
+    """The bytes of a file, read where it is sliced; fewer where it has been cut off since.
+
+    Mapped into memory, its pages would count as memory of this process, and one that is gone would
+    end it.
+    """
+
+    def __init__(self, path: Path):
+        self._file = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
+
+    def __getitem__(self, at: slice) -> bytes:
+        return os.pread(self._file, at.stop - at.start, at.start)

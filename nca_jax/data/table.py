@@ -1,4 +1,4 @@
-"""Many examples as arrays: what a run keeps of its records, in memory or mapped from a store.
+"""Many examples as arrays: what a run keeps of its records, in memory or in the files of a store.
 
 A table has one entry an example (`ENTRY`), the lengths and scores of all segments, and blobs with
 the rest: of each example its ids, its keys and, as JSON, its place and its record. Order, lengths,
@@ -12,7 +12,7 @@ import itertools
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, overload
+from typing import NamedTuple, Protocol, overload
 
 import numpy as np
 
@@ -40,10 +40,16 @@ ENTRY = np.dtype(
 )
 
 
-class Blob(NamedTuple):
-    """Bytes that are sliced, and what they are called in an error."""
+class Sliced(Protocol):
+    """Bytes that are sliced, start and stop given: those of a file, or `bytes`."""
 
-    content: "bytes | memoryview"
+    def __getitem__(self, at: slice, /) -> bytes: ...
+
+
+class Blob(NamedTuple):
+    """Where the bytes of examples are, and what that is called in an error."""
+
+    content: Sliced
     name: str
 
 
@@ -106,7 +112,7 @@ class Table(Sequence[Example]):
         said = dict(zip(ENTRY.names or (), entry.item(), strict=True))
         content, name = self.blobs[said["blob"]]
         start, first, n = said["start"], said["first"], said["count"]
-        found = bytes(content[start : start + said["size"]])
+        found = content[start : start + said["size"]]
         if zlib.crc32(found) != said["crc"]:
             raise UserError(
                 f"{name} is damaged at byte {start}: it is not what was written there. Remove its "
