@@ -346,6 +346,7 @@ def test_generating_code_changes_no_number(tmp_path):
     without, with_code = (report["programs"]["train"] for report in reports)
     assert not without.pop("with_code") and with_code.pop("with_code")
     assert without.pop("compile_seconds") < with_code.pop("compile_seconds")
+    assert with_code.pop("estimated_cycles") > 1000
     assert without == with_code
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from nca_jax.compiled.assign import assign
 from nca_jax.compiled.buffers import Memory, Temporary, largest_temporaries, memory
-from nca_jax.compiled.hlo import Overlap, calls, overlap, shape_bytes
+from nca_jax.compiled.hlo import Overlap, calls, estimated_cycles, overlap, shape_bytes
 
 PROGRAM = """HloModule jit_step, is_scheduled=true
 
@@ -145,3 +145,19 @@ def test_what_starts_and_is_done_later_is_asynchronous():
     }}""".replace("\n    ", "\n")
     large = 4 * 2**20
     assert overlap(calls(text, [0, 0])) == Overlap(5, 5 * large, 4, 4 * large)
+
+
+def test_estimated_cycles_are_of_all_turns_and_leave_out_what_has_no_estimate():
+    def part(name, cycles):
+        return f'%{name} = f32[4] fusion(%p), backend_config={{"estimated_cycles":"{cycles}"}}'
+
+    text = f"""%body (p: f32[4]) -> f32[4] {{
+      {part("a", 100)}
+      ROOT {part("b", 20)}
+    }}
+    ENTRY %main (p: f32[4]) -> f32[4] {{
+      %loop = f32[4] while(%p), condition=%c, body=%body, {{"known_trip_count":{{"n":"3"}}}}
+      {part("sent", 2**63 - 1)}
+      ROOT {part("d", 7)}
+    }}""".replace("\n    ", "\n")
+    assert estimated_cycles(text) == 3 * (100 + 20) + 7

@@ -22,6 +22,7 @@ class Assigned(NamedTuple):
     program: str  # the optimised module
     buffers: str  # the buffer assignment
     live: str  # the ranges over which buffers are alive
+    code: str  # the module once there is code, with what each part takes; "": there is none
 
 
 def assign(lowered: Lowered, *, with_code: bool) -> Assigned:
@@ -40,9 +41,10 @@ def assign(lowered: Lowered, *, with_code: bool) -> Assigned:
         compiling = executor.submit(lowered.compile, {"xla_dump_to": name})
         while not compiling.done() and (with_code or not list(folder.glob(LAST))):
             time.sleep(0.1)
+        code = ""
         if compiling.done():
             try:
-                compiling.result()
+                code = compiling.result().as_text() or ""
             except jax.errors.JaxRuntimeError as error:
                 if "Ran out of memory on HBM" not in str(error):
                     raise
@@ -50,4 +52,4 @@ def assign(lowered: Lowered, *, with_code: bool) -> Assigned:
         def read(ending: str) -> str:
             return next(folder.glob(f"*after_optimizations{ending}.txt")).read_text()
 
-        return Assigned(read(""), read("-buffer-assignment"), read("-live-range"))
+        return Assigned(read(""), read("-buffer-assignment"), read("-live-range"), code)

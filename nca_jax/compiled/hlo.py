@@ -31,6 +31,8 @@ _SHAPE = re.compile(r"\b(?:pred|[a-z]+(\d+)\w*)\[([\d,]*)\](\{[^{}]*\})?")
 # An instruction: its name, shape, opcode and operands.
 MADE = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)")
 _ELEMENT = re.compile(r"%([\w.\-]+)#(\d+)")
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_NO_ESTIMATE = 2**62  # cycles; the compiler writes the largest int64
 _CALLED = re.compile(r"(?:calls|body|to_apply)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
 
 
@@ -119,6 +121,23 @@ def overlap(found: Sequence[Call]) -> Overlap:
         async_times=sum(call.turns for call in hidden),
         async_bytes=sum(call.turns * call.bytes for call in hidden),
     )
+
+
+def estimated_cycles(text: str) -> int:
+    """Returns the cycles that the TPU's compiler expects products, fusions and copies to take.
+
+    What is sent, and Pallas kernels, have no estimate and count nothing; 0 on other devices. Two
+    programs that differ in the rest alone are compared by it; a chip need not agree.
+
+    Args:
+      text: `compiled.as_text()`; what is dumped before there is code has no estimates.
+    """
+    bodies, entry = computations(text)
+    total = 0
+    for name, (turns, _) in visits(bodies, entry).items():
+        found = (int(cycles) for line in bodies[name] for cycles in _CYCLES.findall(line))
+        total += turns * sum(cycles for cycles in found if cycles < _NO_ESTIMATE)
+    return total
 
 
 def shape_bytes(shape: str) -> int:

@@ -8,7 +8,7 @@ from jax.stages import Lowered
 from nca_jax.chips import CHIPS
 from nca_jax.compiled.assign import assign
 from nca_jax.compiled.buffers import largest_temporaries, memory
-from nca_jax.compiled.hlo import calls, collectives, overlap
+from nca_jax.compiled.hlo import calls, collectives, estimated_cycles, overlap
 from nca_jax.compiled.writes import writes_a_turn
 
 NUM_LARGEST = 8  # temporaries of a report
@@ -21,7 +21,8 @@ def program_report(
     """Compiles a program as `assign` does; returns what its text says.
 
     Memory is in GiB a chip, as `buffers` has it; the rest is in bytes. `a_turn` is of one turn of
-    the loops whose turns are known at run time only: of a micro-batch, or a sampled token.
+    the loops whose turns are known at run time only: of a micro-batch, or a sampled token; so is
+    `estimated_cycles`, which is there with code.
 
     Args:
       device_kind: as JAX names the devices.
@@ -50,5 +51,6 @@ def program_report(
             "largest_write": writes.largest,
         },
         "with_code": with_code,
+        **({"estimated_cycles": estimated_cycles(written.code)} if written.code else {}),
     }
     return report if report["fits"] else report | {"reason": f"{total:.2f} of {limit:.2f} GiB"}

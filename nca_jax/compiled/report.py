@@ -59,3 +59,8 @@ def print_report(report: dict[str, Any]) -> None:
                 f"{large['times']}, {large['async_bytes'] / GIB:.3f} of "
                 f"{large['bytes'] / GIB:.3f} GiB"
             )
+        if cycles := program.get("estimated_cycles"):
+            print(
+                f"  the compiler expects {cycles:.4g} cycles of products, fusions and copies, a "
+                "micro-batch being one; what is sent and Pallas kernels are not in it"
+            )

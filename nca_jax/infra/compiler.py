@@ -1,8 +1,8 @@
 """What the compiler of large programs is asked for: one table by kind of device, and the config.
 
 `config.compiler_options` is laid over the table, "NAME=VALUE,..." with true, false or numbers.
-Nothing here changes what is computed. docs/scaling.md, section Overlap, has what each option of the
-table does to compiled programs; none was timed on a TPU.
+Nothing here changes what is computed. docs/scaling.md, sections Overlap and When memory is the bound,
+has what each option of the table does to compiled programs; none was timed on a TPU.
 """
 
 from typing import NamedTuple
@@ -43,9 +43,15 @@ SPARSE_CORES = (
         "and gradients summed over copies",
     ),
 )
+CASTS_STAY = Option(
+    "xla_jf_bf16_propagation",
+    False,
+    "parameters are cast to bfloat16 a layer at a time, where else those of all layers are first",
+)
 OPTIONS: dict[str, tuple[Option, ...]] = {  # by the name that JAX has for a device
-    "TPU v5": SPARSE_CORES,
-    "TPU v6 lite": SPARSE_CORES,
+    "TPU v5 lite": (CASTS_STAY,),
+    "TPU v5": (*SPARSE_CORES, CASTS_STAY),
+    "TPU v6 lite": (*SPARSE_CORES, CASTS_STAY),
 }
 
 
