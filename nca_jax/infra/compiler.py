@@ -1,8 +1,8 @@
 """What the compiler of large programs is asked for: one table by kind of device, and the config.
 
 `config.compiler_options` is laid over the table, "NAME=VALUE,..." with true, false or numbers.
-Nothing here changes what is computed. docs/scaling.md, sections Overlap and When memory is the bound,
-has what each option of the table does to compiled programs; none was timed on a TPU.
+Nothing here changes what is computed. docs/scaling.md has what each option of the table does to
+compiled programs, in the sections "When memory is the bound" and "Overlap"; none was timed on a TPU.
 """
 
 from typing import NamedTuple
