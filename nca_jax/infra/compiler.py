@@ -2,7 +2,7 @@
 
 `config.compiler_options` is laid over the table, "NAME=VALUE,..." with true, false or numbers.
 Nothing here changes what is computed. docs/scaling.md has what each option of the table does to
-compiled programs, in the sections "When memory is the bound" and "Overlap"; none was timed on a TPU.
+compiled programs ("When memory is the bound" and "Overlap"); none was timed on a TPU.
 """
 
 from typing import NamedTuple
