@@ -1,7 +1,7 @@
 r"""A peer's DPO step, compiled for TPUs that are not there: what `nca_jax.aot` says of ours.
 
     PYTHON -m experiments.pods.peers.peer_step --peer=tunix --json=FILE --topology=v6e:4x4 \
-        --pairs=1 --dtype=float32 --program=train [--layers=32]
+        --pairs=1 --dtype=float32 --program=train [--layers=32] [--code]
 
 Run by a Python of its own that has requirements.txt. Both peers train by Tunix's DPOTrainer, of
 which a step is two programs: `reference`, which it calls where it prepares a batch, and `train`.
@@ -12,6 +12,7 @@ tokens.
     --peer   tunix: its Llama 3 class; maxtext: MaxText's decoder, as its train_dpo.py has it
     --pairs  a chip
     --dtype  of weights, and so of gradients and moments
+    --code   generates code too, as of `nca_jax.aot`
 """
 
 import argparse
@@ -188,6 +189,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=1)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--program", required=True, choices=LOWER)
+    parser.add_argument("--code", action="store_true")
     args = parser.parse_args()
     os.environ["XLA_FLAGS"] = "--xla_dump_hlo_module_re=.*"  # MaxText's own would leave ours out
     jax.config.update("jax_platforms", "cpu")
@@ -197,7 +199,7 @@ def main() -> None:
     peer = PEERS[args.peer](args, devices)
     lowered = LOWER[args.program](peer, make_example(args.pairs * peer.mesh.size, peer.mesh))
     slices = [0] * peer.mesh.size
-    report = program_report(lowered, devices[0].device_kind, slices, with_code=False)
+    report = program_report(lowered, devices[0].device_kind, slices, with_code=args.code)
     write_json(args.json, report | {"compile_seconds": time.perf_counter() - start})
     os._exit(0)  # the compiler would go on, and make code
 

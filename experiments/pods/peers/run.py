@@ -3,8 +3,9 @@ r"""Compiles pairs by Tunix, MaxText and nca_jax for the same chips, then writes
     python -m experiments.pods.peers.run --python=PYTHON [--only=TEXT] [--table]
 
 Llama-3-8B on v6e:4x4, all chips in `fsdp`, prompts and responses of 512 tokens. A cell is one
-program and one file in cells/; those that are there are not compiled again. PYTHON is one that has
-requirements.txt, so that all are compiled by the same JAX and libtpu; it wants no TPU.
+program and one file in cells/; those that are there are not compiled again. Programs of one row or
+pair a chip are compiled with their code, for the cycles that the compiler expects. PYTHON is one
+that has requirements.txt, so that all are compiled by the same JAX and libtpu; it wants no TPU.
 
     --only   cells whose name has this text
     --table  compiles nothing
@@ -60,6 +61,7 @@ class Ours(NamedTuple):
             f"--topology={TOPOLOGY}",
             f"--rows_per_chip={self.rows}",
             "--programs=train",
+            *(["--code"] if self.rows == 1 else []),
         ]
 
 
@@ -88,6 +90,7 @@ class Peer(NamedTuple):
             f"--dtype={self.dtype}",
             f"--pairs={self.pairs}",
             f"--program={self.program}",
+            *(["--code"] if self.pairs == 1 else []),
         ]
 
 
@@ -125,8 +128,9 @@ def compile_missing(only: str, python: str) -> None:
 def table() -> str:
     """Returns the Markdown table: one line a step, "-" where a program is not compiled yet."""
     lines = [
-        "| step | state | pairs a chip | GiB a chip | of | sent, GiB | FLOPs a pair | commit |",
-        "|---|---|---|---|---|---|---|---|",
+        "| step | state | pairs a chip | GiB a chip | of | sent, GiB | FLOPs a pair "
+        "| Gcycles a pair | commit |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     return "\n".join([*lines, *map(line, STEPS)]) + "\n"
 
@@ -142,14 +146,14 @@ def line(step: Ours | Peer) -> str:
     state = step.dtype if isinstance(step, Peer) else "float32"
     start = f"| {step.name} | {state} | {step.pairs} |"
     if not all(path_of(program).exists() for program in programs_of(step)):
-        return start + " - |" * 5
+        return start + " - |" * 6
     reports = [read(program) for program in programs_of(step)]
     sent = sum(sent_bytes(report, "ici") for report in reports) / GIB
     total, limit = memory_gib(step), reports[0]["memory"]["limit"]
     verdict = "" if total <= limit else "does not fit: "
     return (
         f"{start} {verdict}{total:.2f} | {limit:.2f} | {sent:.1f} "
-        f"| {flops_a_pair(step):.2e} | {reports[0]['commit']} |"
+        f"| {flops_a_pair(step):.2e} | {gigacycles_a_pair(step)} | {reports[0]['commit']} |"
     )
 
 
@@ -163,6 +167,14 @@ def memory_gib(step: Ours | Peer) -> float:
     """Returns what a step needs of a chip; a peer's reference lies beside its train program."""
     train, *beside = (read(program)["memory"] for program in programs_of(step))
     return train["total"] + sum(reference["arguments"] for reference in beside)
+
+
+def gigacycles_a_pair(step: Ours | Peer) -> str:
+    """Returns the cycles of a step's products, fusions and copies, as the compiler expects them."""
+    found = [read(program).get("estimated_cycles") for program in programs_of(step)]
+    if not all(found):
+        return "-"
+    return f"{sum(found) / step.pairs / 1e9:.3f}"
 
 
 def flops_a_pair(step: Ours | Peer) -> float:
