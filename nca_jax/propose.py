@@ -136,7 +136,8 @@ def memory_gib(config: ConfigDict, model: ModelConfig, devices: int) -> float:
     moments = 0 if config.optim.moments == "host" else moment + 4
     columns = min(m.padded_vocab, PIECE) if devices > 1 else m.padded_vocab
     of_head = 8  # bytes of a gradient and its sum
-    # Parameters, moments, the sum of gradients; layers cast, which a TPU does one at a time.
+    # Parameters, moments, the sum of gradients; layers cast. A TPU holds one layer of these at a
+    # time: there they stand for what the rest leaves out.
     state = num_params * (4 + moments + 4 + reference + (2 if size == 2 else 0))
     run = Run(config, host_mesh(), Model(m, adapters_of(config, m)), None)
     if (base := abstract_base(run)) is not None:
